@@ -1,0 +1,76 @@
+"""The exception tree.
+
+TophatError                   anything this project raises on purpose
+├── InputError                a mistake in what the user gave: one line, exit code 2
+│   ├── RecipeError           a recipe field (unknown key, out of bounds, contradicting another)
+│   ├── SourceError           a source that is missing, unreadable, or not what it says it is
+│   ├── StorageError          an object store or path that refuses (credentials, bucket, permission)
+│   ├── ModelError            a model directory or architecture that cannot be used
+│   ├── ResourceError         the cluster cannot ever run what the recipe asks for
+│   └── RunError              a run directory that cannot be used (it belongs to another recipe, ...)
+└── StageError                a stage that failed for a reason which is not the user's input
+"""
+
+
+class TophatError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class InputError(TophatError):
+    """A user's mistake, reported in one line: the field, the value, the rule, the fix.
+
+    Args:
+        field: what was set, in the user's own terms (`select.images_per_class`, `--model`).
+        value: the value that was got.
+        rule: what holds for it, as a clause ("must be at most 10, the number of classes").
+        fix: what to do, in the imperative.
+    """
+
+    def __init__(self, field: str, value: object, rule: str, fix: str) -> None:
+        self.field = field
+        self.value = value
+        self.rule = rule
+        self.fix = fix
+        super().__init__(one_line(f"{field} = {shown(value)}: {rule}; {fix}"))
+
+    def __reduce__(self) -> tuple[type["InputError"], tuple[str, object, str, str]]:
+        return type(self), (self.field, self.value, self.rule, self.fix)
+
+
+class RecipeError(InputError):
+    """A field of a recipe."""
+
+
+class SourceError(InputError):
+    """A source of images."""
+
+
+class StorageError(InputError):
+    """A path or an object store."""
+
+
+class ModelError(InputError):
+    """A model directory or an architecture."""
+
+
+class ResourceError(InputError):
+    """More CPUs, GPUs or memory than the cluster can ever have."""
+
+
+class RunError(InputError):
+    """A run directory."""
+
+
+class StageError(TophatError):
+    """A stage that failed although its input was sound."""
+
+
+def shown(value: object, limit: int = 120) -> str:
+    """`value` for a message: quoted when it is text, and never long."""
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def one_line(text: str) -> str:
+    """`text` on one line, without control characters (names in messages are hostile)."""
+    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
