@@ -1,0 +1,18 @@
+"""The `cluster` section of a recipe."""
+
+from pydantic import Field
+
+from cluster.section import Section
+
+
+class Cluster(Section):
+    """Where Ray runs."""
+
+    address: str = "local"
+    """`local` starts a Ray of its own and stops it at the end; else the address of a running cluster (`auto`, `ray://host:10001`). Inside a submitted job the job's cluster is used."""
+    cpus: int | None = Field(default=None, ge=1, le=4096)
+    """CPUs of a local Ray; by default every core that this process may use."""
+    gpus: int | None = Field(default=None, ge=0, le=64)
+    """GPUs of a local Ray; by default every one that it finds."""
+    object_store_mib: int = Field(default=1024, ge=128, le=1_048_576)
+    """Shared memory of a local Ray's object store, in MiB."""

@@ -1,0 +1,191 @@
+"""Live progress of work that happens in other processes.
+
+One actor, the board, holds the state of the task under way. Workers hold a `Progress`, a picklable handle, and send it their counts without
+waiting; the driver draws them. It is display only: no result depends on it.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.progress import Progress as RichProgress
+from rich.progress import Task as RichTask
+from rich.text import Text
+
+POLL_SECONDS = 0.5
+LINE_SECONDS = 10.0
+
+
+@dataclass
+class State:
+    """What the workers of one task have said: counts of items, and facts (a loss, an accuracy) by name."""
+
+    done: int = 0
+    rejected: int = 0
+    facts: dict[str, float] = field(default_factory=dict)
+
+
+class Board:
+    """The actor behind `Progress`: the latest state of every task."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, State] = {}
+
+    def put(self, task: str, done: int, rejected: int, facts: dict[str, float], absolute: bool) -> None:
+        state = self._states.setdefault(task, State())
+        state.done = done if absolute else state.done + done
+        state.rejected = rejected if absolute else state.rejected + rejected
+        state.facts.update(facts)
+
+    def get(self, task: str) -> State:
+        return self._states.get(task, State())
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A handle that workers report to. Without a board it does nothing."""
+
+    task: str = ""
+    board: Any = None
+
+    def update(self, done: int, rejected: int = 0, **facts: float) -> None:
+        """Sets the absolute counts of the task, and any facts."""
+        if self.board is not None:
+            self.board.put.remote(self.task, done, rejected, facts, True)
+
+    def add(self, done: int = 0, rejected: int = 0, **facts: float) -> None:
+        """Adds to the counts of the task; for many workers that each know only their own share."""
+        if self.board is not None:
+            self.board.put.remote(self.task, done, rejected, facts, False)
+
+
+SILENT = Progress()
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: RichTask) -> Text:
+        return Text(_rate_and_eta(task.completed, task.total, task.elapsed), style="cyan")
+
+
+def _rate_and_eta(done: float, total: float | None, seconds: float | None) -> str:
+    if not seconds or not done:
+        return "starting"
+    rate = done / seconds
+    text = f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s"
+    if total and total > done:
+        text += f", {_clock((total - done) / rate)} left"
+    return text
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Display:
+    """Draws tasks on a terminal as a live bar, and elsewhere (a job's log) as a line every ten seconds.
+
+    Args:
+        console: where to draw.
+        enabled: False draws nothing and starts no actor.
+    """
+
+    def __init__(self, console: Console, enabled: bool = True) -> None:
+        self.console = console
+        self._enabled = enabled
+        self._board: Any = None
+
+    def _handle(self, task: str) -> Progress:
+        if self._board is None:
+            import ray
+
+            self._board = ray.remote(num_cpus=0, max_restarts=-1)(Board).remote()
+        return Progress(task, self._board)
+
+    @contextmanager
+    def task(self, name: str, total: int | None, unit: str = "images") -> Iterator[Progress]:
+        """Shows one task while the block runs.
+
+        Args:
+            name: a stage's name.
+            total: how many items there will be, if known.
+            unit: what the counts count.
+        """
+        if not self._enabled:
+            yield SILENT
+            return
+        handle = self._handle(f"{name}/{time.monotonic_ns()}")
+        stop = threading.Event()
+        draw = self._draw_live if self.console.is_terminal else self._draw_lines
+        thread = threading.Thread(target=draw, args=(name, total, unit, handle, stop), daemon=True)
+        thread.start()
+        try:
+            yield handle
+        finally:
+            stop.set()
+            thread.join(timeout=10)
+
+    def _read(self, handle: Progress) -> State | None:
+        import ray
+
+        try:
+            state: State = ray.get(handle.board.get.remote(handle.task), timeout=5)
+        except ray.exceptions.RayError:
+            return None  # the board is starting or restarting: the next poll asks again
+        return state
+
+    def _draw_live(self, name: str, total: int | None, unit: str, handle: Progress, stop: threading.Event) -> None:
+        columns = [
+            SpinnerColumn(finished_text="[green]✓[/green]"),
+            TextColumn("{task.description:<22}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn(unit, markup=False),
+            _Rate(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+        ]
+        with RichProgress(*columns, console=self.console, refresh_per_second=4) as bars:
+            bar: TaskID = bars.add_task(name, total=total, note="")
+            while True:
+                last = stop.wait(POLL_SECONDS)
+                if (state := self._read(handle)) is not None:
+                    bars.update(bar, completed=state.done + state.rejected, note=_note(state))
+                if last:
+                    return
+
+    def _draw_lines(self, name: str, total: int | None, unit: str, handle: Progress, stop: threading.Event) -> None:
+        started = time.monotonic()
+        while not stop.wait(LINE_SECONDS):
+            self._print_line(name, total, unit, self._read(handle), time.monotonic() - started)
+        self._print_line(name, total, unit, self._read(handle), time.monotonic() - started)
+
+    def _print_line(self, name: str, total: int | None, unit: str, state: State | None, seconds: float) -> None:
+        if state is None:
+            return
+        done = state.done + state.rejected
+        of = f" of {total:,}" if total else ""
+        line = f"{name}: {done:,}{of} {unit}, {_rate_and_eta(done, total, seconds)}, {_clock(seconds)} {_note(state)}"
+        self.console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
+        sys.stdout.flush()
+
+
+def _note(state: State) -> str:
+    parts = [f"{state.rejected:,} rejected"] if state.rejected else []
+    parts += [f"{name} {value:.4g}" for name, value in state.facts.items()]
+    return " ".join(parts)

@@ -1,0 +1,161 @@
+"""Many tasks over Ray with few in flight: a parallel map, and a tree reduction whose results are merged as they arrive.
+
+Both keep the number of unfinished and of unmerged results bounded, retry a task whose worker or node died or whose input could not be read
+for a moment, and raise what a task raised as it was, without Ray's wrapping. What is mapped and merged, they do not know.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from cluster.errors import StageError, one_line
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+RETRIES = 3
+
+
+def parallel_map(
+    fn: Callable[[T], R], items: Iterable[T], *, in_flight: int | None = None, num_cpus: float = 1.0
+) -> Iterator[R]:
+    """`fn` of every item, each in its own Ray task; results in the order in which they arrive.
+
+    Args:
+        fn: picklable; its result should be small, because it travels to the caller.
+        items: drawn from lazily, so a generator of large arguments is held only as far as tasks are in flight.
+        in_flight: unfinished tasks at most; by default twice what the cluster's CPUs run at once.
+        num_cpus: what each task reserves.
+
+    Raises:
+        whatever `fn` raised, after the remaining tasks were canceled.
+    """
+    with _Flight(in_flight, num_cpus) as flight:
+        for item in items:
+            while flight.full:
+                yield from (ray.get(result) for result in flight.land())
+            flight.launch(fn, item)
+        while flight.busy:
+            yield from (ray.get(result) for result in flight.land())
+
+
+def tree_reduce(
+    map_fn: Callable[[T], R],
+    items: Iterable[T],
+    merge_fn: Callable[[Sequence[R]], R],
+    *,
+    fan_in: int = 4,
+    in_flight: int | None = None,
+    num_cpus: float = 1.0,
+) -> "ray.ObjectRef[R]":
+    """Maps every item and merges the results to one, in Ray tasks; `merge_fn` runs on results in any order and any grouping.
+
+    The answer is the same in every run only if `merge_fn` is associative and commutative. Intermediate results stay in the object store: at most
+    `in_flight + fan_in` of them exist at a time, and none passes through the caller.
+
+    Args:
+        map_fn: an item to a result; picklable.
+        items: at least one; drawn from lazily.
+        merge_fn: 2 to `fan_in` results to one; picklable.
+        fan_in: how many results are merged at once, at least 2.
+        in_flight: unfinished tasks at most; by default twice what the cluster's CPUs run at once.
+        num_cpus: what each task reserves.
+
+    Returns:
+        A reference to the result.
+
+    Raises:
+        ValueError: there are no items, or `fan_in` is below 2.
+        whatever a function raised, after the remaining tasks were canceled.
+    """
+    if fan_in < 2:
+        raise ValueError(f"fan_in = {fan_in}: must be at least 2")
+    unmerged: list[Any] = []
+
+    def merge(*results: R) -> R:
+        return merge_fn(results)
+
+    with _Flight(in_flight, num_cpus) as flight:
+
+        def land() -> None:
+            unmerged.extend(flight.land())
+            while len(unmerged) >= fan_in:
+                flight.launch(merge, *(unmerged.pop(0) for _ in range(fan_in)))
+
+        for item in items:
+            while flight.full:
+                land()
+            flight.launch(map_fn, item)
+        while flight.busy:
+            land()
+            if not flight.busy and len(unmerged) > 1:
+                flight.launch(merge, *(unmerged.pop(0) for _ in range(len(unmerged))))
+    if not unmerged:
+        raise ValueError("items: must not be empty")
+    return unmerged[0]  # type: ignore[no-any-return]
+
+
+def run_task(fn: Callable[..., R], *args: object, num_cpus: float = 1.0) -> R:
+    """`fn(*args)` in one Ray task, with the retries and errors of the others; references among `args` are resolved."""
+    with _Flight(1, num_cpus) as flight:
+        flight.launch(fn, *args)
+        result: R = ray.get(flight.land()[0])
+    return result
+
+
+def _run(fn: Callable[..., R], *args: object) -> tuple[None, R]:
+    return None, fn(*args)
+
+
+class _Flight:
+    """The unfinished tasks. A task has two results: a marker, which says that it succeeded, and its value, which stays where it is."""
+
+    def __init__(self, limit: int | None, num_cpus: float) -> None:
+        self._limit = limit or max(2, int(2 * ray.cluster_resources().get("CPU", 1) / num_cpus))
+        self._task: Any = ray.remote(
+            num_cpus=num_cpus, num_returns=2, max_retries=RETRIES, retry_exceptions=[OSError]
+        )(_run)
+        self._functions: dict[Callable[..., Any], Any] = {}
+        self._values: dict[Any, Any] = {}
+
+    def __enter__(self) -> "_Flight":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for marker in self._values:
+            ray.cancel(marker)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._values)
+
+    @property
+    def full(self) -> bool:
+        return len(self._values) >= self._limit
+
+    def launch(self, fn: Callable[..., Any], *args: object) -> None:
+        if fn not in self._functions:
+            self._functions[fn] = ray.put(fn)  # shipped once, whatever it carries
+        marker, value = self._task.remote(self._functions[fn], *args)
+        self._values[marker] = value
+
+    def land(self) -> list[Any]:
+        """Waits until a task is finished; the values (references) of all that are."""
+        markers, _ = ray.wait(list(self._values), num_returns=1)
+        values = [self._values.pop(marker) for marker in markers]
+        try:
+            ray.get(markers)
+        except RayTaskError as error:
+            raise _original(error) from None
+        except RayError as error:
+            raise StageError(f"a task was lost {RETRIES + 1} times: {one_line(str(error))}") from None
+        return values
+
+
+def _original(error: BaseException) -> BaseException:
+    """What the task itself raised: Ray wraps it, once per task that it passed through."""
+    while isinstance(error, RayTaskError) and error.cause is not None:
+        error = error.cause
+    return error

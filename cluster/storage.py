@@ -1,0 +1,346 @@
+"""Locations: one URI string for a local path, `s3://bucket/key` or `gs://bucket/key`.
+
+Reading goes through `pyarrow.fs`. Writing is atomic: a published object is whole or absent. On a local disk that is a temporary name, fsync
+and rename; on S3 a single PUT or a completed multipart upload through boto3, because pyarrow's S3 stream completes its upload when it is
+closed after an error, which would publish half an object.
+
+Credentials, region and endpoint are boto3's usual ones (`AWS_ACCESS_KEY_ID`, `AWS_PROFILE`, `AWS_ENDPOINT_URL`, instance roles).
+"""
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import StorageError
+
+# Stores other than AWS refuse the trailing checksums that recent AWS SDKs add to uploads (HTTP 411). Read once, when pyarrow.fs loads.
+CHECKSUM_ENVIRONMENT = {
+    "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+    "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+}
+for _key, _value in CHECKSUM_ENVIRONMENT.items():
+    os.environ.setdefault(_key, _value)
+
+import pyarrow as pa  # noqa: E402
+import pyarrow.fs as pafs  # noqa: E402
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One object under a folder: `path` relative to it, `size` in bytes, `etag` that changes when its content does."""
+
+    path: str
+    size: int
+    etag: str
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` with `parts` appended, separated by single slashes."""
+    return "/".join([uri.rstrip("/") if uri != "/" else "", *(part.strip("/") for part in parts if part)])
+
+
+def is_remote(uri: str) -> bool:
+    """Whether `uri` names an object store rather than a local path."""
+    return "://" in uri
+
+
+def absolute(uri: str) -> str:
+    """`uri` so that it means the same in every process of this machine."""
+    return uri if is_remote(uri) else os.path.abspath(os.path.expanduser(uri))
+
+
+def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The pyarrow filesystem of `uri` and the path of it inside.
+
+    Raises:
+        StorageError: the scheme is not supported or the URI has no bucket.
+    """
+    scheme, path = _split(uri)
+    return _filesystem(scheme, tuple(sorted(_endpoint_environment().items()))), path
+
+
+def _split(uri: str) -> tuple[str, str]:
+    if not is_remote(uri):
+        return "file", absolute(uri)
+    scheme, _, path = uri.partition("://")
+    if scheme not in ("s3", "gs"):
+        raise StorageError("uri", uri, "has a scheme that is not supported", "use a local path, s3:// or gs://")
+    if not path.strip("/"):
+        raise StorageError("uri", uri, "names no bucket", f"write {scheme}://BUCKET/KEY")
+    return scheme, path.strip("/")
+
+
+def _endpoint_environment() -> dict[str, str]:
+    names = (
+        "AWS_ENDPOINT_URL",
+        "AWS_ENDPOINT_URL_S3",
+        "AWS_REGION",
+        "AWS_DEFAULT_REGION",
+        "AWS_PROFILE",
+        "AWS_ACCESS_KEY_ID",
+    )
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+@lru_cache(maxsize=8)
+def _filesystem(scheme: str, environment: tuple[tuple[str, str], ...]) -> pafs.FileSystem:
+    if scheme == "file":
+        return pafs.LocalFileSystem()
+    if scheme == "gs":
+        return pafs.GcsFileSystem()
+    names = dict(environment)
+    endpoint = names.get("AWS_ENDPOINT_URL_S3") or names.get("AWS_ENDPOINT_URL")
+    region = names.get("AWS_REGION") or names.get("AWS_DEFAULT_REGION")
+    if region is None and endpoint:
+        region = "us-east-1"  # spares pyarrow a look-up that only AWS answers
+    return pafs.S3FileSystem(endpoint_override=endpoint, region=region, request_timeout=60, connect_timeout=10)
+
+
+@lru_cache(maxsize=8)
+def _s3_client(environment: tuple[tuple[str, str], ...]) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    names = dict(environment)
+    region = names.get("AWS_REGION") or names.get("AWS_DEFAULT_REGION")
+    endpoint = names.get("AWS_ENDPOINT_URL_S3") or names.get("AWS_ENDPOINT_URL")
+    return boto3.client(
+        "s3",
+        region_name=region or ("us-east-1" if endpoint else None),
+        config=Config(
+            retries={"mode": "standard", "max_attempts": 5},
+            connect_timeout=10,
+            read_timeout=60,
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        ),
+    )
+
+
+def _s3(path: str) -> tuple[Any, str, str]:
+    bucket, _, key = path.partition("/")
+    return _s3_client(tuple(sorted(_endpoint_environment().items()))), bucket, key
+
+
+@contextmanager
+def _reported(uri: str) -> Iterator[None]:
+    """Turns what a store answers into one line for the user."""
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+
+    try:
+        yield
+    except NoCredentialsError:
+        raise StorageError(
+            "uri",
+            uri,
+            "needs credentials and none were found",
+            "set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        ) from None
+    except ClientError as error:
+        code = str(error.response.get("Error", {}).get("Code", "unknown"))
+        raise _refusal(uri, code) from None
+    except BotoCoreError as error:
+        raise StorageError(
+            "uri", uri, f"could not be reached ({error})", "check AWS_ENDPOINT_URL and the network"
+        ) from None
+    except FileNotFoundError:
+        raise StorageError("uri", uri, "does not exist", "check the path") from None
+    except PermissionError as error:
+        raise StorageError(
+            "uri", uri, f"is not permitted ({error.strerror})", "check the permissions of the path"
+        ) from None
+    except (OSError, pa.ArrowException) as error:
+        known = next(
+            (name for name in ("ACCESS_DENIED", "NoSuchBucket", "InvalidAccessKeyId") if name in str(error)), None
+        )
+        raise _refusal(uri, known or f"{error}") from None
+
+
+def _refusal(uri: str, code: str) -> StorageError:
+    if code in ("NoSuchBucket",):
+        return StorageError("uri", uri, "is in a bucket that does not exist", "create the bucket, or correct its name")
+    if code in ("NoSuchKey", "404"):
+        return StorageError("uri", uri, "does not exist", "check the path")
+    denied = (
+        "403",
+        "401",
+        "AccessDenied",
+        "ACCESS_DENIED",
+        "InvalidAccessKeyId",
+        "SignatureDoesNotMatch",
+        "ExpiredToken",
+    )
+    if code in denied:
+        return StorageError(
+            "uri", uri, f"was refused by the store ({code})", "check the credentials and their permissions"
+        )
+    return StorageError("uri", uri, f"could not be used ({code})", "check the path, the endpoint and the store")
+
+
+def exists(uri: str) -> bool:
+    """Whether an object (or, on a local disk, a file or folder) is at `uri`."""
+    scheme, path = _split(uri)
+    with _reported(uri):
+        if scheme == "s3":
+            from botocore.exceptions import ClientError
+
+            client, bucket, key = _s3(path)
+            try:
+                client.head_object(Bucket=bucket, Key=key)
+            except ClientError as error:
+                if error.response["Error"]["Code"] in ("404", "NoSuchKey", "NotFound"):
+                    return False
+                raise
+            return True
+        fs, inside = filesystem(uri)
+        return bool(fs.get_file_info(inside).type != pafs.FileType.NotFound)
+
+
+def open_input(uri: str) -> pa.NativeFile:
+    """A readable, seekable file; use it in a `with` block."""
+    fs, path = filesystem(uri)
+    with _reported(uri):
+        return fs.open_input_file(path)
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole object at `uri`."""
+    with _reported(uri), open_input(uri) as file:
+        return bytes(file.read())
+
+
+def publish(uri: str, data: bytes | Path) -> None:
+    """Writes `data` (or the content of a local file) to `uri`: whole or not at all; parents are made.
+
+    Raises:
+        StorageError: the store refuses.
+    """
+    scheme, path = _split(uri)
+    with _reported(uri):
+        if scheme == "s3":
+            client, bucket, key = _s3(path)
+            if isinstance(data, Path):
+                client.upload_file(str(data), bucket, key)
+            else:
+                client.put_object(Bucket=bucket, Key=key, Body=data)
+        elif scheme == "file":
+            _publish_local(Path(path), data)
+        else:
+            fs, inside = filesystem(uri)
+            content = data.read_bytes() if isinstance(data, Path) else data
+            with fs.open_output_stream(inside) as stream:  # one write of the whole content: nothing can fail in between
+                stream.write(content)
+
+
+def _publish_local(target: Path, data: bytes | Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            if isinstance(data, Path):
+                with data.open("rb") as source:
+                    shutil.copyfileobj(source, file)
+            else:
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def list_files(uri: str, suffix: str = "") -> list[FileEntry]:
+    """Every object under `uri` whose path ends in `suffix`, recursively, sorted by the bytes of the path.
+
+    Hidden files (a name that starts with a dot, temporary names among them) are left out. A folder that does not exist is empty.
+    """
+    scheme, path = _split(uri)
+    with _reported(uri):
+        found = _list_s3(path) if scheme == "s3" else _list_arrow(uri)
+        return sorted(
+            (f for f in found if f.path.endswith(suffix) and not any(p.startswith(".") for p in f.path.split("/"))),
+            key=lambda f: f.path.encode("utf-8", "surrogateescape"),
+        )
+
+
+def _list_s3(path: str) -> Iterator[FileEntry]:
+    client, bucket, key = _s3(path)
+    prefix = f"{key}/" if key else ""
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        for item in page.get("Contents", []):
+            relative = item["Key"][len(prefix) :]
+            if relative and not relative.endswith("/"):
+                yield FileEntry(relative, item["Size"], item["ETag"].strip('"'))
+
+
+def _list_arrow(uri: str) -> Iterator[FileEntry]:
+    fs, path = filesystem(uri)
+    for info in fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True)):
+        if info.type == pafs.FileType.File:
+            yield FileEntry(info.path[len(path) :].lstrip("/"), info.size, f"{info.size}-{info.mtime_ns}")
+
+
+def delete_file(uri: str) -> None:
+    """Removes the object at `uri`; nothing there is no error."""
+    scheme, path = _split(uri)
+    with _reported(uri):
+        if scheme == "s3":
+            client, bucket, key = _s3(path)
+            client.delete_object(Bucket=bucket, Key=key)
+        else:
+            fs, inside = filesystem(uri)
+            if fs.get_file_info(inside).type == pafs.FileType.File:
+                fs.delete_file(inside)
+
+
+def delete_tree(uri: str) -> None:
+    """Removes everything under `uri`, and `uri` itself; nothing there is no error."""
+    scheme, path = _split(uri)
+    with _reported(uri):
+        if scheme == "s3":
+            client, bucket, key = _s3(path)
+            keys = [item.path for item in _list_s3(path)]
+            for start in range(0, len(keys), 1000):
+                batch = [{"Key": f"{key}/{name}" if key else name} for name in keys[start : start + 1000]]
+                client.delete_objects(Bucket=bucket, Delete={"Objects": batch, "Quiet": True})
+        else:
+            fs, inside = filesystem(uri)
+            if fs.get_file_info(inside).type == pafs.FileType.Directory:
+                fs.delete_dir(inside)
+
+
+@contextmanager
+def local_copy(uri: str) -> Iterator[Path]:
+    """A local file with the content of `uri`: the file itself on a local disk, else a temporary copy."""
+    scheme, path = _split(uri)
+    if scheme == "file":
+        if not Path(path).is_file():
+            raise StorageError("uri", uri, "does not exist", "check the path")
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="tophat-") as folder:
+        target = Path(folder, path.rpartition("/")[2])
+        with _reported(uri), open_input(uri) as source, target.open("wb") as file:
+            shutil.copyfileobj(source, file)
+        yield target
+
+
+def check_writable(field: str, uri: str) -> None:
+    """Proves that objects can be written under `uri`, before hours of work depend on it.
+
+    Raises:
+        StorageError: naming `field`, when they cannot.
+    """
+    probe = join(uri, f".probe-{uuid.uuid4().hex}")
+    try:
+        publish(probe, b"")
+        delete_file(probe)
+    except StorageError as error:
+        raise StorageError(field, uri, error.rule, error.fix) from None

@@ -1,0 +1,302 @@
+"""The recipe: everything that decides a run's result, in one validated, immutable object.
+
+YAML in, `--set section.field=value` on top, resolved YAML out. Imports nothing heavy.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator, model_validator
+
+from cluster.config import Cluster
+from cluster.errors import RecipeError
+from cluster.section import Section
+from models.config import ModelConfig, Training
+from tuning.config import Sweep
+
+Uri = Annotated[str, StringConstraints(min_length=1, max_length=2000, strip_whitespace=True)]
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class Source(Section):
+    """Images in an object store or on a disk."""
+
+    uri: Uri
+    """The root: a local path, `s3://bucket/prefix` or `gs://bucket/prefix`."""
+    layout: Literal["auto", "webdataset", "parquet", "folder"] = "auto"
+    """`webdataset`: tar shards; `parquet`: files with a column of encoded images; `folder`: image files, one folder per class when labeled; `auto`: by what is found."""
+    image_column: str = Field(default="image", min_length=1, max_length=200)
+    """Parquet: the column of image bytes, or of structs with a `bytes` field."""
+    label_column: str = Field(default="label", min_length=1, max_length=200)
+    """Parquet: the column of class numbers or names."""
+
+
+class Labeled(Section):
+    """The labeled set D, and the sets that models are chosen and measured on."""
+
+    train: Source
+    """D. Teacher, fine-tuning and the supervised baseline train on it."""
+    validation: Source | None = None
+    """Labeled images to choose the fine-tuning learning rate on."""
+    validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
+    """Without `validation`: the share of D that is held out for it (a fixed draw from `seed`)."""
+    test: Source
+    """Labeled images that every result is measured on; nothing is chosen on them."""
+    classes: tuple[str, ...] | None = None
+    """Class names in the order of the network's outputs; by default what D itself says, else sorted."""
+
+
+class ModelTraining(Section):
+    """A network and its training."""
+
+    model: ModelConfig
+    """The network."""
+    training: Training
+    """How it is trained on D."""
+
+
+class Student(Section):
+    """The network whose size is fixed by where it will be used."""
+
+    model: ModelConfig
+    """The network."""
+
+
+class Score(Section):
+    """Stage (2), first half: the teacher on every image of U."""
+
+    classes_per_image: int = Field(default=10, ge=1, le=1000)
+    """P: the classes with the highest scores that are kept for each image. Any smaller P can be selected later."""
+    batch_size: int = Field(default=64, ge=1, le=8192)
+    """Images per forward pass."""
+    actors: int | None = Field(default=None, ge=1, le=4096)
+    """Processes that hold the teacher; by default what the cluster's CPUs or GPUs allow."""
+    cpus_per_actor: float = Field(default=1.0, gt=0.0, le=1024.0)
+    """CPUs of each of them."""
+    gpus_per_actor: float = Field(default=0.0, ge=0.0, le=1.0)
+    """GPUs of each of them; a fraction shares one."""
+    cpus_per_reader: float = Field(default=0.25, gt=0.0, le=64.0)
+    """CPUs that each reading and decoding task takes."""
+    range_mib: int = Field(default=128, ge=1, le=4096)
+    """Decoded images that travel together, in MiB; a larger shard is scored in several row ranges, one file each."""
+    max_reject_fraction: float = Field(default=1.0, ge=0.0, le=1.0)
+    """The run stops when a larger share of U could not be scored."""
+
+
+class Select(Section):
+    """Stage (2), second half: the K best images of each class."""
+
+    images_per_class: int = Field(default=16_000, ge=1, le=10**9)
+    """K."""
+    classes_per_image: int | None = Field(default=None, ge=1, le=1000)
+    """P to select with, at most the P that was stored; by default that one."""
+    min_score: float | None = Field(default=None, ge=0.0, le=1.0)
+    """Candidates below it are never selected."""
+
+
+class Dhat(Section):
+    """D-hat's own copies of the selected images."""
+
+    images_per_shard: int = Field(default=4096, ge=1, le=1_000_000)
+    """Images in one shard."""
+
+
+class FineTune(Section):
+    """Stage (4): the pre-trained student on D."""
+
+    training: Training
+    """How; its learning rate is what the sweep replaces."""
+    sweep: Sweep
+    """Which initial learning rates are tried."""
+
+
+class Report(Section):
+    """The pictures at the end."""
+
+    classes: int = Field(default=40, ge=1, le=1000)
+    """Classes shown with rows of ranked images."""
+    first_ranks: int = Field(default=6, ge=1, le=50)
+    """Images per row from the first rank on."""
+    strided_ranks: int = Field(default=10, ge=0, le=50)
+    """Further images per row, at equal strides down to rank K."""
+
+
+class Recipe(Section):
+    """One run of the paper's pipeline (section 3.2)."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """Letters, digits, dots, dashes. A run directory belongs to one name."""
+    seed: int = Field(default=0, ge=0, le=2**31 - 1)
+    """Of everything random."""
+    cluster: Cluster = Cluster()
+    """Where Ray runs. It decides nothing about the result."""
+    labeled: Labeled
+    """D, and what is held out."""
+    unlabeled: Source
+    """U."""
+    teacher: ModelTraining
+    """Stage (1)."""
+    score: Score = Score()
+    """Stage (2): ranking."""
+    select: Select = Select()
+    """Stage (2): picking."""
+    dhat: Dhat = Dhat()
+    """Stage (2): D-hat."""
+    student: Student
+    """The student's network, in stages (3), (4) and the baseline."""
+    pretrain: Training
+    """Stage (3): the student on D-hat."""
+    fine_tune: FineTune
+    """Stage (4)."""
+    supervised: Training
+    """The baseline: the same student on D alone (Table 2, "Fully Supervised")."""
+    report: Report = Report()
+    """The report."""
+
+    @field_validator("labeled")
+    @classmethod
+    def _distinct_classes(cls, labeled: Labeled) -> Labeled:
+        if labeled.classes is not None and len(set(labeled.classes)) != len(labeled.classes):
+            raise ValueError("classes must be distinct names")
+        return labeled
+
+    @model_validator(mode="after")
+    def _selectable(self) -> Self:
+        wanted, stored = self.select.classes_per_image, self.score.classes_per_image
+        if wanted is not None and wanted > stored:
+            raise ValueError(
+                f"select.classes_per_image = {wanted} must be at most score.classes_per_image = {stored}: "
+                "only the stored classes can be selected"
+            )
+        return self
+
+    def check_class_count(self, classes: int) -> None:
+        """Holds P against the number of classes, once D has told it.
+
+        Raises:
+            RecipeError: P is above the class count.
+        """
+        if self.score.classes_per_image > classes:
+            raise RecipeError(
+                "score.classes_per_image",
+                self.score.classes_per_image,
+                f"must be at most {classes}, the number of classes of D",
+                f"set it to {classes} or less",
+            )
+
+    def to_yaml(self) -> str:
+        """The resolved recipe: every field, defaults included."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe from a file, or a shipped one by its name (`demo`, `fashion-mnist`, `paper`), with `a.b=c` overrides.
+
+    Raises:
+        RecipeError: the file, a field, or an override is wrong; the message names it.
+    """
+    document = _read(path)
+    for override in overrides:
+        _override(document, override)
+    return validate(document)
+
+
+def validate(document: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain data.
+
+    Raises:
+        RecipeError: the first field that is wrong.
+    """
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise _first_error(error) from None
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the project, by name."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+
+
+def _read(path: str) -> dict[str, Any]:
+    file = shipped().get(path) or Path(path)
+    try:
+        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(
+            "RECIPE", path, "is not a file", f"give a YAML file, or one of {', '.join(shipped())}"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError("RECIPE", path, f"cannot be read ({error})", "give a YAML file") from None
+    except yaml.YAMLError as error:
+        raise RecipeError("RECIPE", path, f"is not valid YAML ({error})", "correct that line") from None
+    if not isinstance(document, dict):
+        raise RecipeError("RECIPE", path, "must be a mapping of sections", "start from a shipped recipe")
+    return document
+
+
+def _override(document: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise RecipeError(
+            "--set", override, "must have the form section.field=value", "write e.g. select.images_per_class=200"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {key}", text, "is not a YAML value", "quote it") from None
+    if isinstance(value, str):
+        value = _number(value)
+    node: Any = document
+    for part in parts[:-1]:
+        node = node.setdefault(part, {}) if node.get(part) is not None else node.__setitem__(part, {}) or node[part]
+        if not isinstance(node, dict):
+            raise RecipeError(f"--set {key}", text, f"goes into {part}, which is no section", "check the field's name")
+    node[parts[-1]] = value
+    # Two ways to state a length exclude each other: setting one takes the other's place.
+    for one, other in (("epochs", "images_seen"), ("images_seen", "epochs")):
+        if parts[-1] == one and value is not None:
+            node.pop(other, None)
+
+
+def _number(text: str) -> str | float:
+    """YAML 1.1 reads `1e-3` as text; a user means the number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _first_error(error: ValidationError) -> RecipeError:
+    details = error.errors(include_url=False)
+    # An unknown key says more than the missing one that it was meant to be.
+    first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
+    place = [str(part) for part in first["loc"]]
+    field = ".".join(place) or "recipe"
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(place[:-1])
+        near = difflib.get_close_matches(place[-1], known, n=1)
+        fix = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
+        return RecipeError(field, first["input"], "is not a field of a recipe", fix)
+    if first["type"] == "missing":
+        return RecipeError(field, "nothing", "must be given", f"add {field} to the recipe, or --set {field}=...")
+    rule = first["msg"].removeprefix("Value error, ")
+    return RecipeError(
+        field, first["input"] if place else "(several fields)", rule, f"correct it in the recipe, or --set {field}=..."
+    )
+
+
+def _fields_at(place: Sequence[str]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for name in place:
+        annotation = section.model_fields[name].annotation if name in section.model_fields else None
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        nested = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if nested is None:
+            return []
+        section = nested
+    return list(section.model_fields)

