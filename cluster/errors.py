@@ -7,6 +7,7 @@ TophatError                   anything this project raises on purpose
 │   ├── StorageError          an object store or path that refuses (credentials, bucket, permission)
 │   ├── ModelError            a model directory or architecture that cannot be used
 │   ├── ResourceError         the cluster cannot ever run what the recipe asks for
+│   ├── ClusterError          a cluster that cannot be reached, refuses the token, or does not have the job
 │   └── RunError              a run directory that cannot be used (it belongs to another recipe, ...)
 └── StageError                a stage that failed for a reason which is not the user's input
 """
@@ -55,6 +56,10 @@ class ModelError(InputError):
 
 class ResourceError(InputError):
     """More CPUs, GPUs or memory than the cluster can ever have."""
+
+
+class ClusterError(InputError):
+    """A cluster's address, token or job."""
 
 
 class RunError(InputError):

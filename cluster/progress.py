@@ -36,6 +36,7 @@ class State:
 
     done: int = 0
     rejected: int = 0
+    total: int | None = None
     facts: dict[str, float] = field(default_factory=dict)
 
 
@@ -45,10 +46,13 @@ class Board:
     def __init__(self) -> None:
         self._states: dict[str, State] = {}
 
-    def put(self, task: str, done: int, rejected: int, facts: dict[str, float], absolute: bool) -> None:
+    def put(
+        self, task: str, done: int, rejected: int, total: int | None, facts: dict[str, float], absolute: bool
+    ) -> None:
         state = self._states.setdefault(task, State())
         state.done = done if absolute else state.done + done
         state.rejected = rejected if absolute else state.rejected + rejected
+        state.total = total or state.total
         state.facts.update(facts)
 
     def get(self, task: str) -> State:
@@ -62,15 +66,15 @@ class Progress:
     task: str = ""
     board: Any = None
 
-    def update(self, done: int, rejected: int = 0, **facts: float) -> None:
-        """Sets the absolute counts of the task, and any facts."""
+    def update(self, done: int, rejected: int = 0, total: int | None = None, **facts: float) -> None:
+        """Sets the absolute counts of the task, any facts, and the total where it is known only now (or estimated)."""
         if self.board is not None:
-            self.board.put.remote(self.task, done, rejected, facts, True)
+            self.board.put.remote(self.task, done, rejected, total, facts, True)
 
     def add(self, done: int = 0, rejected: int = 0, **facts: float) -> None:
         """Adds to the counts of the task; for many workers that each know only their own share."""
         if self.board is not None:
-            self.board.put.remote(self.task, done, rejected, facts, False)
+            self.board.put.remote(self.task, done, rejected, None, facts, False)
 
 
 SILENT = Progress()
@@ -165,7 +169,9 @@ class Display:
             while True:
                 last = stop.wait(POLL_SECONDS)
                 if (state := self._read(handle)) is not None:
-                    bars.update(bar, completed=state.done + state.rejected, note=_note(state))
+                    bars.update(
+                        bar, completed=state.done + state.rejected, total=state.total or total, note=_note(state)
+                    )
                 if last:
                     return
 
@@ -179,6 +185,7 @@ class Display:
         if state is None:
             return
         done = state.done + state.rejected
+        total = state.total or total
         of = f" of {total:,}" if total else ""
         line = f"{name}: {done:,}{of} {unit}, {_rate_and_eta(done, total, seconds)}, {_clock(seconds)} {_note(state)}"
         self.console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)

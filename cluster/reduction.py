@@ -1,7 +1,7 @@
-"""Many tasks over Ray with few in flight: a parallel map, and a tree reduction whose results are merged as they arrive.
+"""Many tasks over Ray with few in flight: a parallel map, and a tree reduction that merges results as they arrive.
 
-Both keep the number of unfinished and of unmerged results bounded, retry a task whose worker or node died or whose input could not be read
-for a moment, and raise what a task raised as it was, without Ray's wrapping. What is mapped and merged, they do not know.
+Both keep the number of unfinished and of unmerged results bounded, retry a task whose worker or node died or that met
+an OSError (a store that failed for a moment), and raise what a task raised as it was, without Ray's wrapping.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -50,10 +50,11 @@ def tree_reduce(
     in_flight: int | None = None,
     num_cpus: float = 1.0,
 ) -> "ray.ObjectRef[R]":
-    """Maps every item and merges the results to one, in Ray tasks; `merge_fn` runs on results in any order and any grouping.
+    """Maps every item and merges the results to one, in Ray tasks.
 
-    The answer is the same in every run only if `merge_fn` is associative and commutative. Intermediate results stay in the object store: at most
-    `in_flight + fan_in` of them exist at a time, and none passes through the caller.
+    Results merge in any order and any grouping: the answer is the same in every run only if `merge_fn` is associative
+    and commutative. They stay in the object store, none passes through the caller, and there are never more of them
+    than tasks in flight times `fan_in`.
 
     Args:
         map_fn: an item to a result; picklable.
@@ -109,14 +110,22 @@ def _run(fn: Callable[..., R], *args: object) -> tuple[None, R]:
     return None, fn(*args)
 
 
+def cpus() -> float:
+    """CPUs of the cluster that Ray is connected to, at least 1."""
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return max(1.0, resources.get("CPU", 0.0))
+
+
 class _Flight:
-    """The unfinished tasks. A task has two results: a marker, which says that it succeeded, and its value, which stays where it is."""
+    """The unfinished tasks.
+
+    A task has two results: a marker, which tells the caller that it succeeded, and its value, which stays where it is.
+    """
 
     def __init__(self, limit: int | None, num_cpus: float) -> None:
-        self._limit = limit or max(2, int(2 * ray.cluster_resources().get("CPU", 1) / num_cpus))
-        self._task: Any = ray.remote(
-            num_cpus=num_cpus, num_returns=2, max_retries=RETRIES, retry_exceptions=[OSError]
-        )(_run)
+        self._limit = limit or max(2, int(2 * cpus() / num_cpus))
+        remote: Any = ray.remote
+        self._task = remote(num_cpus=num_cpus, num_returns=2, max_retries=RETRIES, retry_exceptions=[OSError])(_run)
         self._functions: dict[Callable[..., Any], Any] = {}
         self._values: dict[Any, Any] = {}
 

@@ -1,13 +1,12 @@
-"""The run's report: one static page that says what was run, what came of it, and whether every image is accounted for.
+"""The run's report: one static page that says what was run, what came of it, and where every image went.
 
-`ReportContent` is plain data, filled in by the pipeline; `write_report` renders it with the templates beside this module
-and publishes the page with its assets. Everything in it that came from outside (class names, file names, errors, image
-bytes) is hostile: text is escaped for HTML and for plotly, images are decoded here and written anew as thumbnails.
+`ReportContent` is plain data, filled in by the pipeline; `write_report` renders it with the templates beside this
+module and publishes the page with its assets. What came from outside (class names, file names, errors, image bytes) is
+hostile: text is escaped for HTML and for plotly, images are decoded here and written anew as thumbnails.
 """
 
 import io
 import math
-import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cluster import storage
+from pipeline.text import duration, finite, parameters, percent, plain, plotly_text, points, score, short, thousands
 
 MAX_CLASSES_SHOWN = 40
 """Most classes whose ranked images, and most classes short of K, that the page lists."""
@@ -199,7 +199,7 @@ def write_report(out_uri: str, content: ReportContent) -> str:
     Raises:
         StorageError: the folder cannot be written.
     """
-    from plotly.offline import get_plotlyjs, get_plotlyjs_version  # type: ignore[import-untyped]
+    from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
     plotly_name = f"plotly-{get_plotlyjs_version()}.min.js"
     plotly_uri = storage.join(out_uri, "assets", plotly_name)
@@ -280,7 +280,7 @@ def _chart(key: str, caption: str, summary: str, traces: Sequence[Mapping[str, A
 
 
 def _trace(name: str, x: Sequence[float | None], y: Sequence[float | None], **more: Any) -> dict[str, Any]:
-    return {"type": "scatter", "name": name, "x": [_finite(v) for v in x], "y": [_finite(v) for v in y], **more}
+    return {"type": "scatter", "name": name, "x": [finite(v) for v in x], "y": [finite(v) for v in y], **more}
 
 
 def _curve_charts(number: int, curve: Curve) -> list[Chart]:
@@ -341,7 +341,9 @@ def _sweep_charts(sweep: Sequence[Trial]) -> list[Chart]:
     summary = "; ".join(
         f"{t.learning_rate:.3g}: {percent(t.val_top1)}{' (chosen)' if t.chosen else ''}" for t in trials
     )
-    x = {"type": "log", "title": {"text": "fine-tuning learning rate"}, "tickformat": "~g", "nticks": 8}
+    x: dict[str, Any] = {"type": "log", "title": {"text": "fine-tuning learning rate"}, "tickformat": "~g", "dtick": 1}
+    if len(trials) <= 8:
+        x |= {"tickmode": "array", "tickvals": [trial.learning_rate for trial in trials]}
     y = {"tickformat": ".1%", "title": {"text": "held-out top-1"}}
     return [_chart("sweep", "Fine-tuning learning rate", summary, traces, xaxis=x, yaxis=y)] if trials else []
 
@@ -351,7 +353,7 @@ def _class_charts(content: ReportContent) -> list[Chart]:
     classes, k = content.classes, content.images_per_class
     if not classes:
         return []
-    x = {"title": {"text": "class"}}
+    x: dict[str, Any] = {"title": {"text": "class"}}
     if len(classes) <= MAX_CLASSES_SHOWN:
         names = [plotly_text(short(c.name, 16)) for c in classes]
         x = {"tickmode": "array", "tickvals": list(range(len(classes))), "ticktext": names, "automargin": True}
@@ -367,20 +369,20 @@ def _class_charts(content: ReportContent) -> list[Chart]:
     full = [(i, c) for i, c in enumerate(classes) if k is None or c.count >= k]
     lacking = [(i, c) for i, c in enumerate(classes) if k is not None and c.count < k]
     traces = [bars(name, some) for name, some in (("K images", full), ("short of K", lacking)) if some]
-    scores = _trace(
-        "lowest selected score", list(range(len(classes))), [c.lowest_score for c in classes], mode="markers"
-    )
+    scores = _trace("lowest selected score", list(range(len(classes))), [c.lowest_score for c in classes])
     scores |= {
+        "mode": "markers",
+        "marker": {"size": 9 if len(classes) <= MAX_CLASSES_SHOWN else 4},
         "hovertext": [f"{plotly_text(short(c.name))}: {score(c.lowest_score)}" for c in classes],
         "hoverinfo": "text",
     }
     counts = [c.count for c in classes]
-    lowest = [c.lowest_score for c in classes if _finite(c.lowest_score) is not None]
+    lowest = [value for c in classes if (value := finite(c.lowest_score)) is not None]
     return [
         _chart(
             "counts",
-            "Images of D-hat per class",
-            f"{len(classes):,} classes with {min(counts):,} to {max(counts):,} images each; {len(lacking):,} short of K",
+            "Images of D̂ per class",
+            f"{len(classes):,} classes of {min(counts):,} to {max(counts):,} images; {len(lacking):,} short of K",
             traces,
             xaxis=x,
             yaxis={"rangemode": "tozero", "tickformat": ",d"},
@@ -395,68 +397,6 @@ def _class_charts(content: ReportContent) -> list[Chart]:
             yaxis={},
         ),
     ]
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
-# Text
-
-
-def plain(text: str) -> str:
-    """`text` with every character that prints nothing (controls, bidirectional overrides, lone surrogates) spelled out."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in unicodedata.normalize("NFC", text)
-    )
-
-
-def short(text: str, limit: int = 120) -> str:
-    """`plain(text)`, cut in the middle to `limit` characters."""
-    text = plain(text)
-    return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-(limit - limit // 2 - 1) :]}"
-
-
-def plotly_text(text: str) -> str:
-    """`text` so that plotly, which reads a subset of HTML in labels, shows it as it stands."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def percent(fraction: float | None) -> str:
-    """0.8814 as "88.1%"; a dash for None."""
-    return "–" if fraction is None or not math.isfinite(fraction) else f"{100 * fraction:.1f}%"
-
-
-def points(difference: float | None) -> str:
-    """A difference of two fractions in percentage points, with its sign: -0.012 as "−1.2"."""
-    if difference is None or not math.isfinite(difference):
-        return "–"
-    return f"{round(100 * difference, 1) + 0.0:+.1f}".replace("-", "−")
-
-
-def score(value: float | None) -> str:
-    """A probability or a logit, to four decimals."""
-    return "–" if value is None or not math.isfinite(value) else f"{value:.4f}".replace("-", "−")
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as "4.2 s", "3 min 07 s" or "5 h 02 min"."""
-    if seconds is None or not math.isfinite(seconds):
-        return "–"
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02d} min"
-
-
-def thousands(value: float | None) -> str:
-    """A number of things, with separators: 12,345."""
-    return "–" if value is None else f"{value:,.0f}"
-
-
-def parameters(value: int) -> str:
-    """A number of parameters: "25.6M", "54.3k", "812"."""
-    return f"{value / 1e6:,.1f}M" if value >= 1e6 else f"{value / 1e3:.1f}k" if value >= 1e3 else str(value)
 
 
 # The page

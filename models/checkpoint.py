@@ -1,0 +1,134 @@
+"""Model directories: `model.safetensors` + `model.json`. Nothing in them is a pickle.
+
+Names in the state dict are the network's own, which for the named architectures are torchvision's. The card is published
+last, so that a directory with a card is complete; it holds the size and hash of the weights, which loading checks.
+"""
+
+import hashlib
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cluster import storage
+from cluster.errors import ModelError, StorageError
+from models.architectures import build
+from models.card import CARD, WEIGHTS, ModelCard, Weights, read_card
+from models.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to use: `model` is float32, on the CPU, in evaluation mode."""
+
+    model: nn.Module
+    config: ModelConfig
+    class_names: list[str]
+    metrics: dict[str, float | None]
+    provenance: dict[str, Any]
+
+
+def save(
+    uri: str,
+    model: nn.Module,
+    *,
+    config: ModelConfig,
+    class_names: list[str],
+    metrics: dict[str, float],
+    provenance: dict[str, Any],
+) -> ModelCard:
+    """Publishes a model directory: the weights, then the card.
+
+    Args:
+        uri: the directory; files of an earlier model there are replaced.
+        model: the network, as `build(config, len(class_names))` gives it.
+        config: how to build it again.
+        class_names: class i of the output is class_names[i].
+        metrics: figures of the model.
+        provenance: JSON values that say where it comes from.
+
+    Raises:
+        StorageError: the store refuses.
+    """
+    with tempfile.TemporaryDirectory(prefix="tophat-") as folder:
+        path = Path(folder, WEIGHTS)
+        save_file(state_of(model), path, metadata={"format": "pt"})
+        weights = Weights(sha256=_sha256(path), size=path.stat().st_size)
+        card = ModelCard(
+            model=config,
+            class_names=class_names,
+            metrics={name: value if math.isfinite(value) else None for name, value in metrics.items()},
+            provenance=provenance,
+            weights=weights,
+        )
+        storage.publish(storage.join(uri, WEIGHTS), path)
+    storage.publish(storage.join(uri, CARD), card.model_dump_json(indent=1).encode())
+    return card
+
+
+def load(uri: str) -> LoadedModel:
+    """The model in the directory `uri`.
+
+    A card whose architecture is an import path makes this import and call it: load such directories from sources you
+    would run code from.
+
+    Raises:
+        ModelError: missing, corrupt, or weights that do not fit the architecture.
+        StorageError: the store refuses.
+    """
+    card = read_card(uri)
+    state = _read_weights(uri, card.weights)
+    model = build(card.model, len(card.class_names))
+    if problem := mismatch(model, state):
+        raise ModelError("model", uri, f"has weights that do not fit {card.model.architecture}: {problem}", "save it again")
+    model.load_state_dict(state)
+    return LoadedModel(model.eval(), card.model, card.class_names, card.metrics, card.provenance)
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict as tensors that can be written: on the CPU, contiguous, each with memory of its own."""
+    return {
+        name: tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def mismatch(model: nn.Module, state: dict[str, Tensor]) -> str:
+    """Why `state` does not fit `model`, by the first name that differs; empty if it fits."""
+    own = model.state_dict()
+    for name in sorted(own.keys() | state.keys()):
+        if name not in state:
+            return f"{name} is missing"
+        if name not in own:
+            return f"{name} is not in the network"
+        if own[name].shape != state[name].shape:
+            return f"{name} is {list(state[name].shape)} and should be {list(own[name].shape)}"
+    return ""
+
+
+def _read_weights(uri: str, weights: Weights) -> dict[str, Tensor]:
+    try:
+        with storage.local_copy(storage.join(uri, WEIGHTS)) as path:
+            if path.stat().st_size != weights.size:
+                rule = f"has a {WEIGHTS} of {path.stat().st_size} bytes where its card says {weights.size}"
+                raise ModelError("model", uri, rule, "copy or save it again")
+            if _sha256(path) != weights.sha256:
+                raise ModelError("model", uri, f"has a {WEIGHTS} whose hash is not its card's", "copy or save it again")
+            return load_file(path)
+    except SafetensorError as error:
+        raise ModelError("model", uri, f"has a {WEIGHTS} that is no safetensors file ({error})", "save it again") from None
+    except StorageError as error:
+        if "does not exist" not in error.rule:
+            raise
+        raise ModelError("model", uri, f"has a {CARD} and no {WEIGHTS}", "copy or save it again") from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,295 @@
+"""What each worker of a training does: synchronous SGD, one gradient averaged over all workers per step (section 4.1)."""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train.collective import broadcast_from_rank_zero
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from cluster.errors import ModelError, StageError
+from models import checkpoint
+from models.architectures import build
+from models.evaluation import Evaluation, evaluate, evaluation_of, measure
+from models.schedules import learning_rate
+from models.training import Job, Row
+from models.transforms import normalize
+
+ROWS = 200
+"""Rows of a history. `VALIDATIONS` and `CHECKPOINTS` divide it, so that each falls on a row."""
+VALIDATIONS = 20
+CHECKPOINTS = 10
+
+PROGRESS_SECONDS = 0.5
+
+
+def train(job: Job) -> dict[str, Any]:
+    """Trains as rank `ray.train.get_context()` says; rank 0 publishes the model.
+
+    Returns:
+        `history`, or `error`: one that every worker meets alike, which a restart would not mend.
+    """
+    try:
+        return {"history": _Trainer(job).run()}
+    except (ModelError, StageError) as error:
+        return {"error": error}
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def due(step: int, steps: int, times: int) -> bool:
+    """Whether, of `times` equally spaced points in `steps`, one falls on the end of `step` (1-based)."""
+    return step * times // steps != (step - 1) * times // steps
+
+
+class _Trainer:
+    """The state of one worker."""
+
+    def __init__(self, job: Job) -> None:
+        context = ray.train.get_context()
+        self.job = job
+        self.training = job.training
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.device = torch.device("cuda" if job.training.gpus_per_worker else "cpu")
+        torch.set_num_threads(job.training.cpus_per_worker)
+        torch.manual_seed(job.seed)
+        self.model = build(job.model, len(job.class_names))
+        if job.initial is not None:
+            start_from(self.model, job.initial, job.class_names)
+        self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=self.training.peak_learning_rate,
+            momentum=self.training.momentum,
+            nesterov=self.training.nesterov,
+            weight_decay=self.training.weight_decay,
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.training.precision == "float16")
+        self.history: list[Row] = []
+        self.step = 0
+        self._restore()
+        self._join()
+
+    def run(self) -> list[Row]:
+        """The steps that are left."""
+        job, training = self.job, self.training
+        steps = training.steps(job.data.images)
+        every = training.checkpoint_every_images
+        self._reseed()
+        batches = job.data.training_batches(
+            job.model.transform,
+            batch_size=training.batch_size,
+            rank=self.rank,
+            world=self.world,
+            seed=job.seed,
+            start=self.step * training.global_batch,
+        )
+        network = self._distributed()
+        meter = _Meter(self.device)
+        while self.step < steps:
+            images, labels = next(batches)
+            self._learn(network, images, labels, steps, meter)
+            self.step += 1
+            self._show(meter)
+            seen, before = self.step * training.global_batch, (self.step - 1) * training.global_batch
+            save = due(self.step, steps, CHECKPOINTS) if every is None else seen // every != before // every
+            save = save and self.step < steps
+            if due(self.step, steps, ROWS) or save:
+                self._close_row(meter, steps)
+                validated = job.validation is not None and due(self.step, steps, VALIDATIONS)
+                if validated:
+                    self.history[-1] |= self._validate()
+                if save or (validated and job.reports):
+                    self._report(save)
+                meter.restart()
+        if self.rank == 0:
+            checkpoint.save(
+                job.out,
+                self.model,
+                config=job.model,
+                class_names=job.class_names,
+                metrics=self.history[-1],
+                provenance=job.provenance,
+            )
+        return self.history
+
+    def _learn(self, network: nn.Module, images: Tensor, labels: Tensor, steps: int, meter: "_Meter") -> None:
+        """One step of SGD."""
+        batch = self.training.global_batch
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.training, self.step * batch, steps * batch)
+        labels = labels.to(self.device, non_blocking=True)
+        with self._autocast():
+            logits = network(normalize(images, self.job.model.transform, self.device))
+        loss = functional.cross_entropy(logits.float(), labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        meter.add(logits.detach(), labels)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        kinds = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+        kind = kinds.get(self.training.precision)
+        return torch.autocast(self.device.type, dtype=kind) if kind else nullcontext()
+
+    def _close_row(self, meter: "_Meter", steps: int) -> None:
+        """Adds a row to the history, the same on every worker."""
+        seconds = meter.seconds()
+        total = self._summed(meter.counts)
+        batch = self.training.global_batch
+        if not torch.isfinite(torch.tensor(total.loss_sum)):
+            raise StageError(
+                f"training {self.job.name}: the loss is {total.loss} after {self.step * batch} images; "
+                f"the learning rate is too high: lower learning_rate = {self.training.learning_rate:g} "
+                f"or raise warmup = {self.training.warmup:g}"
+            )
+        self.history.append(
+            {
+                "images_seen": self.step * batch,
+                "learning_rate": learning_rate(self.training, (self.step - 1) * batch, steps * batch),
+                "loss": total.loss,
+                "top1": total.top1,
+                "images_per_second": total.images / seconds,
+            }
+        )
+
+    def _validate(self) -> Row:
+        job = self.job
+        assert job.validation is not None
+        if self.world > 1:  # batch statistics are each worker's own (section 4.1): judge, and keep, those of rank 0
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
+        batches = job.validation.evaluation_batches(
+            job.model.transform, batch_size=2 * self.training.batch_size, rank=self.rank, world=self.world
+        )
+        with self._autocast():
+            own = evaluate(self.model, batches, job.model.transform, self.device)
+        counts = torch.tensor([own.images, own.hits1, own.hits5, own.loss_sum], dtype=torch.float64, device=self.device)
+        found = self._summed(counts)
+        return {"val_loss": found.loss, "val_top1": found.top1, "val_top5": found.top5}
+
+    def _summed(self, counts: Tensor) -> Evaluation:
+        if self.world > 1:
+            counts = counts.clone()
+            dist.all_reduce(counts)
+        return evaluation_of(counts)
+
+    def _show(self, meter: "_Meter") -> None:
+        if self.rank == 0 and meter.shown + PROGRESS_SECONDS < (now := time.monotonic()):
+            meter.shown = now
+            facts = {k: v for k, v in (self.history[-1] if self.history else {}).items() if k in ("loss", "top1", "val_top1")}
+            self.job.progress.update(self.step * self.training.global_batch, **facts)
+
+    def _reseed(self) -> None:
+        """Makes what is random inside the network a function of the step at which the last checkpoint was taken."""
+        torch.manual_seed(hash((self.job.seed, self.rank, self.step)) & (2**63 - 1))
+
+    def _report(self, save: bool) -> None:
+        """Hands the last row to Ray Train, with a checkpoint of rank 0 if `save`; waits for all workers."""
+        if not save or self.rank != 0:
+            ray.train.report(dict(self.history[-1]))
+        else:
+            with tempfile.TemporaryDirectory(prefix="tophat-") as folder:
+                self._write(Path(folder))
+                ray.train.report(dict(self.history[-1]), checkpoint=ray.train.Checkpoint.from_directory(folder))
+        if save:
+            self._reseed()
+
+    def _write(self, folder: Path) -> None:
+        names = [name for name, _ in self.model.named_parameters()]
+        state = self.optimizer.state_dict()["state"]
+        momentum = {
+            names[i]: entry["momentum_buffer"].cpu().contiguous()
+            for i, entry in state.items()
+            if entry.get("momentum_buffer") is not None
+        }
+        save_file(checkpoint.state_of(self.model), folder / "weights.safetensors")
+        save_file(momentum, folder / "momentum.safetensors")
+        counters = {"step": self.step, "scaler": self.scaler.state_dict(), "history": self.history}
+        (folder / "counters.json").write_text(json.dumps(counters))
+
+    def _restore(self) -> None:
+        """Continues from the last checkpoint of an interrupted run, if there is one."""
+        found = ray.train.get_checkpoint()
+        if found is None:
+            return
+        with found.as_directory() as name:
+            folder = Path(name)
+            self.model.load_state_dict(load_file(folder / "weights.safetensors"))
+            momentum = load_file(folder / "momentum.safetensors")
+            counters = json.loads((folder / "counters.json").read_text())
+        for parameter_name, parameter in self.model.named_parameters():
+            if parameter_name in momentum:
+                buffer = torch.empty_like(parameter).copy_(momentum[parameter_name])
+                self.optimizer.state[parameter]["momentum_buffer"] = buffer
+        self.scaler.load_state_dict(counters["scaler"])
+        self.step, self.history = counters["step"], counters["history"]
+
+    def _join(self) -> None:
+        """Meets the other workers; a single one needs no process group."""
+        if self.world == 1:
+            return
+        host = ray.util.get_node_ip_address()
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.rank == 0 else None
+        host, port = broadcast_from_rank_zero((host, store.port) if store else None)
+        store = store or dist.TCPStore(host, port, is_master=False)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
+
+    def _distributed(self) -> nn.Module:
+        if self.world == 1:
+            return self.model
+        return DistributedDataParallel(self.model, broadcast_buffers=False)
+
+
+class _Meter:
+    """Counts of this worker since the last row, on its device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.shown = 0.0
+        self.counts = torch.zeros(4, dtype=torch.float64, device=device)
+        self.restart()
+
+    def restart(self) -> None:
+        self.counts.zero_()
+        self._since = time.monotonic()
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        self.counts += measure(logits, labels)
+
+    def seconds(self) -> float:
+        return max(1e-9, time.monotonic() - self._since)
+
+
+def start_from(model: nn.Module, initial: str, class_names: list[str]) -> None:
+    """Loads the weights of the model directory `initial` into `model`, for fine-tuning.
+
+    If its class names are not `class_names`, the last layer stays as it is in `model`.
+
+    Raises:
+        ModelError: it cannot be loaded, or is of another architecture.
+    """
+    loaded = checkpoint.load(initial)
+    state = loaded.model.state_dict()
+    own = model.state_dict()
+    if loaded.class_names != class_names:
+        weight, bias = _head(own)
+        state |= {name: own[name] for name in (weight, bias) if name in own}
+    if problem := checkpoint.mismatch(model, state):
+        raise ModelError(
+            "initial", initial, f"does not fit the network to train: {problem}", "use one of the same architecture"
+        )
+    model.load_state_dict(state)

@@ -1,0 +1,381 @@
+"""Stage (2), first half: the teacher on every image of U (section 3.2, "Data selection and labeling").
+
+Ray Data streams shards through two operators: readers decode a shard into row ranges of uint8 images, and actors that hold the teacher
+score a range at a time and publish it as one Parquet file. The published files are the ledger of what is done: a range without a file is
+scored again, and nothing else keeps track.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, unquote
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster import storage
+from cluster.errors import StageError
+from cluster.progress import Progress
+from models.config import Transform
+from pipeline.recipe import Score
+from pipeline.rejects import Reject, publish_rejects, read_rejects
+from pipeline.sources import ImageSource, Reader, Row, Shard, ShardError
+
+MAX_RANGE_ROWS = 65_536
+READ_BLOCKS = 2_000
+_RANGE_FILE = re.compile(r"(?P<shard>.+)\.(?P<start>\d{8,})-(?P<stop>\d{8,})(?P<last>\.last)?\.parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Consecutive rows `[start, stop)` of a shard, scored together.
+
+    Attributes:
+        last: whether the shard ends here.
+    """
+
+    shard: str
+    start: int
+    stop: int
+    last: bool
+
+    @property
+    def file(self) -> str:
+        """Name of its file, under the folder of the score table."""
+        return f"{quote(self.shard, safe='/')}.{self.start:08d}-{self.stop:08d}{'.last' if self.last else ''}.parquet"
+
+    @classmethod
+    def of_file(cls, path: str) -> "Range | None":
+        """The range whose file has this name; None for other files."""
+        match = _RANGE_FILE.fullmatch(path)
+        if match is None:
+            return None
+        return cls(unquote(match["shard"]), int(match["start"]), int(match["stop"]), match["last"] is not None)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a scoring made. `listed` = `scored` + `rejected` was counted in the published files.
+
+    Attributes:
+        uri: the score table.
+        listed: images that the shards hold.
+        scored: images with a row in the table.
+        rejected: images with a row in the rejects.
+        unreadable_shards: shards of which a part could not be read; each has a row in the rejects.
+        rejects: how many rejects there are of each reason.
+    """
+
+    uri: str
+    listed: int
+    scored: int
+    rejected: int
+    unreadable_shards: int
+    rejects: dict[str, int]
+
+
+def ledger(scores_uri: str) -> dict[str, list[Range]]:
+    """The published ranges of every shard, in row order."""
+    found: dict[str, list[Range]] = {}
+    for entry in storage.list_files(scores_uri, ".parquet"):
+        published = Range.of_file(entry.path)
+        if published is not None:
+            found.setdefault(published.shard, []).append(published)
+    for ranges in found.values():
+        ranges.sort(key=lambda r: (r.start, r.stop))
+    return found
+
+
+def complete(ranges: Sequence[Range]) -> bool:
+    """Whether ranges in row order cover a whole shard: from row 0, without a gap or an overlap, to its last row."""
+    starts = [r.start for r in ranges]
+    return (
+        bool(ranges)
+        and starts == [0, *(r.stop for r in ranges[:-1])]
+        and [r.last for r in ranges] == [False] * (len(ranges) - 1) + [True]
+    )
+
+
+def range_rows(transform: Transform, range_mib: int) -> int:
+    """Rows of a range whose decoded images (uint8, 3 channels) take at most `range_mib` MiB."""
+    return max(1, min(MAX_RANGE_ROWS, range_mib * 2**20 // (3 * transform.size**2)))
+
+
+def score(
+    source: ImageSource, model_uri: str, scores_uri: str, rejects_uri: str, settings: Score, progress: Progress
+) -> Scored:
+    """Scores every image of a source that has no score yet, on the Ray that is running.
+
+    Args:
+        source: U.
+        model_uri: the teacher's model directory.
+        scores_uri: folder of the score table.
+        rejects_uri: folder of the rejects.
+        settings: batch size, actors, P.
+        progress: gets images scored and rejected.
+
+    Raises:
+        StageError: too many rejects, or files that do not add up to the images listed.
+    """
+    from models.card import read_card
+
+    card = read_card(model_uri)
+    done = ledger(scores_uri)
+    missing = [shard for shard in source.shards() if not complete(done.get(shard.name, ()))]
+    if missing:
+        job = _Job(
+            source.reader, model_uri, scores_uri, rejects_uri, card.model.transform, len(card.class_names), settings
+        )
+        _stream(job, missing, done, progress)
+    return prove(source, scores_uri, rejects_uri)
+
+
+def prove(source: ImageSource, scores_uri: str, rejects_uri: str) -> Scored:
+    """Counts the published files: every shard covered without gap or overlap, and listed = scored + rejected.
+
+    Raises:
+        StageError: they do not add up.
+    """
+    done = ledger(scores_uri)
+    listed = scored = 0
+    for shard in source.shards():
+        ranges = done.get(shard.name, [])
+        if not complete(ranges):
+            raise StageError(f"{shard.name} is not scored completely: run the same command again")
+        listed += ranges[-1].stop
+        for published in ranges:
+            with storage.open_input(storage.join(scores_uri, published.file)) as file:
+                scored += pq.read_metadata(file).num_rows
+    reasons, _ = read_rejects(rejects_uri, limit=0)
+    unreadable = reasons.get("unreadable_shard", 0)
+    rejected = sum(reasons.values()) - unreadable
+    if listed != scored + rejected:
+        raise StageError(
+            f"{listed} images are listed, but {scored} are scored and {rejected} rejected: remove {scores_uri} and score again"
+        )
+    return Scored(scores_uri, listed, scored, rejected, unreadable, dict(sorted(reasons.items())))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every process of a scoring needs to know."""
+
+    reader: Reader
+    model_uri: str
+    scores_uri: str
+    rejects_uri: str
+    transform: Transform
+    classes: int
+    settings: Score
+
+
+def _stream(job: _Job, missing: Sequence[Shard], done: dict[str, list[Range]], progress: Progress) -> None:
+    import ray
+
+    settings = job.settings
+    items = [{"shard": shard, "done": [(r.start, r.stop) for r in done.get(shard.name, ())]} for shard in missing]
+    ranges = ray.data.from_items(items, override_num_blocks=min(len(items), READ_BLOCKS)).map_batches(
+        _RangeReader(job), batch_size=1, num_cpus=settings.cpus_per_reader, batch_format="pandas"
+    )
+    scored = ranges.map_batches(
+        _RangeScorer,
+        fn_constructor_args=(job,),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=settings.actors or default_actors(settings)),
+        num_cpus=settings.cpus_per_actor,
+        num_gpus=settings.gpus_per_actor,
+    )
+    total_bytes, seen_bytes, images, rejects = sum(s.size for s in missing), 0, 0, 0
+    for batch in scored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for row in batch.to_pylist():
+            images, rejects = images + row["scored"], rejects + row["rejected"]
+            seen_bytes += row["bytes"]
+            expected = (images + rejects) * total_bytes // seen_bytes if seen_bytes else None
+            progress.update(images, rejects, total=expected)
+        if images + rejects >= 1000 and rejects > settings.max_reject_fraction * (images + rejects):
+            raise _too_many(rejects, images + rejects, settings)
+    if rejects > settings.max_reject_fraction * (images + rejects):
+        raise _too_many(rejects, images + rejects, settings)
+
+
+def _too_many(rejects: int, images: int, settings: Score) -> StageError:
+    return StageError(
+        f"{rejects} of {images} images could not be scored, more than score.max_reject_fraction = "
+        f"{settings.max_reject_fraction:g} allows: look at the rejects, then raise it or mend the source"
+    )
+
+
+def default_actors(settings: Score) -> int:
+    """How many actors the cluster's resources hold beside at least one reader."""
+    import ray
+
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    if settings.gpus_per_actor > 0:
+        return max(1, int(resources.get("GPU", 0.0) / settings.gpus_per_actor))
+    cpus = resources.get("CPU", 1.0)
+    return max(1, int((cpus - settings.cpus_per_reader) / (settings.cpus_per_actor + settings.cpus_per_reader)))
+
+
+class _RangeReader:
+    """Reads and decodes shards: a row per range."""
+
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+
+    def __call__(self, batch: Any) -> Iterator[pa.Table]:
+        for shard, covered in zip(batch["shard"], batch["done"], strict=True):
+            yield from self._ranges(shard, [tuple(span) for span in covered])
+
+    def _ranges(self, shard: Shard, covered: list[tuple[int, int]]) -> Iterator[pa.Table]:
+        rows = range_rows(self._job.transform, self._job.settings.range_mib)
+        pending: _Decoded | None = None
+        position, problem = 0, None
+        try:
+            for row in self._job.reader.read(shard):
+                position = row.index + 1
+                if any(start <= row.index < stop for start, stop in covered):
+                    continue
+                if pending is not None and (pending.stop != row.index or pending.stop - pending.start >= rows):
+                    yield pending.table(last=False)
+                    pending = None
+                if pending is None:
+                    pending = _Decoded(shard, row.index)
+                pending.add(row, self._job.transform)
+        except ShardError as error:
+            problem = str(error)
+        # What comes last is published as such, even when it is empty: only then the shard is complete.
+        if pending is not None and pending.stop != position:
+            yield pending.table(last=False)
+            pending = None
+        yield (pending or _Decoded(shard, position)).table(last=True, problem=problem)
+
+
+class _Decoded:
+    """A range under way: its images, and what could not be decoded."""
+
+    def __init__(self, shard: Shard, start: int) -> None:
+        self.shard = shard
+        self.start = start
+        self.stop = start
+        self.bytes = 0
+        self.indices: list[int] = []
+        self.images: list[npt.NDArray[np.uint8]] = []
+        self.rejects: list[dict[str, Any]] = []
+
+    def add(self, row: Row, transform: Transform) -> None:
+        from models.transforms import UndecodableImage, evaluation_image
+
+        self.stop = row.index + 1
+        self.bytes += len(row.data)
+        try:
+            self.images.append(evaluation_image(row.data, transform))
+            self.indices.append(row.index)
+        except UndecodableImage as error:
+            self.rejects.append({"index": row.index, "reason": error.reason, "error": error.detail})
+
+    def table(self, *, last: bool, problem: str | None = None) -> pa.Table:
+        """One row. The images are one binary value, so that Ray never splits a range over blocks."""
+        rejects = list(self.rejects)
+        if problem is not None:
+            rejects.append({"index": None, "reason": "unreadable_shard", "error": problem})
+        content = np.stack(self.images).tobytes() if self.images else b""
+        return pa.table(
+            {
+                "shard": pa.array([self.shard.name], pa.string()),
+                "start": pa.array([self.start], pa.int64()),
+                "stop": pa.array([self.stop], pa.int64()),
+                "last": pa.array([last], pa.bool_()),
+                "bytes": pa.array([self.bytes], pa.int64()),
+                "indices": pa.array([self.indices], pa.list_(pa.uint32())),
+                "images": pa.array([content], pa.large_binary()),
+                "rejects": pa.array([rejects], pa.list_(_REJECT)),
+            }
+        )
+
+
+_REJECT = pa.struct([("index", pa.uint32()), ("reason", pa.string()), ("error", pa.string())])
+
+
+class _RangeScorer:
+    """An actor that holds the teacher, scores ranges and publishes them."""
+
+    def __init__(self, job: _Job) -> None:
+        import torch
+
+        from models.checkpoint import load
+
+        self._job = job
+        self._device = torch.device("cuda" if job.settings.gpus_per_actor > 0 and torch.cuda.is_available() else "cpu")
+        if self._device.type == "cpu":
+            torch.set_num_threads(max(1, int(job.settings.cpus_per_actor)))
+        self._model = load(job.model_uri).model.to(self._device, memory_format=torch.channels_last)
+
+    def __call__(self, batch: pa.Table) -> dict[str, Any]:
+        counts = [self._publish(row) for row in batch.to_pylist()]
+        return {name: [count[name] for count in counts] for name in ("scored", "rejected", "bytes")}
+
+    def _publish(self, row: dict[str, Any]) -> dict[str, int]:
+        job, published = self._job, Range(row["shard"], row["start"], row["stop"], row["last"])
+        side = job.transform.size
+        images = np.frombuffer(row["images"], np.uint8).reshape(-1, 3, side, side)
+        class_ids, scores = self._top(images)
+        if row["rejects"]:
+            # Before the scores: where those exist, the range is complete.
+            rejects = [Reject(published.shard, r["index"], r["reason"], r["error"]) for r in row["rejects"]]
+            publish_rejects(storage.join(job.rejects_uri, published.file), rejects)
+        table = score_table(published.shard, row["indices"], class_ids, scores, job.classes)
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        storage.publish(storage.join(job.scores_uri, published.file), sink.getvalue().to_pybytes())
+        rejected = sum(r["index"] is not None for r in row["rejects"])
+        return {"scored": len(images), "rejected": rejected, "bytes": row["bytes"]}
+
+    def _top(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """The P best classes of each image: int32 [N, P] and their softmax float32 [N, P], best first."""
+        import torch
+
+        from models.transforms import normalize
+
+        settings = self._job.settings
+        size = (len(images), settings.classes_per_image)
+        class_ids, scores = np.empty(size, np.int32), np.empty(size, np.float32)
+        with torch.inference_mode():
+            for start in range(0, len(images), settings.batch_size):
+                part = slice(start, start + settings.batch_size)
+                batch = normalize(torch.from_numpy(images[part].copy()), self._job.transform, self._device)
+                top = self._model(batch).float().softmax(dim=1).topk(settings.classes_per_image, dim=1)
+                class_ids[part], scores[part] = top.indices.cpu().numpy(), top.values.cpu().numpy()
+        return class_ids, scores
+
+
+def score_table(
+    shard: str,
+    indices: Sequence[int],
+    class_ids: npt.NDArray[np.int32],
+    scores: npt.NDArray[np.float32],
+    classes: int,
+) -> pa.Table:
+    """Rows of a score table.
+
+    Args:
+        shard: of all rows.
+        indices: [N], rows of the shard.
+        class_ids: int32 [N, P], in score order.
+        scores: float32 [N, P], descending.
+        classes: how many classes there are, for the schema's metadata.
+    """
+    width = class_ids.shape[1]
+    return pa.table(
+        {
+            "shard": pa.DictionaryArray.from_arrays(
+                pa.array(np.zeros(len(indices), np.int32)), pa.array([shard], pa.string())
+            ),
+            "index": pa.array(indices, pa.uint32()),
+            "class_ids": pa.FixedSizeListArray.from_arrays(pa.array(class_ids.reshape(-1)), width),
+            "scores": pa.FixedSizeListArray.from_arrays(pa.array(scores.reshape(-1)), width),
+        }
+    ).replace_schema_metadata({"tophat.num_classes": str(classes)})

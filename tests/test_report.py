@@ -1,0 +1,407 @@
+"""The report, opened in a real browser."""
+
+import io
+import os
+import shutil
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from cluster import storage
+from pipeline import text
+from pipeline.report import (
+    MAX_CLASSES_SHOWN,
+    TILE,
+    Accuracy,
+    ClassCount,
+    ClassRow,
+    Conservation,
+    Curve,
+    ModelFacts,
+    RankedImage,
+    Reject,
+    ReportContent,
+    StageRow,
+    Trial,
+    contact_strip,
+    figure_ranks,
+    write_report,
+)
+
+NAMES = [
+    "<script>window.pwned = 1</script>",
+    '"><img src=x onerror="window.pwned=1">',
+    "</script><script>window.pwned=1</script>",
+    '<a href="javascript:pwned=1">x</a>',
+    "<b>bold</b>",
+    "&lt;i&gt;",
+    "{{ 7 * 7 }} %{x}",
+    "photo\u202egpj.exe",
+    "line\nbreak\x00nul",
+    "\udcff lost byte",
+    "نمر",
+    "plain",
+]
+COLORS = [(200, 30, 30), (30, 160, 30), (30, 30, 200), (200, 160, 30), (30, 160, 160)]
+
+
+def encoded(color: tuple[int, ...], mode: str = "RGB", kind: str = "PNG", size: tuple[int, int] = (40, 30)) -> bytes:
+    out = io.BytesIO()
+    Image.new(mode, size, color).save(out, kind)
+    return out.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims to be of this size and holds no pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+BROKEN_IMAGES = {
+    "empty": b"",
+    "text": b"not an image",
+    "svg": b'<svg xmlns="http://www.w3.org/2000/svg"><script>window.pwned=1</script></svg>',
+    "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n",
+    "truncated": encoded((1, 2, 3), kind="JPEG", size=(200, 200))[:700],
+    "65 Mpx": png_header(65_000, 1_000),
+    "10 Gpx": png_header(100_000, 100_000),
+}
+
+
+def hostile_content() -> ReportContent:
+    images = [encoded(color) for color in COLORS]
+    images[3] = BROKEN_IMAGES["svg"]
+    ranked = [
+        RankedImage(rank, 1 - rank / 1000, NAMES[1], rank, im)
+        for rank, im in zip([0, 1, 2, 57, 99], images, strict=True)
+    ]
+    history: list[dict[str, float | None]] = [
+        {"images_seen": 100, "learning_rate": 0.1, "loss": 2.0, "top1": 0.2, "val_top1": None},
+        {"images_seen": 200, "learning_rate": 0.05, "loss": float("nan"), "top1": 0.4, "val_top1": 0.35},
+    ]
+    return ReportContent(
+        run=NAMES[0],
+        recipe_yaml="name: </pre><script>window.pwned=1</script>\nk: 100\n",
+        created="2026-01-01 12:00 UTC",
+        teacher=ModelFacts(NAMES[1], 25_557_032),
+        student=ModelFacts("resnet18", 11_689_512),
+        teacher_accuracy=Accuracy(0.901, 0.99),
+        pretrained=Accuracy(0.8299, 0.97),
+        fine_tuned=Accuracy(0.8812, 0.98),
+        supervised=Accuracy(0.839, 0.975),
+        test_images=1000,
+        conservation=Conservation(
+            listed=3900, scored=3897, rejected=3, candidates=7794, selected=1100, unselected=6693
+        ),
+        rejects_by_reason={NAMES[1]: 1, "truncated": 2},
+        reject_examples=[Reject(NAMES[2], 7, "truncated", NAMES[0])],
+        images_per_class=100,
+        classes=[ClassCount(i, name, 100 if i else 0, 0.5 if i else None) for i, name in enumerate(NAMES)],
+        rows=[ClassRow(i, name, ranked) for i, name in enumerate(NAMES)],
+        curves=[Curve(NAMES[1], history)],
+        sweep=[Trial(0.001, 0.861), Trial(0.003, 0.881, chosen=True), Trial(0.01, float("nan"))],
+        stages=[StageRow(NAMES[2], "done", 61.2, 120_000), StageRow("finetune", NAMES[1])],
+        environment={NAMES[0]: NAMES[1]},
+    )
+
+
+@pytest.fixture(scope="module")
+def browser(private_home: Path) -> Iterator[Browser]:
+    chromium = next(
+        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+    )
+    if chromium is None:
+        pytest.fail("no chromium on PATH: the report is tested in a real browser; install the package `chromium`")
+    quiet = [
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--no-first-run",
+    ]
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", *quiet])
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_report(str(tmp_path_factory.mktemp("run") / "report"), hostile_content())
+
+
+@contextmanager
+def opened(browser: Browser, uri: str, width: int = 1280, scheme: str = "light") -> Iterator[Page]:
+    """The page, loaded; afterwards it must have asked for its own files alone, and complained of nothing."""
+    requests: list[str] = []
+    complaints: list[str] = []
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme="dark" if scheme == "dark" else "light"
+    )
+    page = context.new_page()
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("requestfailed", lambda request: complaints.append(f"failed: {request.url}"))
+    page.on(
+        "console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None
+    )
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("dialog", lambda dialog: complaints.append(f"dialog: {dialog.message}"))
+    try:
+        page.goto(f"file://{uri}")
+        yield page
+        assert page.evaluate("window.pwned") is None
+        assert complaints == []
+        folder = f"file://{os.path.dirname(uri)}/"
+        assert [url for url in requests if not url.startswith(folder)] == []
+    finally:
+        context.close()
+
+
+def test_sections_and_figures(browser: Browser, hostile: str) -> None:
+    with opened(browser, hostile) as page:
+        titles = page.locator("h2").all_inner_texts()
+        assert titles == [
+            *("Result", "Images accounted for", "D̂ per class", "Ranked images", "Training", "Sweep"),
+            *("Stages", "Environment", "Recipe"),
+        ]
+        links = page.locator("nav a").evaluate_all(
+            "all => all.map(a => document.querySelector(a.getAttribute('href')) !== null)"
+        )
+        assert links == [True] * len(titles)
+        rows = [
+            [cell.strip() for cell in row.split("\t")] for row in page.locator("#result tbody tr").all_inner_texts()
+        ]
+        assert rows == [
+            ["Student, pre-trained", "D̂", "83.0%", "97.0%", "\u22120.9"],
+            ["Student, fine-tuned", "D̂, then D", "88.1%", "98.0%", "+4.2"],
+            ["Student, fully supervised", "D", "83.9%", "97.5%", "\u2013"],
+            ["Teacher", "D", "90.1%", "99.0%", "\u2013"],
+        ]
+        result = page.locator("#result").inner_text()
+        assert "25.6M parameters" in result
+        assert "1,000 images; one standard error of such a top-1 is about 1.0 points" in result
+        verdicts = page.locator(".verdict").all_inner_texts()
+        assert verdicts == ["✓ holds", "✗ off by 1"]  # the second sum of this content is wrong on purpose
+        assert "1 class is short of K" in page.locator("#classes").inner_text()
+        drawn = page.locator("[data-figure]").evaluate_all(
+            "all => all.map(p => [p.dataset.figure, p.querySelectorAll('.trace').length])"
+        )
+        assert drawn == [["counts", 2], ["lowest", 1], ["loss-0", 1], ["accuracy-0", 2], ["rate-0", 1], ["sweep", 2]]
+        stage = page.locator("#stages tbody tr").first.inner_text()
+        assert "1 min 01 s" in stage
+        assert "1,961" in stage
+
+
+def test_hostile_names_are_shown_as_text(browser: Browser, hostile: str) -> None:
+    with opened(browser, hostile) as page:
+        shown = page.locator(".class-row h3 bdi").all_text_contents()
+        assert shown[:7] == NAMES[:7]
+        assert shown[7:] == ["photo\\u202egpj.exe", "line\\nbreak\\x00nul", "\\udcff lost byte", "نمر", "plain"]
+        assert page.locator("h1").inner_text() == NAMES[0]
+        assert page.locator("#training h3").inner_text() == NAMES[1]
+        assert page.locator("#environment dd").inner_text() == NAMES[1]
+        assert "</pre><script>window.pwned=1</script>" in (page.locator("#recipe code").text_content() or "")
+        assert NAMES[1] in (page.locator(".tile").first.get_attribute("title") or "")
+        assert page.locator("img:not(.tile), main script, main a, b:text('bold')").count() == 0
+
+
+def test_hostile_names_in_charts(browser: Browser, hostile: str) -> None:
+    with opened(browser, hostile) as page:
+        chart = page.locator("[data-figure=counts]")
+        ticks = chart.locator(".xtick text").all_text_contents()
+        assert ticks[4:7] == ["<b>bold</b>", "&lt;i&gt;", "{{ 7 * 7 }} %{x}"]
+        assert ticks[0] == text.short(NAMES[0], 16)
+        assert chart.locator("a, image, tspan[style*=bold]").count() == 0
+        bars = chart.locator(".bars .point path")
+        for bar, name in ((1, NAMES[2]), (2, NAMES[3]), (3, NAMES[4])):  # the bars of the classes that have K images
+            box = bars.nth(bar).bounding_box()
+            assert box is not None
+            page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+            hover = chart.locator(".hovertext text.nums")
+            hover.wait_for()
+            page.wait_for_function(
+                "name => document.querySelector('.hovertext text.nums')?.textContent.includes(name)", arg=name
+            )
+
+
+def test_policy_stops_what_escaping_might_miss(browser: Browser, hostile: str) -> None:
+    page = browser.new_page()
+    page.goto(f"file://{hostile}")
+    for attack in (
+        "const s = document.createElement('script'); s.textContent = 'window.pwned = 1'; document.body.append(s)",
+        "document.body.insertAdjacentHTML('beforeend', `<img src=x onerror='window.pwned=1'>`)",
+        "document.body.insertAdjacentHTML('beforeend', `<iframe srcdoc='<script>parent.pwned=1</script>'></iframe>`)",
+    ):
+        page.evaluate(f"() => {{ {attack} }}")
+    page.wait_for_timeout(200)
+    assert page.evaluate("window.pwned") is None
+    assert page.evaluate("fetch('http://127.0.0.1:9/').then(() => 'sent', error => error.message)") == "Failed to fetch"
+    assert page.evaluate("() => { try { return eval('1') } catch (error) { return error.name } }") == "EvalError"
+    page.close()
+
+
+def test_tiles_show_their_own_image(browser: Browser, hostile: str) -> None:
+    with opened(browser, hostile) as page:
+        row = page.locator(".class-row").nth(11)
+        row.scroll_into_view_if_needed()
+        row.locator("img").evaluate_all("all => Promise.all(all.map(image => image.decode()))")
+        tiles = row.locator(".tile")
+        assert tiles.count() == len(COLORS)
+        for column, color in enumerate(COLORS):
+            if column == 3:
+                assert tiles.nth(column).inner_text().split() == ["not", "shown"]
+                continue
+            pixels = Image.open(io.BytesIO(tiles.nth(column).screenshot())).convert("RGB")
+            for x in (6, pixels.width // 2, pixels.width - 6):
+                seen = pixels.getpixel((x, pixels.height // 2))
+                assert isinstance(seen, tuple)
+                assert max(abs(a - b) for a, b in zip(seen, color, strict=True)) < 12
+        captions = [caption.split() for caption in row.locator(".caption").all_inner_texts()]
+        assert captions == [["0", "1.000"], ["1", "0.999"], ["2", "0.998"], ["57", "0.943"], ["99", "0.901"]]
+        assert row.locator("li").evaluate_all("all => all.map(li => li.className)") == ["", "", "", "jump", ""]
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light")])
+def test_layout(browser: Browser, hostile: str, width: int, scheme: str) -> None:
+    with opened(browser, hostile, width, scheme) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        dark = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).every(c => c < 60)")
+        assert dark == (scheme == "dark")
+        unnamed = page.locator(
+            "img:not([alt]), [role=img]:not([aria-label]), [role=region]:not([aria-label]), th:not([scope])"
+        )
+        assert unnamed.count() == 0
+        assert page.locator("header, main, nav[aria-label], footer").count() == 4
+
+
+def test_a_run_that_has_only_begun(browser: Browser, tmp_path: Path) -> None:
+    uri = write_report(str(tmp_path / "report"), ReportContent(run="begun", recipe_yaml="seed: 0\n"))
+    with opened(browser, uri) as page:
+        assert page.locator("h2").all_inner_texts() == ["Recipe"]
+    teacher = ReportContent(
+        run="begun", recipe_yaml="", teacher_accuracy=Accuracy(0.5), classes=[ClassCount(0, "a", 0, None)]
+    )
+    uri = write_report(str(tmp_path / "report"), teacher)
+    with opened(browser, uri) as page:
+        assert page.locator("h2").all_inner_texts() == ["Result", "D̂ per class"]
+        assert page.locator("#result dd").all_inner_texts()[3] == "50.0%"
+
+
+def test_many_classes(browser: Browser, tmp_path: Path) -> None:
+    image = encoded((10, 20, 30))
+    content = ReportContent(
+        run="wide",
+        recipe_yaml="",
+        images_per_class=10,
+        classes=[ClassCount(i, f"class {i}", i % 11, 0.1) for i in range(1000)],
+        rows=[ClassRow(i, f"class {i}", [RankedImage(0, 0.9, "s.tar", 0, image)]) for i in range(1000)],
+    )
+    uri = write_report(str(tmp_path / "report"), content)
+    with opened(browser, uri) as page:
+        assert page.locator(".class-row").count() == MAX_CLASSES_SHOWN
+        assert f"Shown: {MAX_CLASSES_SHOWN} of 1,000 classes" in page.locator("#images").inner_text()
+        assert page.locator("#classes tbody tr").count() == MAX_CLASSES_SHOWN
+        assert page.locator("[data-figure=counts] .bars .point").count() == 1000
+    assert len(list((tmp_path / "report" / "assets").glob("*.jpg"))) == MAX_CLASSES_SHOWN
+
+
+def test_on_an_object_store(s3: str) -> None:
+    out = storage.join(s3, "report")
+    content = replace(hostile_content(), rows=hostile_content().rows[:2])
+    assert write_report(out, content) == storage.join(out, "index.html")
+    files = [entry.path for entry in storage.list_files(out)]
+    assert [path for path in files if "plotly" not in path] == [
+        *("assets/class-00000.jpg", "assets/class-00001.jpg", "assets/report.css", "assets/report.js"),
+        "index.html",
+    ]
+    assert storage.read_bytes(storage.join(out, "index.html")).startswith(b"<!doctype html>")
+
+
+def test_plotly_is_published_once(tmp_path: Path) -> None:
+    content = ReportContent(run="a", recipe_yaml="")
+    write_report(str(tmp_path), content)
+    (plotly,) = (tmp_path / "assets").glob("plotly-*.min.js")
+    before = plotly.stat().st_mtime_ns
+    write_report(str(tmp_path), replace(content, run="b"))
+    assert plotly.stat().st_mtime_ns == before
+    assert "<bdi>b</bdi>" in (tmp_path / "index.html").read_text()
+
+
+@pytest.mark.parametrize("name", BROKEN_IMAGES)
+def test_broken_images_leave_a_blank_tile(name: str) -> None:
+    strip, shown = contact_strip([encoded((250, 0, 0)), BROKEN_IMAGES[name]])
+    assert shown == [True, False]
+    with Image.open(io.BytesIO(strip)) as image:
+        assert (image.format, image.size) == ("JPEG", (2 * TILE, TILE))
+
+
+@pytest.mark.parametrize(
+    ("mode", "color", "kind", "expected"),
+    [
+        ("L", (90,), "PNG", (90, 90, 90)),
+        ("RGBA", (0, 0, 0, 0), "PNG", (255, 255, 255)),
+        ("RGB", (10, 200, 10), "WEBP", (10, 200, 10)),
+        ("CMYK", (0, 0, 0, 0), "JPEG", (255, 255, 255)),
+    ],
+)
+def test_image_modes(mode: str, color: tuple[int, ...], kind: str, expected: tuple[int, int, int]) -> None:
+    strip, shown = contact_strip([encoded(color, mode, kind)])
+    assert shown == [True]
+    with Image.open(io.BytesIO(strip)) as image:
+        seen = image.getpixel((TILE // 2, TILE // 2))
+    assert isinstance(seen, tuple)
+    assert max(abs(a - b) for a, b in zip(seen, expected, strict=True)) < 8
+
+
+@given(st.integers(0, 20_000), st.integers(0, 40), st.integers(0, 40))
+def test_figure_ranks(count: int, first: int, strided: int) -> None:
+    ranks = figure_ranks(count, first, strided)
+    assert len(ranks) == min(count, first + strided)
+    assert ranks == sorted(set(ranks))
+    assert ranks[: min(first, count)] == list(range(min(first, count)))
+    assert all(0 <= rank < count for rank in ranks)
+    if strided and count:
+        assert ranks[-1] == count - 1
+        steps = [b - a for a, b in zip(ranks[first:], ranks[first + 1 :], strict=False)]
+        assert not steps or max(steps) - min(steps) <= 1
+
+
+def test_figure_ranks_of_the_paper() -> None:
+    assert figure_ranks(16_000, 4, 4) == [0, 1, 2, 3, 4002, 8001, 12000, 15999]
+    with pytest.raises(ValueError, match="must not be negative"):
+        figure_ranks(10, -1, 2)
+
+
+@pytest.mark.parametrize(
+    ("got", "expected"),
+    [
+        (text.percent(0.8814), "88.1%"),
+        (text.percent(float("nan")), "\u2013"),
+        (text.points(0.0421), "+4.2"),
+        (text.points(-0.012), "\u22121.2"),
+        (text.points(-0.0001), "+0.0"),
+        (text.duration(4.21), "4.2 s"),
+        (text.duration(59.97), "1 min 00 s"),
+        (text.duration(18_120), "5 h 02 min"),
+        (text.parameters(25_557_032), "25.6M"),
+        (text.parameters(78_042), "78.0k"),
+        (text.score(-3.5, 2), "\u22123.50"),
+        (text.thousands(12_345), "12,345"),
+        (text.short("a" * 70 + "b" * 70, 11), "aaaaa…bbbbb"),
+    ],
+)
+def test_text(got: str, expected: str) -> None:
+    assert got == expected
