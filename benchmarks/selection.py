@@ -42,7 +42,7 @@ def generate(folder: Path, images: int, seed: int = 0) -> None:
         rows = min(ROWS_PER_FILE, images - start)
         steps = rng.integers(1, CLASSES // CLASSES_PER_IMAGE, (rows, CLASSES_PER_IMAGE))
         class_ids = (rng.integers(0, CLASSES, (rows, 1)) + np.cumsum(steps, axis=1)) % CLASSES
-        scores = -np.sort(-rng.random((rows, CLASSES_PER_IMAGE), np.float32) ** 3, axis=1)
+        scores = -np.sort(-(rng.random((rows, CLASSES_PER_IMAGE), np.float32) ** 3), axis=1)
         image = np.arange(start, start + rows)
         first = start // IMAGES_PER_SHARD
         names = pa.array([f"shard-{first + i:06d}.tar" for i in range(-(-rows // IMAGES_PER_SHARD))])

@@ -12,6 +12,7 @@ import shlex
 import socket
 import sys
 import time
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -28,6 +29,12 @@ EXCLUDED: Final = ("/.git/", "/.venv*/", "/runs/", "/data/", "/dist/", "/build/"
 UPLOAD_MIB: Final = 100
 """The most that Ray's Job API takes as a working directory, zipped (`DASHBOARD_CLIENT_MAX_SIZE` in Ray 2.60)."""
 
+CHATTY: Final = (
+    "ray._private.runtime_env.packaging",
+    "ray._private.runtime_env.working_dir",
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+)
 CONNECT_SECONDS: Final = 10.0
 RECONNECT_SECONDS: Final = 60.0
 INTERRUPTED: Final = 130
@@ -134,7 +141,9 @@ def _followed(job_id: str, address: str, log: _Log) -> int:
             with _connected(address) as client:
                 _details(client, job_id, address)
                 last_answer = time.monotonic()
-                asyncio.run(log.pump(client.tail_job_logs(job_id)))
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "ssl=None", DeprecationWarning)  # Ray's call of aiohttp
+                    asyncio.run(log.pump(client.tail_job_logs(job_id)))
                 job = _details(client, job_id, address)
             if job.status.is_terminal():
                 return _exit_code(job)
@@ -192,7 +201,8 @@ def _knock(address: str) -> None:
     """Fail at once where nothing listens: Ray's client has no time limit of its own."""
     try:
         parts = urlsplit(address)
-        host, port = parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
+        default = {"http": 80, "https": 443}[parts.scheme]
+        host, port = parts.hostname, parts.port or default
     except (KeyError, ValueError):
         host, port = None, 0
     if not host:
@@ -212,8 +222,8 @@ def _client(address: str, token: str) -> "JobSubmissionClient":
     """Ray's client. The token is in its headers, so that neither RAY_AUTH_MODE nor what Ray cached of it matters."""
     from ray.job_submission import JobSubmissionClient
 
-    for name in ("_private.runtime_env.packaging", "_private.runtime_env.working_dir", "dashboard.modules"):
-        logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     overriding = {
         name: os.environ.pop(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if name in os.environ
     }

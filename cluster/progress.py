@@ -41,22 +41,24 @@ class State:
 
 
 class Board:
-    """The actor behind `Progress`: the latest state of every task."""
+    """The actor behind `Progress`: the latest state of every part of every task."""
 
     def __init__(self) -> None:
-        self._states: dict[str, State] = {}
+        self._tasks: dict[str, dict[str, State]] = {}
 
-    def put(
-        self, task: str, done: int, rejected: int, total: int | None, facts: dict[str, float], absolute: bool
-    ) -> None:
-        state = self._states.setdefault(task, State())
-        state.done = done if absolute else state.done + done
-        state.rejected = rejected if absolute else state.rejected + rejected
-        state.total = total or state.total
-        state.facts.update(facts)
+    def set(self, task: str, part: str, state: State) -> None:
+        self._tasks.setdefault(task, {})[part] = state
+
+    def add(self, task: str, part: str, done: int, rejected: int) -> None:
+        state = self._tasks.setdefault(task, {}).setdefault(part, State())
+        state.done += done
+        state.rejected += rejected
 
     def get(self, task: str) -> State:
-        return self._states.get(task, State())
+        parts = list(self._tasks.get(task, {}).values())
+        facts = {name: value for state in parts for name, value in state.facts.items()}
+        totals = [state.total for state in parts if state.total is not None]
+        return State(sum(s.done for s in parts), sum(s.rejected for s in parts), sum(totals) if totals else None, facts)
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,21 @@ class Progress:
 
     task: str = ""
     board: Any = None
+    name: str = ""
 
-    def update(self, done: int, rejected: int = 0, total: int | None = None, **facts: float) -> None:
-        """Sets the absolute counts of the task, any facts, and the total where it is known only now (or estimated)."""
-        if self.board is not None:
-            self.board.put.remote(self.task, done, rejected, total, facts, True)
+    def part(self, name: str) -> "Progress":
+        """A handle for a share of the task; the shares' counts are added up."""
+        return Progress(self.task, self.board, name)
 
-    def add(self, done: int = 0, rejected: int = 0, **facts: float) -> None:
-        """Adds to the counts of the task; for many workers that each know only their own share."""
+    def update(self, done: int, rejected: int = 0, *, total: int | None = None, **facts: float) -> None:
+        """Sets the absolute counts, any facts, and the total where it is known only now (or estimated)."""
         if self.board is not None:
-            self.board.put.remote(self.task, done, rejected, None, facts, False)
+            self.board.set.remote(self.task, self.name, State(done, rejected, total, facts))
+
+    def add(self, done: int = 0, rejected: int = 0) -> None:
+        """Adds to the counts; for many workers that each know only their own share."""
+        if self.board is not None:
+            self.board.add.remote(self.task, self.name, done, rejected)
 
 
 SILENT = Progress()

@@ -1,9 +1,8 @@
 """Starting Ray, or joining a cluster, and leaving it again."""
 
-import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +22,58 @@ QUIET = {
 }
 
 
-@contextlib.contextmanager
-def session(cluster: Cluster, *, verbose: bool = False) -> Iterator[None]:
-    """Ray for the length of a block: a local one, or the cluster at `cluster.address` (or of the job this process runs in).
+class Session:
+    """Ray for the length of a `with` block: a local one, or the cluster at `cluster.address` (or of the job this process runs in).
 
-    A local Ray always requires its token and listens on the loopback or the host's own address only for the block's length.
+    Nothing starts until `start` is called, so that work which finds everything finished does not wait for Ray. A local Ray requires
+    its token, has no dashboard, and ends with the block.
 
-    Raises:
-        ResourceError: nothing answers at the address.
+    Args:
+        cluster: where.
+        on_start: called once Ray runs; raises when the cluster will not do.
+        verbose: shows Ray's own messages.
     """
+
+    def __init__(self, cluster: Cluster, *, on_start: Callable[[], None] | None = None, verbose: bool = False) -> None:
+        self._cluster = cluster
+        self._on_start = on_start
+        self._verbose = verbose
+        self._started = False
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def start(self) -> None:
+        """Makes sure that Ray runs.
+
+        Raises:
+            ResourceError: nothing answers at the address.
+        """
+        if self._started:
+            return
+        _connect(self._cluster, self._verbose)
+        self._started = True
+        if self._on_start is not None:
+            self._on_start()
+
+    def __exit__(self, *_: object) -> None:
+        if self._started:
+            import ray
+
+            ray.shutdown()
+
+
+def _connect(cluster: Cluster, verbose: bool) -> None:
     import ray
 
-    if ray.is_initialized():
-        yield
-        return
     address = os.environ.get("RAY_ADDRESS") or cluster.address
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    level = logging.INFO if verbose else logging.ERROR
     environment = {name: os.environ[name] for name in (*CHECKSUM_ENVIRONMENT, *QUIET)}
     options: dict[str, Any] = {
         "runtime_env": {"env_vars": environment},
-        "logging_level": level,
+        "logging_level": logging.INFO if verbose else logging.ERROR,
         "log_to_driver": verbose,
     }
     if address == "local":
@@ -60,18 +88,11 @@ def session(cluster: Cluster, *, verbose: bool = False) -> Iterator[None]:
     try:
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ResourceError(
-            "cluster.address",
-            address,
-            f"no Ray cluster could be used ({str(error).strip().splitlines()[0]})",
-            "start one, or set it to local",
-        ) from None
+        rule = f"no Ray cluster could be used ({str(error).strip().splitlines()[0]})"
+        raise ResourceError("cluster.address", address, rule, "start one, or set it to local") from None
     _tighten_token()
-    _quiet_ray_data(verbose)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    if not verbose:
+        _quiet()
 
 
 def _tighten_token() -> None:
@@ -81,10 +102,8 @@ def _tighten_token() -> None:
         token.chmod(0o600)
 
 
-def _quiet_ray_data(verbose: bool) -> None:
-    if verbose:
-        return
-    import ray
+def _quiet() -> None:
+    import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -85,6 +85,8 @@ def _endpoint_environment() -> dict[str, str]:
         "AWS_DEFAULT_REGION",
         "AWS_PROFILE",
         "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
     )
     return {name: os.environ[name] for name in names if name in os.environ}
 
@@ -111,7 +113,7 @@ def _s3_client(environment: tuple[tuple[str, str], ...]) -> Any:
     names = dict(environment)
     region = names.get("AWS_REGION") or names.get("AWS_DEFAULT_REGION")
     endpoint = names.get("AWS_ENDPOINT_URL_S3") or names.get("AWS_ENDPOINT_URL")
-    return boto3.client(
+    return boto3.Session().client(  # boto3.client() would keep the credentials that it found first
         "s3",
         region_name=region or ("us-east-1" if endpoint else None),
         config=Config(
@@ -156,6 +158,8 @@ def _reported(uri: str) -> Iterator[None]:
         raise StorageError(
             "uri", uri, f"is not permitted ({error.strerror})", "check the permissions of the path"
         ) from None
+    except UnicodeDecodeError as error:
+        raise StorageError("uri", uri, f"holds a name that is not UTF-8 ({error.object!r})", "rename it") from None
     except (OSError, pa.ArrowException) as error:
         known = next(
             (name for name in ("ACCESS_DENIED", "NoSuchBucket", "InvalidAccessKeyId") if name in str(error)), None
@@ -266,7 +270,7 @@ def list_files(uri: str, suffix: str = "") -> list[FileEntry]:
         found = _list_s3(path) if scheme == "s3" else _list_arrow(uri)
         return sorted(
             (f for f in found if f.path.endswith(suffix) and not any(p.startswith(".") for p in f.path.split("/"))),
-            key=lambda f: f.path.encode("utf-8", "surrogateescape"),
+            key=lambda f: f.path.encode(),
         )
 
 
@@ -309,7 +313,9 @@ def delete_tree(uri: str) -> None:
             keys = [item.path for item in _list_s3(path)]
             for start in range(0, len(keys), 1000):
                 batch = [{"Key": f"{key}/{name}" if key else name} for name in keys[start : start + 1000]]
-                client.delete_objects(Bucket=bucket, Delete={"Objects": batch, "Quiet": True})
+                answer = client.delete_objects(Bucket=bucket, Delete={"Objects": batch, "Quiet": True})
+                if failed := answer.get("Errors"):
+                    raise _refusal(uri, str(failed[0].get("Code", "unknown")))
         else:
             fs, inside = filesystem(uri)
             if fs.get_file_info(inside).type == pafs.FileType.Directory:

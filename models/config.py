@@ -102,7 +102,7 @@ class Training(Section):
     max_failures: int = Field(default=3, ge=0, le=1000)
     """How often the workers are restarted from the last checkpoint after one of them was lost."""
     checkpoint_every_images: int | None = Field(default=None, ge=1, le=10**13)
-    """Images seen between two checkpoints; none means ten checkpoints in the run."""
+    """Images seen between two checkpoints; none means one a minute, or fewer where writing one takes long."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -3,7 +3,6 @@
 import json
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,12 @@ from models.training import Job, Row
 from models.transforms import normalize
 
 ROWS = 200
-"""Rows of a history. `VALIDATIONS` and `CHECKPOINTS` divide it, so that each falls on a row."""
+"""Rows of a history. `VALIDATIONS` divides it, so that each validation falls on a row."""
 VALIDATIONS = 20
-CHECKPOINTS = 10
+
+CHECKPOINT_SECONDS = 60.0
+"""Where the recipe does not say: time between two checkpoints, and at least `CHECKPOINT_RATIO` times what one takes."""
+CHECKPOINT_RATIO = 20.0
 
 PROGRESS_SECONDS = 0.5
 
@@ -79,6 +81,7 @@ class _Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.training.precision == "float16")
         self.history: list[Row] = []
         self.step = 0
+        self.next_checkpoint = time.monotonic() + CHECKPOINT_SECONDS
         self._restore()
         self._join()
 
@@ -86,8 +89,6 @@ class _Trainer:
         """The steps that are left."""
         job, training = self.job, self.training
         steps = training.steps(job.data.images)
-        every = training.checkpoint_every_images
-        self._reseed()
         batches = job.data.training_batches(
             job.model.transform,
             batch_size=training.batch_size,
@@ -98,23 +99,17 @@ class _Trainer:
         )
         network = self._distributed()
         meter = _Meter(self.device)
+        self._reseed()
         while self.step < steps:
             images, labels = next(batches)
             self._learn(network, images, labels, steps, meter)
             self.step += 1
             self._show(meter)
-            seen, before = self.step * training.global_batch, (self.step - 1) * training.global_batch
-            save = due(self.step, steps, CHECKPOINTS) if every is None else seen // every != before // every
-            save = save and self.step < steps
-            if due(self.step, steps, ROWS) or save:
+            if due(self.step, steps, ROWS) or self._planned():
                 self._close_row(meter, steps)
-                validated = job.validation is not None and due(self.step, steps, VALIDATIONS)
-                if validated:
-                    self.history[-1] |= self._validate()
-                if save or (validated and job.reports):
-                    self._report(save)
                 meter.restart()
         if self.rank == 0:
+            job.progress.update(self.step * training.global_batch)
             checkpoint.save(
                 job.out,
                 self.model,
@@ -145,10 +140,26 @@ class _Trainer:
         kind = kinds.get(self.training.precision)
         return torch.autocast(self.device.type, dtype=kind) if kind else nullcontext()
 
+    def _planned(self) -> bool:
+        """Whether the recipe wants a checkpoint at this step."""
+        every, batch = self.training.checkpoint_every_images, self.training.global_batch
+        return every is not None and self.step * batch // every != (self.step - 1) * batch // every
+
     def _close_row(self, meter: "_Meter", steps: int) -> None:
-        """Adds a row to the history, the same on every worker."""
-        seconds = meter.seconds()
-        total = self._summed(meter.counts)
+        """Adds a row to the history, the same on every worker; validates, reports and saves when that is due."""
+        late = self.rank == 0 and time.monotonic() > self.next_checkpoint
+        counts = self._summed(torch.cat([meter.counts, meter.counts.new_tensor([late])]))
+        self._add_row(evaluation_of(counts[:4]), meter.seconds(), steps)
+        validated = self.job.validation is not None and due(self.step, steps, VALIDATIONS)
+        if validated:
+            self.history[-1] |= self._validate()
+        timed = self.training.checkpoint_every_images is None and bool(counts[4])
+        save = (timed or self._planned()) and self.step < steps
+        if save or (validated and self.job.reports):
+            self._report(save)
+        self._reseed()
+
+    def _add_row(self, total: Evaluation, seconds: float, steps: int) -> None:
         batch = self.training.global_batch
         if not torch.isfinite(torch.tensor(total.loss_sum)):
             raise StageError(
@@ -178,14 +189,14 @@ class _Trainer:
         with self._autocast():
             own = evaluate(self.model, batches, job.model.transform, self.device)
         counts = torch.tensor([own.images, own.hits1, own.hits5, own.loss_sum], dtype=torch.float64, device=self.device)
-        found = self._summed(counts)
+        found = evaluation_of(self._summed(counts))
         return {"val_loss": found.loss, "val_top1": found.top1, "val_top5": found.top5}
 
-    def _summed(self, counts: Tensor) -> Evaluation:
+    def _summed(self, counts: Tensor) -> Tensor:
+        """The sum over all workers."""
         if self.world > 1:
-            counts = counts.clone()
             dist.all_reduce(counts)
-        return evaluation_of(counts)
+        return counts
 
     def _show(self, meter: "_Meter") -> None:
         if self.rank == 0 and meter.shown + PROGRESS_SECONDS < (now := time.monotonic()):
@@ -194,11 +205,12 @@ class _Trainer:
             self.job.progress.update(self.step * self.training.global_batch, **facts)
 
     def _reseed(self) -> None:
-        """Makes what is random inside the network a function of the step at which the last checkpoint was taken."""
+        """Makes what is random inside the network (dropout) the same whether or not the run was interrupted here."""
         torch.manual_seed(hash((self.job.seed, self.rank, self.step)) & (2**63 - 1))
 
     def _report(self, save: bool) -> None:
         """Hands the last row to Ray Train, with a checkpoint of rank 0 if `save`; waits for all workers."""
+        started = time.monotonic()
         if not save or self.rank != 0:
             ray.train.report(dict(self.history[-1]))
         else:
@@ -206,7 +218,8 @@ class _Trainer:
                 self._write(Path(folder))
                 ray.train.report(dict(self.history[-1]), checkpoint=ray.train.Checkpoint.from_directory(folder))
         if save:
-            self._reseed()
+            now = time.monotonic()
+            self.next_checkpoint = now + max(CHECKPOINT_SECONDS, CHECKPOINT_RATIO * (now - started))
 
     def _write(self, folder: Path) -> None:
         names = [name for name, _ in self.model.named_parameters()]
@@ -286,10 +299,20 @@ def start_from(model: nn.Module, initial: str, class_names: list[str]) -> None:
     state = loaded.model.state_dict()
     own = model.state_dict()
     if loaded.class_names != class_names:
-        weight, bias = _head(own)
-        state |= {name: own[name] for name in (weight, bias) if name in own}
+        state |= {name: own[name] for name in _last_layer(model, len(class_names))}
     if problem := checkpoint.mismatch(model, state):
         raise ModelError(
             "initial", initial, f"does not fit the network to train: {problem}", "use one of the same architecture"
         )
     model.load_state_dict(state)
+
+
+def _last_layer(model: nn.Module, outputs: int) -> list[str]:
+    """Names, in the state dict, of the last layer with `outputs` outputs."""
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(weight := getattr(module, "weight", None), Tensor) and weight.ndim > 1 and len(weight) == outputs
+    ]
+    prefix = f"{layers[-1]}." if layers and layers[-1] else ""
+    return [name for name in model.state_dict() if layers and name.startswith(prefix)]

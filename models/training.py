@@ -34,8 +34,10 @@ RAY_TRAIN_ENVIRONMENT = {
 class TrainingData(Protocol):
     """Labeled images for training or validation: picklable, and the same on every worker."""
 
-    images: int
-    """Images in one epoch, over all workers; at least 1."""
+    @property
+    def images(self) -> int:
+        """Images in one epoch, over all workers; at least 1."""
+        ...
 
     def training_batches(
         self, transform: Transform, *, batch_size: int, rank: int, world: int, seed: int, start: int
@@ -166,7 +168,8 @@ def _run_workers(job: Job, work: str, on_report: Any) -> dict[str, Any]:
     )
     with _kept_interrupt_handler():
         try:
-            returned: dict[str, Any] = trainer.fit().return_value
+            result: Any = trainer.fit()
+            returned: dict[str, Any] = result.return_value
         except TrainingFailedError as error:
             raise _reported(job, error) from error
     return returned

@@ -106,19 +106,19 @@ def make(
     validation = default if validation_per_class is None else validation_per_class
     out = storage.absolute(out_uri)
     identity = {"version": VERSION, "dataset": name, "train": train, "validation": validation, "seed": seed}
-    done = writers.begin("--out", out, identity)
+    done = writers.completed("--out", out, identity)
     if done is not None:
         return Made(out, done["counts"], False)
     random = np.random.default_rng(seed)
-    counts = _write(out, load(origin, random), train, validation, random, progress)
+    pool = load(origin, random)
+    parts = split(pool.labels, train, validation, random)
+    writers.begin("--out", out, identity)
+    counts = _write(out, pool, parts, progress)
     writers.finish(out, identity, {"counts": counts})
     return Made(out, counts, True)
 
 
-def _write(
-    out: str, pool: Pool, train: int, validation: int, random: np.random.Generator, progress: Progress
-) -> dict[str, int]:
-    parts = split(pool.labels, train, validation, random)
+def _write(out: str, pool: Pool, parts: dict[str, NDArray[np.intp]], progress: Progress) -> dict[str, int]:
     counts: dict[str, int] = {"distractors": int(np.sum(pool.labels[parts["unlabeled"]] == NO_CLASS))}
     done = 0
     labeled = {name: (pool.images[rows], pool.labels[rows]) for name, rows in parts.items() if name != "unlabeled"}
@@ -235,8 +235,8 @@ def photograph_patches(count: int, random: np.random.Generator) -> Pixels:
     from sklearn.datasets import load_sample_images
 
     photographs = [Image.fromarray(pixels).convert("L") for pixels in load_sample_images().images]
-    with cbook.get_sample_data("grace_hopper.jpg") as file:
-        photographs.append(Image.open(file).convert("L"))
+    with Image.open(str(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))) as image:
+        photographs.append(image.convert("L"))
     patches = np.empty((count, SIDE, SIDE), np.uint8)
     for i in range(count):
         photograph = photographs[random.integers(len(photographs))]
@@ -260,7 +260,9 @@ def _fashion_mnist(origin: str | None, random: np.random.Generator) -> Pool:
         try:
             train, test = (FashionMNIST(root, train=part) for part in (True, False))
         except (ValueError, AssertionError, RuntimeError, IndexError) as error:
-            raise SourceError("--from", str(folder), f"holds files that are not idx ({error})", "copy them anew") from None
+            raise SourceError(
+                "--from", str(folder), f"holds files that are not idx ({error})", "copy them anew"
+            ) from None
     pixels: list[Any] = [train.data.numpy(), train.targets.numpy(), test.data.numpy(), test.targets.numpy()]
     return Pool(tuple(train.classes), *pixels)
 

@@ -87,22 +87,27 @@ def ingest(
         "seed": seed,
     }
     classes = source.reader.class_names
-    done = writers.begin("--out", out, identity)
-    if done is not None:
-        return Ingested(out, *(done[k] for k in ("images", "shards", "bytes", "labeled")), classes, _pairs(done), False)
-    broken: list[tuple[str, str]] = []
-    counter = _Counter(progress)
-    samples = counter.count(_shuffled(source, images_per_shard, np.random.default_rng(seed), broken))
-    written = writers.write_shards(
-        out, samples, layout=layout, images_per_shard=images_per_shard, class_names=classes
+    record = writers.completed("--out", out, identity)
+    fresh = record is None
+    if record is None:
+        writers.begin("--out", out, identity)
+        broken: list[tuple[str, str]] = []
+        counter = _Counter(progress)
+        samples = counter.count(_shuffled(source, images_per_shard, np.random.default_rng(seed), broken))
+        done = writers.write_shards(out, samples, layout=layout, images_per_shard=images_per_shard, class_names=classes)
+        record = {"images": done.images, "shards": done.shards, "bytes": done.bytes}
+        record |= {"labeled": counter.labeled, "unreadable": broken}
+        writers.finish(out, identity, record)
+    return Ingested(
+        out,
+        images=record["images"],
+        shards=record["shards"],
+        bytes=record["bytes"],
+        labeled=record["labeled"],
+        classes=classes,
+        unreadable=tuple((shard, reason) for shard, reason in record["unreadable"]),
+        fresh=fresh,
     )
-    counts = {"images": written.images, "shards": written.shards, "bytes": written.bytes, "labeled": counter.labeled}
-    writers.finish(out, identity, {**counts, "unreadable": broken})
-    return Ingested(out, **counts, classes=classes, unreadable=tuple(broken), fresh=True)
-
-
-def _pairs(record: dict[str, list[tuple[str, str]]]) -> tuple[tuple[str, str], ...]:
-    return tuple((shard, reason) for shard, reason in record["unreadable"])
 
 
 class _Counter:
@@ -136,9 +141,7 @@ def _shuffled(
             yield _sample(shard, row, names)
 
 
-def _in_turn(
-    source: ImageSource, order: Iterator[Shard], broken: list[tuple[str, str]]
-) -> Iterator[tuple[Shard, Row]]:
+def _in_turn(source: ImageSource, order: Iterator[Shard], broken: list[tuple[str, str]]) -> Iterator[tuple[Shard, Row]]:
     """One row of each of up to `LANES` open shards, again and again, read side by side; a finished one makes room for the next."""
 
     def advance(lane: tuple[Shard, Iterator[Row]]) -> Row | ShardError | None:

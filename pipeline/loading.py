@@ -8,6 +8,7 @@ whole windows without reading them.
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from queue import Full, Queue
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from cluster import storage
 from cluster.errors import StageError, one_line
 from models.config import Transform
 from pipeline.sources import Label, Reader, Row, Shard, ShardError
@@ -226,6 +228,26 @@ class TrainingSet:
                 yield torch.from_numpy(np.stack([decode(item) for item in chunk])), torch.tensor(labels)
 
         return ahead(batches(), AHEAD_BATCHES)
+
+
+def dhat_training_set(uri: str, classes: int) -> TrainingSet:
+    """D-hat as training data: every image of its shards, labeled by class number (section 3.2).
+
+    Args:
+        uri: the folder of D-hat's Parquet shards.
+        classes: how many there are.
+    """
+    import pyarrow.parquet as pq
+
+    def rows(entry: storage.FileEntry) -> Integers:
+        with storage.open_input(storage.join(uri, entry.path)) as file:
+            return np.arange(pq.read_metadata(file).num_rows)
+
+    files = storage.list_files(uri, ".parquet")
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        counts = tuple(pool.map(rows, files))
+    shards = tuple(Shard(f.path, f.size, f.etag) for f in files)
+    return TrainingSet(Reader(uri, "parquet"), shards, counts, {number: number for number in range(classes)})
 
 
 def _decoded(row: Row, shard: Shard, decode: Callable[[bytes], npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:

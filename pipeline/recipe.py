@@ -253,9 +253,11 @@ def _override(document: dict[str, Any], override: str) -> None:
         value = _number(value)
     node: Any = document
     for part in parts[:-1]:
-        node = node.setdefault(part, {}) if node.get(part) is not None else node.__setitem__(part, {}) or node[part]
-        if not isinstance(node, dict):
+        child = node.get(part)
+        if not isinstance(child, dict | None):
             raise RecipeError(f"--set {key}", text, f"goes into {part}, which is no section", "check the field's name")
+        node[part] = dict(child or {})  # a copy: YAML anchors make several sections one object
+        node = node[part]
     node[parts[-1]] = value
     # Two ways to state a length exclude each other: setting one takes the other's place.
     for one, other in (("epochs", "images_seen"), ("images_seen", "epochs")):

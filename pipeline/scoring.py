@@ -8,7 +8,7 @@ scored again, and nothing else keeps track.
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote, unquote
 
 import numpy as np
@@ -176,7 +176,7 @@ def _stream(job: _Job, missing: Sequence[Shard], done: dict[str, list[Range]], p
     import ray
 
     settings = job.settings
-    items = [{"shard": shard, "done": [(r.start, r.stop) for r in done.get(shard.name, ())]} for shard in missing]
+    items = [{"shard": shard, "done": tuple(done.get(shard.name, ()))} for shard in missing]
     ranges = ray.data.from_items(items, override_num_blocks=min(len(items), READ_BLOCKS)).map_batches(
         _RangeReader(job), batch_size=1, num_cpus=settings.cpus_per_reader, batch_format="pandas"
     )
@@ -191,7 +191,8 @@ def _stream(job: _Job, missing: Sequence[Shard], done: dict[str, list[Range]], p
     )
     total_bytes, seen_bytes, images, rejects = sum(s.size for s in missing), 0, 0, 0
     for batch in scored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        for row in batch.to_pylist():
+        rows: list[dict[str, int]] = cast("pa.Table", batch).to_pylist()
+        for row in rows:
             images, rejects = images + row["scored"], rejects + row["rejected"]
             seen_bytes += row["bytes"]
             expected = (images + rejects) * total_bytes // seen_bytes if seen_bytes else None
@@ -228,16 +229,16 @@ class _RangeReader:
 
     def __call__(self, batch: Any) -> Iterator[pa.Table]:
         for shard, covered in zip(batch["shard"], batch["done"], strict=True):
-            yield from self._ranges(shard, [tuple(span) for span in covered])
+            yield from self._ranges(shard, covered)
 
-    def _ranges(self, shard: Shard, covered: list[tuple[int, int]]) -> Iterator[pa.Table]:
+    def _ranges(self, shard: Shard, covered: Sequence[Range]) -> Iterator[pa.Table]:
         rows = range_rows(self._job.transform, self._job.settings.range_mib)
         pending: _Decoded | None = None
         position, problem = 0, None
         try:
             for row in self._job.reader.read(shard):
                 position = row.index + 1
-                if any(start <= row.index < stop for start, stop in covered):
+                if any(done.start <= row.index < done.stop for done in covered):
                     continue
                 if pending is not None and (pending.stop != row.index or pending.stop - pending.start >= rows):
                     yield pending.table(last=False)
@@ -248,10 +249,12 @@ class _RangeReader:
         except ShardError as error:
             problem = str(error)
         # What comes last is published as such, even when it is empty: only then the shard is complete.
-        if pending is not None and pending.stop != position:
+        ended = any(done.last for done in covered)
+        if pending is not None and (ended or pending.stop != position):
             yield pending.table(last=False)
             pending = None
-        yield (pending or _Decoded(shard, position)).table(last=True, problem=problem)
+        if not ended:
+            yield (pending or _Decoded(shard, position)).table(last=True, problem=problem)
 
 
 class _Decoded:
@@ -312,7 +315,8 @@ class _RangeScorer:
         self._device = torch.device("cuda" if job.settings.gpus_per_actor > 0 and torch.cuda.is_available() else "cpu")
         if self._device.type == "cpu":
             torch.set_num_threads(max(1, int(job.settings.cpus_per_actor)))
-        self._model = load(job.model_uri).model.to(self._device, memory_format=torch.channels_last)
+        model = load(job.model_uri).model.to(self._device)
+        self._model = model.to(memory_format=torch.channels_last)
 
     def __call__(self, batch: pa.Table) -> dict[str, Any]:
         counts = [self._publish(row) for row in batch.to_pylist()]

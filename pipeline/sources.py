@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from cluster import storage
 from cluster.errors import SourceError, TophatError, one_line
@@ -31,6 +31,19 @@ INGEST_FILE = "ingest.json"
 
 class ShardError(TophatError):
     """A shard that cannot be read any further; the rows before it are good."""
+
+
+class _Member(tarfile.TarInfo):
+    """A tar header that is not let go by: tarfile takes a damaged or missing one for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.HeaderError as error:
+            if isinstance(error, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
+                raise
+            raise tarfile.ReadError(f"no valid header at byte {tarfile_.offset} ({error})") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +119,7 @@ class Reader:
         compressed = not shard.name.endswith(".tar")
         with (
             storage.open_input(storage.join(self.root, shard.name)) as file,
-            tarfile.open(fileobj=file, mode="r|gz" if compressed else "r|") as archive,
+            tarfile.open(fileobj=file, mode="r|gz" if compressed else "r|", tarinfo=_Member) as archive,
         ):
             index, key, data, label = -1, None, b"", None
             for member in archive:
@@ -120,8 +133,12 @@ class Reader:
                     index, key, data, label = index + 1, (folder, stem), b"", None
                 if wanted is not None and index not in wanted:
                     continue
-                if f".{extension.lower().rpartition('.')[2]}" in IMAGE_SUFFIXES and member.size <= MAX_IMAGE_BYTES:
-                    data = _content(archive, member)
+                plain = extension.lower().rpartition(".")[2]
+                if f".{plain}" in IMAGE_SUFFIXES and member.size <= MAX_IMAGE_BYTES:
+                    if (
+                        not data or plain == extension.lower()
+                    ):  # `x.jpg` is the image; `x.mask.png` only where it is alone
+                        data = _content(archive, member)
                 elif extension in ("cls", "cls.txt") and member.size < 10_000:
                     label = _label(_content(archive, member).decode("utf-8", "replace"))
             if key is not None and (wanted is None or index in wanted):
@@ -178,7 +195,7 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 def _label(text: str) -> Label:
     text = text.strip()
-    return int(text) if re.fullmatch(r"\d{1,9}", text) else text
+    return int(text) if re.fullmatch(r"-?\d{1,9}", text) else text
 
 
 @dataclass(frozen=True)
@@ -215,7 +232,7 @@ class ImageSource:
         """Changes when the content of any shard does."""
         digest = hashlib.sha256(repr((self.reader.layout, self.reader.class_names)).encode())
         for shard in self.listing:
-            digest.update(f"{shard.name}\0{shard.size}\0{shard.etag}\0".encode("utf-8", "surrogateescape"))
+            digest.update(f"{shard.name}\0{shard.size}\0{shard.etag}\0".encode())
         return digest.hexdigest()[:16]
 
     def save(self, uri: str) -> None:
@@ -274,6 +291,10 @@ def open_source(field: str, source: recipe.Source) -> ImageSource:
             "does not exist or holds no files",
             "check the path, or make shards with `tophat ingest`",
         )
+    if any(f.path == INGEST_FILE for f in files) and not _complete(storage.join(root, INGEST_FILE)):
+        raise SourceError(
+            f"{field}.uri", source.uri, "holds an ingest that did not finish", "run the same `tophat ingest` again"
+        )
     found = {
         "webdataset": [f for f in files if f.path.endswith(TAR_SUFFIXES)],
         "parquet": [f for f in files if f.path.endswith(".parquet")],
@@ -293,14 +314,20 @@ def open_source(field: str, source: recipe.Source) -> ImageSource:
     return ImageSource(Reader(root, layout, source.image_column, source.label_column, names), tuple(shards))
 
 
+def _complete(uri: str) -> bool:
+    try:
+        record = json.loads(storage.read_bytes(uri))
+    except ValueError:
+        return False
+    return isinstance(record, dict) and record.get("complete") is True
+
+
 def _virtual_shards(files: Iterable[FileEntry]) -> list[Shard]:
-    mixed = sorted(files, key=lambda f: hashlib.sha256(f.path.encode("utf-8", "surrogateescape")).digest())
+    mixed = sorted(files, key=lambda f: hashlib.sha256(f.path.encode()).digest())
     shards = []
     for start in range(0, len(mixed), FILES_PER_SHARD):
         group = mixed[start : start + FILES_PER_SHARD]
-        etag = hashlib.sha256(
-            "\0".join(f"{f.path}\0{f.etag}" for f in group).encode("utf-8", "surrogateescape")
-        ).hexdigest()[:16]
+        etag = hashlib.sha256("\0".join(f"{f.path}\0{f.etag}" for f in group).encode()).hexdigest()[:16]
         name = f"files-{start // FILES_PER_SHARD:06d}"
         shards.append(Shard(name, sum(f.size for f in group), etag, tuple(f.path for f in group)))
     return shards
@@ -322,20 +349,31 @@ def _class_names(
         folders = {f.path.partition("/")[0] for f in shards if "/" in f.path}
         return tuple(sorted(folders)) or None
     if layout == "parquet":
-        return _hugging_face_names(storage.join(root, shards[0].path), source.label_column)
+        return _parquet_names(field, storage.join(root, shards[0].path), source)
     return None
 
 
-def _hugging_face_names(uri: str, label_column: str) -> tuple[str, ...] | None:
-    """Names of a `ClassLabel` column, which Hugging Face's `datasets` keeps in the file's metadata."""
+def _parquet_names(field: str, uri: str, source: recipe.Source) -> tuple[str, ...] | None:
+    """Names of a `ClassLabel` column, which Hugging Face's `datasets` keeps in the file's metadata.
+
+    Raises:
+        SourceError: the file has no such image column.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with storage.open_input(uri) as file:
-            metadata: Mapping[bytes, bytes] = pq.read_schema(file).metadata or {}
+            schema = pq.read_schema(file)
+    except (OSError, pa.ArrowException):
+        return None  # this shard is corrupt, others may be good: reading says so
+    if source.image_column not in schema.names:
+        rule, fix = f"is not a column of {uri}", f"use one of {', '.join(schema.names)}"
+        raise SourceError(f"{field}.image_column", source.image_column, rule, fix)
+    metadata: Mapping[bytes, bytes] = schema.metadata or {}
+    try:
         features: Any = json.loads(metadata[b"huggingface"])["info"]["features"]
-        names = features[label_column]["names"]
-    except (KeyError, TypeError, ValueError, pa.ArrowException):
+        names = features[source.label_column]["names"]
+    except (KeyError, TypeError, ValueError):
         return None
     return tuple(str(name) for name in names)

@@ -70,6 +70,8 @@ class RunStore:
                     "give another --run-dir",
                 )
         else:
+            if storage.list_files(self.uri):
+                raise RunError("--run-dir", self.uri, "holds files that are no run", "give an empty or new folder")
             storage.check_writable("--run-dir", self.uri)
             publish_json(owner, {"recipe": recipe_name, "format": 1})
         storage.publish(target, recipe_yaml.encode())

@@ -153,7 +153,9 @@ def parquet_bytes(samples: Sequence[Sample], schema: Any) -> bytes:
         try:
             columns.append(pa.array(labels, schema.field("label").type))
         except (pa.ArrowInvalid, pa.ArrowTypeError):
-            mixed = next(s.label for s in samples if isinstance(s.label, str) != pa.types.is_string(schema.field(1).type))
+            mixed = next(
+                s.label for s in samples if isinstance(s.label, str) != pa.types.is_string(schema.field(1).type)
+            )
             raise SourceError(
                 "label", mixed, "is of another type than the labels before it", "use --layout webdataset"
             ) from None
@@ -167,26 +169,34 @@ def _utf8(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def begin(field: str, uri: str, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Makes the folder this writing's: returns the record of a complete one, else None after marking it unfinished.
+def completed(field: str, uri: str, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of a complete writing of the same `identity` in this folder, or None where the writing may begin.
 
     What is written is a function of `identity`, so an unfinished writing is simply started again over its own files.
 
     Raises:
         RunError: the folder holds something else.
-        StorageError: it cannot be written.
+        StorageError: it cannot be read.
     """
     record = storage.join(uri, INGEST_FILE)
     if storage.exists(record):
         content = _record(record)
-        if content.get("identity") == dict(identity):
-            return content if content.get("complete") else None
-        raise RunError(field, uri, "holds another ingest", "give another folder, or remove this one")
+        if content.get("identity") != dict(identity):
+            raise RunError(field, uri, "holds another ingest", "give another folder, or remove this one")
+        return content if content.get("complete") else None
     if storage.list_files(uri):
         raise RunError(field, uri, "is not empty", "give another folder, or remove this one")
-    storage.check_writable(field, uri)
-    _publish_record(record, {"complete": False, "identity": dict(identity)})
     return None
+
+
+def begin(field: str, uri: str, identity: Mapping[str, Any]) -> None:
+    """Marks the folder as unfinished, so that no source is read out of it before `finish`.
+
+    Raises:
+        StorageError: naming `field`, when it cannot be written.
+    """
+    storage.check_writable(field, uri)
+    _publish_record(storage.join(uri, INGEST_FILE), {"complete": False, "identity": dict(identity)})
 
 
 def finish(uri: str, identity: Mapping[str, Any], counts: Mapping[str, Any]) -> None:

@@ -28,9 +28,10 @@ def private_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def ray_local(private_home: Path, s3_server: None) -> Iterator[None]:
     """A local Ray with two CPUs, for every test that needs one."""
     from cluster.config import Cluster
-    from cluster.session import session
+    from cluster.session import Session
 
-    with session(Cluster(cpus=2, object_store_mib=512)):
+    with Session(Cluster(cpus=2, object_store_mib=512)) as session:
+        session.start()
         yield
 
 
@@ -71,3 +72,10 @@ def s3_server(private_home: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 def s3(s3_server: None, request: pytest.FixtureRequest) -> str:
     """A URI in the S3 server for one test alone."""
     return f"s3://bucket/{secrets.token_hex(4)}"
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A URI for one test alone: once on the local disk, once in the S3 server."""
+    uri: str = str(tmp_path / "place") if request.param == "local" else request.getfixturevalue("s3")
+    return uri

@@ -1,5 +1,6 @@
 """Jobs over the Ray Job API, against a real cluster with token authentication in processes of its own."""
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -12,11 +13,12 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from ray.job_submission import JobSubmissionClient
 
 from cluster import jobs
 from cluster.errors import ClusterError, InputError
@@ -31,7 +33,7 @@ class Head:
 
 
 def _free_ports(count: int) -> list[int]:
-    with ExitStack() as held:
+    with contextlib.ExitStack() as held:
         probes = [held.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
             probe.bind(("127.0.0.1", 0))
@@ -55,7 +57,14 @@ def head() -> Iterator[Head]:
     with tempfile.TemporaryDirectory(prefix="ray") as folder:  # short: Ray's socket paths have 107 characters
         token = secrets.token_hex(32)
         dashboard, *others = _free_ports(7)
-        names = ("", "object-manager-", "node-manager-", "ray-client-server-", "dashboard-agent-listen-", "metrics-export-")
+        names = (
+            "",
+            "object-manager-",
+            "node-manager-",
+            "ray-client-server-",
+            "dashboard-agent-listen-",
+            "metrics-export-",
+        )
         command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=1"]
         command += [f"--{name}port={port}" for name, port in zip(names, others, strict=True)]
         command += [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--object-store-memory=100000000"]
@@ -133,23 +142,169 @@ def test_a_failed_job_gives_its_exit_code(
     assert job_id in shown.err
 
 
-def test_the_log_is_live_and_survives_a_lost_connection(head: Head, token: str, checkout: Path) -> None:
-    job_id = jobs.submit(
-        ["sh", "-c", "echo one; while [ ! -e go ]; do sleep 0.1; done; echo two; rm go"],
-        address=head.address,
-        working_dir=checkout,
-    )
-    with _Relay(head.address) as relay:
-        log: list[str] = []
-        seen_running = []
+class Relay:
+    """A TCP relay in front of the head, as an ssh tunnel is; `cut` breaks what is open and lets new ones through."""
+
+    def __init__(self, address: str) -> None:
+        self.target = ("127.0.0.1", int(address.rpartition(":")[2]))
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.open: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near = self.listener.accept()[0]
+                far = socket.create_connection(self.target)
+                self.open += [near, far]
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self._pump, args=pair, daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def cut(self) -> None:
+        for connection in self.open:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
+        self.open.clear()
+
+    def close(self) -> None:
+        self.listener.close()
+        self.cut()
+
+
+def test_the_log_is_live_and_goes_on_after_a_lost_connection(head: Head, token: str, checkout: Path) -> None:
+    script = "echo one; sleep 4; echo two"
+    job_id = jobs.submit(["sh", "-c", script], address=head.address, working_dir=checkout)
+    seen: dict[str, list[float]] = {"one": [], "two": []}
+    with contextlib.closing(Relay(head.address)) as relay:
 
         def write(piece: str) -> None:
-            log.append(piece)
-            if "one" in "".join(log).splitlines() and not seen_running:
-                seen_running.append(True)
+            for line in piece.splitlines():
+                if line in seen:
+                    seen[line].append(time.monotonic())
+            if seen["one"] and not seen["two"]:
                 relay.cut()
-                jobs.submit(["sh", "-c", f"touch $(ls -d {_job_folder(log)})/go"], address=head.address, working_dir=checkout)
 
         assert jobs.follow(job_id, address=relay.address, write=write) == 0
-    lines = "".join(log).splitlines()
-    assert [line for line in lines if line in ("one", "two")] == ["one", "two"]
+    assert [len(times) for times in seen.values()] == [1, 1]
+    assert seen["two"][0] - seen["one"][0] > 1.5
+
+
+def test_an_interrupt_stops_the_following_and_not_the_job(head: Head, token: str, checkout: Path) -> None:
+    job_id = jobs.submit(["sh", "-c", "echo begun; sleep 60"], address=head.address, working_dir=checkout)
+    code = f"import sys; from cluster import jobs; sys.exit(jobs.follow({job_id!r}, address={head.address!r}))"
+    follower = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert follower.stdout is not None
+    assert any(line == "begun\n" for line in follower.stdout)
+    follower.send_signal(signal.SIGINT)
+    _, message = follower.communicate(timeout=30)
+    client = JobSubmissionClient(head.address, headers={"Authorization": f"Bearer {token}"})
+    assert client.get_job_status(job_id) == "RUNNING"
+    client.stop_job(job_id)
+    assert follower.returncode == 130
+    assert f"ray job stop --address {head.address} {job_id}" in message
+    assert "Traceback" not in message
+
+
+def one_line_of(error: pytest.ExceptionInfo[InputError]) -> str:
+    """The message, which must be of one line and keep the token to itself."""
+    message = str(error.value)
+    assert "\n" not in message
+    assert os.environ.get("RAY_AUTH_TOKEN", "?") not in message
+    return message
+
+
+def test_wrong_token(head: Head, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    with pytest.raises(ClusterError) as error:
+        jobs.submit(["true"], address=head.address, working_dir=checkout)
+    assert "refuses the token of RAY_AUTH_TOKEN" in one_line_of(error)
+    with pytest.raises(ClusterError, match="refuses the token"):
+        jobs.follow("raysubmit_x", address=head.address)
+
+
+def test_missing_token(head: Head, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ClusterError) as error:
+        jobs.submit(["true"], address=head.address, working_dir=checkout)
+    assert f"set RAY_AUTH_TOKEN, or put the token into {tmp_path}/.ray/auth_token" in one_line_of(error)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_token_files(head: Head, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool) -> None:
+    path = tmp_path / ("elsewhere" if named else ".ray/auth_token")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"{head.token}\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if named:
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+    with pytest.raises(ClusterError, match="not known to the cluster"):
+        jobs.follow("raysubmit_x", address=head.address)
+
+
+def test_unknown_job(head: Head, token: str) -> None:
+    with pytest.raises(ClusterError) as error:
+        jobs.follow("raysubmit_\nx/../y", address=head.address)
+    assert f"ray job list --address {head.address}" in one_line_of(error)
+
+
+def test_the_given_address_wins_over_the_environment(head: Head, token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
+    with pytest.raises(ClusterError, match="not known to the cluster"):
+        jobs.follow("raysubmit_x", address=head.address)
+    assert os.environ["RAY_ADDRESS"] == "http://127.0.0.1:9"
+
+
+def test_nothing_answers(checkout: Path) -> None:
+    address = f"http://127.0.0.1:{_free_ports(1)[0]}"
+    with pytest.raises(ClusterError) as error:
+        jobs.submit(["true"], address=address, working_dir=checkout)
+    assert "does not answer" in one_line_of(error)
+    assert address in str(error.value)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:8265", "ray://127.0.0.1:10001", "http://", "http://x:y", ""])
+def test_address_that_is_no_url_of_a_job_api(address: str, checkout: Path) -> None:
+    with pytest.raises(ClusterError, match=r"must be the URL of a Job API; write it as http://127\.0\.0\.1:8265"):
+        jobs.submit(["true"], address=address, working_dir=checkout)
+
+
+def test_a_server_of_another_kind(checkout: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(ClusterError, match="check"):
+            jobs.submit(["true"], address=f"http://127.0.0.1:{server.server_port}", working_dir=checkout)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_folder_too_large_to_travel(head: Head, token: str, checkout: Path) -> None:
+    with (checkout / "large").open("wb") as file:
+        file.truncate(101 * 2**20)
+    with pytest.raises(ClusterError) as error:
+        jobs.submit(["true"], address=head.address, working_dir=checkout)
+    assert "more than the 100 MiB" in one_line_of(error)
+    assert ".rayignore" in str(error.value)
+    (checkout / ".rayignore").write_text("/large\n")
+    job_id = jobs.submit(["true"], address=head.address, working_dir=checkout)
+    assert jobs.follow(job_id, address=head.address) == 0
+
+
+def test_folder_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="must be an existing folder"):
+        jobs.submit(["true"], address="http://127.0.0.1:1", working_dir=tmp_path / "none")
+
+
+def test_path_in_job(tmp_path: Path) -> None:
+    assert jobs.path_in_job("RECIPE", tmp_path / "a" / "b.yaml", tmp_path) == "a/b.yaml"
+    with pytest.raises(InputError, match=r"RECIPE = .*must be inside"):
+        jobs.path_in_job("RECIPE", tmp_path / ".." / "b.yaml", tmp_path)

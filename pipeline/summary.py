@@ -1,0 +1,286 @@
+"""What a run came to: the closing tables on the terminal, and the content of the report."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cluster import storage
+from pipeline import report
+from pipeline.recipe import Recipe
+from pipeline.rejects import read_rejects
+from pipeline.store import Finished, RunStore
+
+EXAMPLES = 20
+
+
+def table(title: str, *columns: str) -> Table:
+    """An empty table; every column but the first is right-aligned."""
+    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="left" if number == 0 else "right")
+    return made
+
+
+def percent(value: float | None) -> str:
+    """A fraction as a percentage with one decimal."""
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def print_closing(console: Console, done: Mapping[str, Finished]) -> None:
+    """The closing tables: accuracies as in Table 2, then what became of every image."""
+    if "evaluation" in done:
+        models = done["evaluation"].outputs["models"]
+        accuracy = table(
+            f"Top-1 / top-5 on {done['evaluation'].outputs['images']:,} test images, in %",
+            "",
+            "Pre-trained",
+            "Fine-tuned",
+            "Fully supervised",
+            "Gain",
+        )
+        student = done["student"].outputs
+        cells = [
+            f"{percent(models[n]['top1'])} / {percent(models[n]['top5'])}"
+            for n in ("pretrained", "student", "supervised")
+        ]
+        gain = 100 * (models["student"]["top1"] - models["supervised"]["top1"])
+        accuracy.add_row(
+            f"student {escape(student['architecture'])} ({_millions(student['parameters'])})", *cells, f"{gain:+.1f}"
+        )
+        teacher = done["teacher"].outputs
+        score = f"{percent(models['teacher']['top1'])} / {percent(models['teacher']['top5'])}"
+        accuracy.add_row(
+            f"teacher {escape(teacher['architecture'])} ({_millions(teacher['parameters'])})", "", "", score, ""
+        )
+        console.print(accuracy)
+    for line in conservation_lines(done):
+        console.print(line, highlight=False)
+
+
+def _millions(parameters: int | None) -> str:
+    return "?" if parameters is None else f"{parameters / 1e6:.2f}M" if parameters < 1e7 else f"{parameters / 1e6:.0f}M"
+
+
+def conservation_lines(done: Mapping[str, Finished]) -> list[str]:
+    """One line for images and one for candidates."""
+    lines = []
+    if "scores" in done:
+        scores = done["scores"].outputs
+        lines.append(
+            f"images: {scores['listed']:,} listed = {scores['scored']:,} scored + {scores['rejected']:,} rejected"
+        )
+        if scores["unreadable_shards"]:
+            lines.append(f"  {scores['unreadable_shards']:,} shards could not be read to their end: see the rejects")
+    if "selection" in done:
+        lines += selection_lines(done["selection"].outputs)
+    return lines
+
+
+def selection_lines(selection: Mapping[str, Any]) -> list[str]:
+    """What was selected, in words."""
+    candidates, selected = selection["candidates"], selection["selected"]
+    lines = [f"candidates: {candidates:,} = {selected:,} selected + {selection['unselected']:,} unselected"]
+    if selection["nonfinite"]:
+        lines[0] += f" (and {selection['nonfinite']:,} non-finite scores, left out)"
+    short, classes = selection["classes_short"], selection["num_classes"]
+    lines.append(
+        f"classes short of K = {selection['images_per_class']:,}: {short:,} of {classes:,}"
+        + ("; they keep what they have" if short else "")
+    )
+    return lines
+
+
+def print_stages(console: Console, done: Mapping[str, Finished]) -> None:
+    """What each stage did and how long it took."""
+    stages = table("Stages", "stage", "", "seconds", "images", "folder")
+    for stage in done.values():
+        images = stage.outputs.get("images")
+        stages.add_row(
+            stage.name,
+            "done" if stage.fresh else "found finished",
+            f"{stage.seconds:,.1f}",
+            f"{images:,}" if isinstance(images, int) else "",
+            escape(stage.uri),
+        )
+    console.print(stages)
+
+
+def print_selection(console: Console, selection: Mapping[str, Any], class_names: tuple[str, ...] | None = None) -> None:
+    """Table 9's columns for one selection, and the classes that are short of K."""
+    lowest = sorted(score for score in selection["lowest_scores"] if score is not None)
+    columns = ("P", "K", "|U|", "|D-hat|", "classes short of K", "lowest score: least", "median", "greatest")
+    made = table("Selection", *columns)
+    spread = [f"{lowest[i]:.4f}" for i in (0, len(lowest) // 2, -1)] if lowest else ["–"] * 3
+    numbers = ("classes_per_image", "images_per_class", "images", "selected", "classes_short")
+    made.add_row(*(f"{selection[name]:,}" for name in numbers), *spread)
+    console.print(made)
+    counts = list(zip(selection["counts"], selection["lowest_scores"], strict=True))
+    short = [n for n, (count, _) in enumerate(counts) if count < selection["images_per_class"]]
+    if short:
+        made = table(
+            f"Classes short of K (first {EXAMPLES} of {len(short):,})"
+            if len(short) > EXAMPLES
+            else "Classes short of K",
+            "class",
+            "images",
+            "lowest score",
+        )
+        for number in short[:EXAMPLES]:
+            count, low = counts[number]
+            name = escape(class_names[number]) if class_names else str(number)
+            made.add_row(name, f"{count:,}", "–" if low is None else f"{low:.4f}")
+        console.print(made)
+    for line in selection_lines(selection):
+        console.print(line, highlight=False)
+
+
+def write_run_report(recipe: Recipe, store: RunStore, done: Mapping[str, Finished]) -> str:
+    """Writes `report/index.html` of a run; returns its URI."""
+    return report.write_report(storage.join(store.uri, "report"), report_content(recipe, store, done))
+
+
+def report_content(recipe: Recipe, store: RunStore, done: Mapping[str, Finished]) -> report.ReportContent:
+    """Everything that the report shows, out of the stages' outputs."""
+    fields: dict[str, Any] = {}
+    if "evaluation" in done:
+        models = done["evaluation"].outputs["models"]
+        many = len(done["labeled"].outputs["class_names"]) > 5
+        places = {
+            "teacher": "teacher_accuracy",
+            "pretrained": "pretrained",
+            "student": "fine_tuned",
+            "supervised": "supervised",
+        }
+        for name, place in places.items():
+            fields[place] = report.Accuracy(models[name]["top1"], models[name]["top5"] if many else None)
+        fields["test_images"] = done["evaluation"].outputs["images"]
+    for name in ("teacher", "student"):
+        if name in done:
+            fields[name] = report.ModelFacts(done[name].outputs["architecture"], done[name].outputs["parameters"])
+    if "scores" in done:
+        reasons, examples = read_rejects(store.place("rejects"), limit=EXAMPLES)
+        fields["rejects_by_reason"] = reasons
+        fields["reject_examples"] = [report.Reject(r.shard, r.index, r.reason, r.error) for r in examples]
+    if "selection" in done:
+        fields |= _selection_fields(recipe, done)
+    names = {
+        "teacher": "teacher",
+        "pretrained": "student, pre-training",
+        "student": "student, fine-tuning",
+        "supervised": "student, supervised",
+    }
+    curves = [report.Curve(names[n], done[n].outputs["history"]) for n in names if n in done]
+    trials: list[report.Trial] = []
+    if "student" in done:
+        chosen = done["student"].outputs["learning_rate"]
+        trials = [
+            report.Trial(t["learning_rate"], t["metrics"]["val_top1"], t["learning_rate"] == chosen)
+            for t in done["student"].outputs["trials"]
+            if "val_top1" in t["metrics"]
+        ]
+    return report.ReportContent(
+        run=recipe.name,
+        recipe_yaml=recipe.to_yaml(),
+        created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        curves=curves,
+        sweep=trials,
+        stages=[
+            report.StageRow(s.name, "done" if s.fresh else "reused", s.seconds, s.outputs.get("images"))
+            for s in done.values()
+        ],
+        environment=environment(),
+        **fields,
+    )
+
+
+def _selection_fields(recipe: Recipe, done: Mapping[str, Finished]) -> dict[str, Any]:
+    selection, scores = done["selection"].outputs, done["scores"].outputs
+    names = done["labeled"].outputs["class_names"]
+    fields: dict[str, Any] = {
+        "conservation": report.Conservation(
+            listed=scores["listed"],
+            scored=scores["scored"],
+            rejected=scores["rejected"],
+            candidates=selection["candidates"],
+            selected=selection["selected"],
+            unselected=selection["unselected"],
+        ),
+        "images_per_class": selection["images_per_class"],
+        "classes": [
+            report.ClassCount(number, names[number], count, low)
+            for number, (count, low) in enumerate(zip(selection["counts"], selection["lowest_scores"], strict=True))
+        ],
+    }
+    if "dhat" in done:
+        settings = recipe.report
+        wanted = {
+            (number, rank)
+            for number, count in enumerate(selection["counts"][: settings.classes])
+            for rank in report.figure_ranks(count, settings.first_ranks, settings.strided_ranks)
+        }
+        found = ranked_images(done["dhat"].uri, wanted)
+        by_class: dict[int, list[report.RankedImage]] = {}
+        for number, image in found:
+            by_class.setdefault(number, []).append(image)
+        fields["rows"] = [
+            report.ClassRow(number, names[number], sorted(images, key=lambda i: i.rank))
+            for number, images in sorted(by_class.items())
+        ]
+    return fields
+
+
+def ranked_images(dhat_uri: str, wanted: set[tuple[int, int]]) -> list[tuple[int, report.RankedImage]]:
+    """The images of D-hat at given (class, rank) places, read with as few image bytes as the files allow."""
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    keys = np.array([number << 32 | rank for number, rank in sorted(wanted)], np.int64)
+
+    def search(entry: storage.FileEntry) -> list[tuple[int, report.RankedImage]]:
+        found = []
+        with storage.open_input(storage.join(dhat_uri, entry.path)) as source, pq.ParquetFile(source) as file:
+            for group in range(file.num_row_groups):
+                places = file.read_row_group(group, columns=["label", "rank"])
+                here = places["label"].to_numpy().astype(np.int64) << 32 | places["rank"].to_numpy()
+                hits = np.flatnonzero(np.isin(here, keys))
+                if len(hits):
+                    for row in file.read_row_group(group).take(hits).to_pylist():
+                        image = report.RankedImage(row["rank"], row["score"], row["shard"], row["index"], row["image"])
+                        found.append((row["label"], image))
+        return found
+
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        return [image for found in pool.map(search, storage.list_files(dhat_uri, ".parquet")) for image in found]
+
+
+def environment() -> dict[str, str]:
+    """Versions, machine and commit, for the report."""
+    packages = ("tophat", "ray", "torch", "torchvision", "pyarrow", "numpy")
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    found["python"] = platform.python_version()
+    found["machine"] = f"{os.cpu_count()} CPUs, {platform.system()} {platform.machine()}"
+    try:
+        root = Path(__file__).parent.parent
+        commit = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        )
+        found["commit"] = commit.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        found["commit"] = "unknown"
+    return found

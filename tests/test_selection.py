@@ -1,0 +1,409 @@
+"""Selection against a plain sort and against DuckDB, and its invariants under any split, order and grouping."""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cluster import storage
+from cluster.errors import InputError, SourceError, StorageError
+from pipeline import top as top_module
+from pipeline.selection import Selected, read_selection, select
+from pipeline.top import Scored, Top, merge, top_of
+
+Row = tuple[str, int, list[int], list[float]]  # shard, index, class ids, scores
+Chosen = tuple[int, int, float, str, int]  # class, rank, score, shard, index
+
+HOSTILE = [
+    "b.tar",
+    "a.tar",
+    "a\n.tar",
+    "é.tar",
+    "z.tar",
+    "Z.tar",
+    "日本.tar",
+    "\U0001f600.tar",
+    "\uffff.tar",
+    "a/b.tar",
+    "",
+]
+
+
+def table_of(rows: Sequence[Row], num_classes: int | None = None) -> pa.Table:
+    """A score table by the contract."""
+    P = len(rows[0][2]) if rows else 1
+    fields = [
+        pa.field("shard", pa.dictionary(pa.int32(), pa.string())),
+        pa.field("index", pa.uint32()),
+        pa.field("class_ids", pa.list_(pa.int32(), P)),
+        pa.field("scores", pa.list_(pa.float32(), P)),
+    ]
+    arrays = [pa.array([row[i] for row in rows], field.type) for i, field in enumerate(fields)]
+    metadata = {"tophat.num_classes": str(num_classes)} if num_classes else None
+    return pa.table(arrays, pa.schema(fields, metadata))
+
+
+def scored(rows: Sequence[Row], classes_per_image: int | None = None) -> Scored:
+    table = table_of(rows).combine_chunks()
+    P = len(rows[0][2])
+    ids = np.array([row[2] for row in rows], np.int32).reshape(-1, P)[:, :classes_per_image]
+    scores = np.array([row[3] for row in rows], np.float32).reshape(-1, P)[:, :classes_per_image]
+    shard = table["shard"].chunk(0)
+    return Scored(shard, table["index"].to_numpy(), ids, scores)
+
+
+def brute_force(rows: Sequence[Row], K: int, P: int | None = None, min_score: float | None = None) -> list[Chosen]:
+    """Sorts everything, in plain Python."""
+    by_class: dict[int, list[tuple[float, bytes, int, str]]] = {}
+    for shard, index, class_ids, scores in rows:
+        for class_id, score in list(zip(class_ids, scores, strict=True))[:P]:
+            value = float(np.float32(score))
+            if np.isfinite(value) and (min_score is None or value >= np.float32(min_score)):
+                by_class.setdefault(class_id, []).append((-value, shard.encode(), index, shard))
+    return [
+        (class_id, rank, -negative + 0.0, shard, index)
+        for class_id in sorted(by_class)
+        for rank, (negative, _, index, shard) in enumerate(sorted(by_class[class_id])[:K])
+    ]
+
+
+def chosen(top: Top) -> list[Chosen]:
+    shards = top.shards.to_pylist()
+    ranks = top_module.ranks(top.class_id).tolist()
+    return [
+        (c, rank, s, shards[o], i)
+        for c, rank, s, o, i in zip(
+            top.class_id.tolist(), ranks, top.score.tolist(), top.shard.tolist(), top.index.tolist(), strict=True
+        )
+    ]
+
+
+@st.composite
+def score_rows(draw: st.DrawFn) -> list[Row]:
+    """Rows with many equal scores, odd floats, and shards whose byte order is not obvious."""
+    P = draw(st.integers(1, 3))
+    classes = draw(st.integers(P, 5))
+    floats = st.sampled_from(
+        [0.5, 0.25, 1.0, 0.0, -0.0, -1.5, 1e-45, 3.4e38, float("nan"), float("inf"), -float("inf")]
+    )
+    images = draw(st.lists(st.tuples(st.sampled_from(HOSTILE), st.integers(0, 2**32 - 1)), unique=True, max_size=40))
+    rows = []
+    for shard, index in images:
+        ids = draw(st.permutations(range(classes)))[:P]
+        scores = sorted(draw(st.lists(floats, min_size=P, max_size=P)), key=lambda s: -s if s == s else 0)
+        rows.append((shard, index, list(ids), scores))
+    return rows
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(rows=score_rows(), K=st.integers(1, 12), data=st.data())
+def test_any_split_and_any_merge_tree_equal_a_sort(rows: list[Row], K: int, data: st.DataObject) -> None:
+    P = data.draw(st.integers(1, len(rows[0][2]))) if rows else 1
+    floor = data.draw(st.sampled_from([None, 0.25, 0.3]))
+    shuffled = data.draw(st.permutations(rows))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(rows)), max_size=5)))
+    parts = [shuffled[a:b] for a, b in zip([0, *cuts], [*cuts, len(rows)], strict=True)]
+    tops = [top_of([scored(part, P)] if part else [], K, min_score=floor) for part in parts]
+    while len(tops) > 1:
+        taken = data.draw(st.integers(2, len(tops)))
+        order = data.draw(st.permutations(range(len(tops))))
+        tops = [merge([tops[i] for i in order[:taken]], K), *(tops[i] for i in order[taken:])]
+    expected = brute_force(rows, K, P, floor)
+    assert chosen(tops[0]) == expected
+    assert not np.signbit(tops[0].score[tops[0].score == 0]).any()
+    assert tops[0].images == len(rows)
+    assert tops[0].candidates == len(rows) * P
+    assert tops[0].nonfinite == sum(not np.isfinite(score) for row in rows for score in row[3][:P])
+    assert tops[0].candidates == len(expected) + tops[0].unselected + tops[0].nonfinite
+
+
+def test_thresholds_prune_and_keep_ties(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many compactions in a row: the buffer is small, and scores repeat so that ties straddle the threshold."""
+    monkeypatch.setattr(top_module, "PENDING", 50)
+    rng = random.Random(3)
+    rows: list[Row] = [
+        (f"s{rng.randrange(20)}.tar", index, rng.sample(range(6), 2), [rng.randrange(8) / 8 + 1, rng.randrange(8) / 8])
+        for index in range(4000)
+    ]
+    batches = [scored(rows[start : start + 100]) for start in range(0, len(rows), 100)]
+    seen: list[int] = []
+    real = top_module.merge
+
+    def counted(tops: Sequence[Top], K: int) -> Top:
+        seen.append(sum(map(len, tops)))
+        return real(tops, K)
+
+    monkeypatch.setattr(top_module, "merge", counted)
+    result = top_of(batches, 15, num_classes=6)
+    assert chosen(result) == brute_force(rows, 15)
+    assert len(seen) > 5
+    assert max(seen) < 2 * 6 * 15 + 200 + 50  # bounded by classes x K, a batch and the buffer, not by 8000 candidates
+
+
+def test_shards_are_ordered_by_bytes_not_by_locale_or_code_unit() -> None:
+    rows: list[Row] = [(name, 0, [0], [0.5]) for name in reversed(HOSTILE)]
+    result = top_of([scored(rows)], len(rows))
+    assert [row[3] for row in chosen(result)] == sorted(HOSTILE, key=lambda name: name.encode())
+    assert [row[3] for row in chosen(top_of([scored(rows)], 3))] == sorted(HOSTILE, key=lambda name: name.encode())[:3]
+
+
+@pytest.mark.parametrize("class_id", [-1, 4, 2**31 - 1])
+def test_class_ids_out_of_range_are_refused(class_id: int) -> None:
+    with pytest.raises(ValueError, match=f"holds class id {class_id}"):
+        top_of([scored([("a", 0, [class_id], [0.5])])], 2, num_classes=4)
+
+
+def test_an_absurd_class_id_does_not_take_the_memory() -> None:
+    with pytest.raises(ValueError, match="holds class id 2147483647"):
+        top_of([scored([("a", 0, [2**31 - 1], [0.5])])], 2)
+
+
+# On Ray
+
+
+def generated(images: int, P: int, C: int, seed: int, levels: int = 50) -> list[Row]:
+    rng = random.Random(seed)
+    return [
+        (
+            f"images/{rng.choice('abcé')}-{number % 7:03d}.tar",
+            number,
+            rng.sample(range(C), P),
+            sorted((rng.randrange(levels) / levels for _ in range(P)), reverse=True),
+        )
+        for number in range(images)
+    ]
+
+
+def write_scores(folder: str, rows: Sequence[Row], files: int, num_classes: int | None = None, seed: int = 0) -> None:
+    rows = random.Random(seed).sample(rows, len(rows))
+    for number in range(files):
+        sink = pa.BufferOutputStream()
+        pq.write_table(table_of(rows[number::files], num_classes), sink, row_group_size=97)
+        uri = storage.join(folder, f"{number % 2}", f"scores-{number:03d}.parquet")
+        storage.publish(uri, sink.getvalue().to_pybytes())
+
+
+def bytes_of(uri: str) -> dict[str, bytes]:
+    return {file.path: storage.read_bytes(storage.join(uri, file.path)) for file in storage.list_files(uri)}
+
+
+def rows_of(uri: str) -> list[Chosen]:
+    table = read_selection(uri)
+    names = ("class_id", "rank", "score", "shard", "index")
+    return list(zip(*(table[name].to_pylist() for name in names), strict=True))
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    return generated(1200, 4, 9, seed=1)
+
+
+@pytest.mark.usefixtures("ray_local")
+class TestSelect:
+    def test_equals_a_sort_and_duckdb(self, rows: list[Row], tmp_path: Path) -> None:
+        write_scores(str(tmp_path / "scores"), rows, 5, num_classes=9)
+        selected = select(str(tmp_path / "scores"), str(tmp_path / "out"), images_per_class=40, min_score=0.3)
+        expected = brute_force(rows, 40, min_score=0.3)
+        assert rows_of(selected.uri) == expected
+        query = f"""
+            select class_id, rank - 1, score, shard, index from (
+                select *, row_number() over (partition by class_id order by score desc, shard, index) as rank
+                from (select shard, index, unnest(class_ids) as class_id, unnest(scores) as score
+                      from read_parquet('{tmp_path}/scores/*/*.parquet'))
+                where score >= 0.3::float
+            ) where rank <= 40 order by class_id, rank"""
+        assert duckdb.sql(query).fetchall() == expected
+        assert duckdb.sql(f"select * from '{tmp_path}/out/*.parquet'").fetchall() == expected
+
+    def test_bytes_do_not_depend_on_files_order_or_tasks(self, rows: list[Row], tmp_path: Path) -> None:
+        found = []
+        for number, (files, tasks) in enumerate([(1, 1), (1, 6), (7, 3), (7, None), (12, 12)]):
+            scores, out = str(tmp_path / f"scores-{number}"), str(tmp_path / f"out-{number}")
+            write_scores(scores, rows, files, num_classes=9, seed=number)
+            selected = select(scores, out, images_per_class=25, tasks=tasks)
+            found.append((bytes_of(out), {**asdict(selected), "uri": ""}))
+        assert all(other == found[0] for other in found[1:])
+        assert list(found[0][0]) == ["part-00000.parquet"]
+
+    def test_fewer_classes_per_image_can_be_selected_later(self, rows: list[Row], tmp_path: Path) -> None:
+        write_scores(str(tmp_path / "scores"), rows, 3)
+        selected = select(str(tmp_path / "scores"), str(tmp_path / "out"), images_per_class=30, classes_per_image=2)
+        assert rows_of(selected.uri) == brute_force(rows, 30, P=2)
+        assert (selected.classes_per_image, selected.candidates) == (2, 2400)
+
+    def test_statistics(self, tmp_path: Path) -> None:
+        rows: list[Row] = [
+            ("a", 0, [0, 2], [0.9, 0.1]),
+            ("a", 1, [0, 2], [0.8, 0.2]),
+            ("b", 0, [0, 2], [0.7, float("nan")]),
+            ("b", 1, [2, 0], [float("inf"), 0.5]),
+        ]
+        write_scores(str(tmp_path / "scores"), rows, 2, num_classes=4)
+        selected = select(str(tmp_path / "scores"), str(tmp_path / "out"), images_per_class=2)
+        assert selected == Selected(
+            uri=str(tmp_path / "out"),
+            images_per_class=2,
+            classes_per_image=2,
+            num_classes=4,
+            images=4,
+            candidates=8,
+            selected=4,
+            unselected=2,
+            nonfinite=2,
+            distinct_images=2,
+            classes_short=2,
+            counts=(2, 0, 2, 0),
+            lowest_scores=(float(np.float32(0.8)), None, float(np.float32(0.1)), None),
+        )
+        assert json.loads(json.dumps(asdict(selected)))["counts"] == [2, 0, 2, 0]
+
+    def test_k_above_the_count_keeps_what_there_is(self, rows: list[Row], tmp_path: Path) -> None:
+        write_scores(str(tmp_path / "scores"), rows, 3)
+        selected = select(str(tmp_path / "scores"), str(tmp_path / "out"), images_per_class=10**9)
+        assert rows_of(selected.uri) == brute_force(rows, 10**9)
+        assert (selected.selected, selected.unselected, selected.classes_short) == (4800, 0, 9)
+
+    def test_no_candidate_is_an_empty_selection(self, rows: list[Row], tmp_path: Path) -> None:
+        write_scores(str(tmp_path / "scores"), rows, 3, num_classes=9)
+        selected = select(str(tmp_path / "scores"), str(tmp_path / "out"), images_per_class=3, min_score=2.0)
+        assert rows_of(selected.uri) == []
+        assert (selected.selected, selected.unselected, selected.counts) == (0, 4800, (0,) * 9)
+
+    def test_in_an_object_store_the_bytes_are_the_same(self, rows: list[Row], tmp_path: Path, s3: str) -> None:
+        for place in (s3, str(tmp_path)):
+            write_scores(f"{place}/scores", rows, 4, num_classes=9)
+            select(f"{place}/scores", f"{place}/out", images_per_class=25)
+        assert bytes_of(f"{s3}/out") == bytes_of(str(tmp_path / "out"))
+
+    def test_large_selections_are_split_between_classes_and_stale_parts_go(
+        self, rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from cluster import reduction
+        from pipeline import selection
+
+        write_scores(str(tmp_path / "scores"), rows, 3, num_classes=9)
+        monkeypatch.setattr(selection, "run_task", lambda fn, ref: fn(__import__("ray").get(ref)))
+        monkeypatch.setattr(selection, "PART_ROWS", 100)
+        monkeypatch.setattr(selection, "ROW_GROUP_ROWS", 30)
+        assert reduction.run_task is not selection.run_task
+        out = str(tmp_path / "out")
+        select(str(tmp_path / "scores"), out, images_per_class=40)
+        parts = sorted((tmp_path / "out").glob("*.parquet"))
+        assert [pq.ParquetFile(part).metadata.num_rows for part in parts] == [80, 80, 80, 80, 40]
+        assert rows_of(out) == brute_force(rows, 40)
+        parts[2].unlink()
+        with pytest.raises(SourceError, match="is not a complete selection; select again"):
+            read_selection(out)
+        select(str(tmp_path / "scores"), out, images_per_class=10)
+        assert [part.name for part in (tmp_path / "out").iterdir()] == ["part-00000.parquet"]
+        assert rows_of(out) == brute_force(rows, 10)
+
+
+def change(name: str, column: pa.Array) -> Any:
+    return lambda table: table.set_column(table.schema.get_field_index(name), name, column)
+
+
+BAD_TABLES = {
+    "missing column": (lambda table: table.drop_columns(["index"]), "must have one column `index`"),
+    "wrong index": (change("index", pa.array([0, 1], pa.int64())), "has a column `index` of type int64"),
+    "wrong shard": (change("shard", pa.array([1, 2])), "has a column `shard` of type"),
+    "float64 scores": (
+        change("scores", pa.array([[0.5, 0.1]] * 2, pa.list_(pa.float64(), 2))),
+        "has a column `scores` of type fixed_size_list",
+    ),
+    "variable lists": (change("class_ids", pa.array([[0, 1], [0]])), "has a column `class_ids` of type list"),
+    "fewer scores": (
+        change("scores", pa.array([[0.5]] * 2, pa.list_(pa.float32(), 1))),
+        "has 2 class_ids and 1 scores in a row",
+    ),
+    "nulls": (change("index", pa.array([None, 1], pa.uint32())), "has null values"),
+    "nulls in lists": (
+        change("scores", pa.array([[0.5, None], [0.5, 0.1]], pa.list_(pa.float32(), 2))),
+        "has null values",
+    ),
+    "class id": (change("class_ids", pa.array([[0, 9]] * 2, pa.list_(pa.int32(), 2))), "holds class id 9"),
+    "other P": (lambda _: table_of([("a", 7, [0], [0.5])], 9), "stores 1 classes per image, and 2 are needed"),
+    "other C": (lambda table: table.replace_schema_metadata({"tophat.num_classes": "8"}), "has 8 classes, and other"),
+    "repeated rows": (lambda _: table_of([("a", 1, [0, 1], [0.5, 0.1])], 9), "has two scores for class 0"),
+}
+
+
+@pytest.mark.usefixtures("ray_local")
+class TestBadInput:
+    @pytest.mark.parametrize("name", BAD_TABLES)
+    def test_a_bad_score_file_is_named_in_one_line(self, name: str, tmp_path: Path) -> None:
+        spoil, rule = BAD_TABLES[name]
+        write_scores(str(tmp_path / "scores"), [("a", 0, [0, 1], [0.5, 0.1]), ("a", 1, [1, 0], [0.5, 0.1])], 1, 9)
+        bad = spoil(table_of([("a", 2, [0, 1], [0.5, 0.1]), ("a", 3, [1, 0], [0.5, 0.1])], 9))
+        pq.write_table(bad, tmp_path / "scores" / "z-bad.parquet")
+        with pytest.raises(SourceError) as caught:
+            select(str(tmp_path / "scores"), str(tmp_path / "out"), images_per_class=2, tasks=2)
+        assert rule in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert "z-bad.parquet" in str(caught.value) or name == "repeated rows"
+        assert not (tmp_path / "out").exists()
+
+    def test_a_file_that_is_not_parquet(self, tmp_path: Path) -> None:
+        write_scores(str(tmp_path / "scores"), [("a", 0, [0, 1], [0.5, 0.1])], 1)
+        (tmp_path / "scores" / "z.parquet").write_bytes(b"not Parquet at all, by any means")
+        with pytest.raises(SourceError, match=r"z\.parquet': cannot be used"):
+            select(str(tmp_path / "scores"), str(tmp_path / "out"), images_per_class=2)
+
+    def test_unsorted_scores_are_refused_when_some_are_left_out(self, tmp_path: Path) -> None:
+        write_scores(str(tmp_path / "scores"), [("a", 0, [0, 1], [0.1, 0.5])], 1)
+        with pytest.raises(SourceError, match="not in descending order"):
+            select(str(tmp_path / "scores"), str(tmp_path / "out"), images_per_class=2, classes_per_image=1)
+
+    def test_invalid_utf8_in_a_shard_name(self, tmp_path: Path) -> None:
+        table = table_of([("a", 0, [0], [0.5])])
+        bad = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xff\xfe"))
+        pq.write_table(table.set_column(0, "shard", bad), tmp_path / "x.parquet")
+        with pytest.raises(SourceError, match="UTF8"):
+            select(str(tmp_path), str(tmp_path.parent / f"{tmp_path.name}-out"), images_per_class=2)
+
+    def test_more_classes_per_image_than_stored(self, tmp_path: Path) -> None:
+        write_scores(str(tmp_path / "scores"), [("a", 0, [0, 1], [0.5, 0.1])], 1)
+        with pytest.raises(SourceError, match="classes_per_image = 3: must be at most 2, the classes stored per image"):
+            select(str(tmp_path / "scores"), str(tmp_path / "out"), images_per_class=2, classes_per_image=3)
+
+    def test_scores_of_another_teacher(self, tmp_path: Path) -> None:
+        write_scores(str(tmp_path / "scores"), [("a", 0, [0, 1], [0.5, 0.1])], 1, num_classes=9)
+        with pytest.raises(SourceError, match="has 9 classes, and 10 are expected"):
+            select(str(tmp_path / "scores"), str(tmp_path / "out"), images_per_class=2, num_classes=10)
+
+    def test_no_scores(self, tmp_path: Path) -> None:
+        with pytest.raises(SourceError, match="holds no Parquet files"):
+            select(str(tmp_path), str(tmp_path.parent / "out"), images_per_class=2)
+
+    @pytest.mark.parametrize("field", ["images_per_class", "classes_per_image"])
+    def test_nothing_to_select(self, field: str, tmp_path: Path) -> None:
+        numbers = {"images_per_class": 1, field: 0}
+        with pytest.raises(InputError, match=f"{field} = 0: must be at least 1"):
+            select(str(tmp_path), str(tmp_path / "out"), **numbers)
+
+    def test_files_of_others_are_left_alone(self, tmp_path: Path) -> None:
+        write_scores(str(tmp_path / "scores"), [("a", 0, [0, 1], [0.5, 0.1])], 1)
+        (tmp_path / "out").mkdir()
+        pq.write_table(pa.table({"mine": [1]}), tmp_path / "out" / "part-00000.parquet")
+        with pytest.raises(StorageError, match="which is not of a selection"):
+            select(str(tmp_path / "scores"), str(tmp_path / "out"), images_per_class=2)
+        assert pq.read_table(tmp_path / "out" / "part-00000.parquet").column_names == ["mine"]
+
+    def test_a_selection_does_not_go_into_its_scores(self, tmp_path: Path) -> None:
+        with pytest.raises(StorageError, match="is inside the score table"):
+            select(str(tmp_path), str(tmp_path / "selection"), images_per_class=2)
+
+
+def test_no_selection_to_read(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="is not a complete selection"):
+        read_selection(str(tmp_path))

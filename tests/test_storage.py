@@ -1,0 +1,203 @@
+"""Locations: atomic publishing, listing, and what a user reads when a store refuses."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster import storage
+from cluster.errors import StorageError
+
+KILLED = """
+import os, sys, time
+from pathlib import Path
+from cluster import storage
+
+fsync = os.fsync
+def stop_before_rename(fd):
+    fsync(fd)
+    print("written", flush=True)
+    time.sleep(60)
+
+os.fsync = stop_before_rename
+storage.publish(sys.argv[1], b"new" * 1000)
+"""
+
+
+def test_published_content_is_read_back(place: str, tmp_path: Path) -> None:
+    target = storage.join(place, "a", "b.bin")
+    assert not storage.exists(target)
+    storage.publish(target, b"one")
+    assert storage.exists(target)
+    assert storage.read_bytes(target) == b"one"
+    file = tmp_path / "two"
+    file.write_bytes(b"two" * 1000)
+    storage.publish(target, file)
+    assert storage.read_bytes(target) == b"two" * 1000
+    with storage.open_input(target) as handle:
+        handle.seek(3)
+        assert handle.read(3) == b"two"
+    with storage.local_copy(target) as path:
+        assert path.read_bytes() == b"two" * 1000
+
+
+def test_a_multipart_upload_of_a_file(s3: str, tmp_path: Path) -> None:
+    file = tmp_path / "large"
+    file.write_bytes(os.urandom(2**20) * 18)
+    storage.publish(storage.join(s3, "large"), file)
+    assert storage.read_bytes(storage.join(s3, "large")) == file.read_bytes()
+
+
+def test_listing_is_sorted_by_bytes_relative_and_without_hidden_files(place: str) -> None:
+    names = ["b.txt", "a/z.txt", "a/é.txt", "a/Z.txt", "a b/'\"<i>.txt", "a/two.bin", ".hidden/x.txt", "a/.x.tmp"]
+    for name in names:
+        storage.publish(storage.join(place, name), name.encode())
+    listed = storage.list_files(place, ".txt")
+    assert [f.path for f in listed] == ["a b/'\"<i>.txt", "a/Z.txt", "a/z.txt", "a/é.txt", "b.txt"]
+    assert [f.size for f in listed] == [len(f.path.encode()) for f in listed]
+    assert all(storage.read_bytes(storage.join(place, f.path)) == f.path.encode() for f in listed)
+
+
+def test_the_listing_of_nothing_is_empty(place: str) -> None:
+    assert storage.list_files(storage.join(place, "absent")) == []
+
+
+def test_an_etag_changes_with_the_content(place: str) -> None:
+    target = storage.join(place, "x")
+    storage.publish(target, b"one")
+    before = storage.list_files(place)[0]
+    storage.publish(target, b"two")
+    after = storage.list_files(place)[0]
+    assert before.size == after.size
+    assert before.etag != after.etag
+
+
+def test_deleting(place: str) -> None:
+    for name in ("a/1", "a/b/2", "a/.hidden", "c"):
+        storage.publish(storage.join(place, name), b"x")
+    storage.delete_file(storage.join(place, "a/1"))
+    storage.delete_file(storage.join(place, "never"))
+    assert [f.path for f in storage.list_files(place)] == ["a/b/2", "c"]
+    storage.delete_tree(storage.join(place, "a"))
+    storage.delete_tree(storage.join(place, "never"))
+    assert [f.path for f in storage.list_files(place)] == ["c"]
+    assert not storage.exists(storage.join(place, "a/.hidden"))
+
+
+def test_a_writer_killed_before_the_rename_leaves_the_old_content_whole(tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    storage.publish(str(target), b"old")
+    writer = subprocess.Popen([sys.executable, "-c", KILLED, str(target)], stdout=subprocess.PIPE)
+    assert writer.stdout is not None
+    with writer.stdout:
+        assert writer.stdout.readline() == b"written\n"
+        writer.send_signal(signal.SIGKILL)
+        writer.wait(timeout=30)
+    assert target.read_bytes() == b"old"
+    assert [f.path for f in storage.list_files(str(tmp_path))] == ["x"]
+
+
+def test_readers_never_see_a_part(place: str) -> None:
+    target = storage.join(place, "x")
+    contents = {bytes([value]) * 200_000 for value in range(4)}
+    storage.publish(target, next(iter(contents)))
+    stop, seen, errors = threading.Event(), set[bytes](), list[Exception]()
+
+    def read() -> None:
+        while not stop.is_set():
+            try:
+                seen.add(storage.read_bytes(target))
+            except Exception as error:
+                errors.append(error)
+
+    # pyarrow takes the size of an S3 object when it opens it; equal sizes leave only the content to differ.
+    reader = threading.Thread(target=read)
+    reader.start()
+    deadline = time.monotonic() + 1.5
+    while time.monotonic() < deadline:
+        for content in contents:
+            storage.publish(target, content)
+    stop.set()
+    reader.join()
+    assert errors == []
+    assert seen <= contents if not storage.is_remote(place) else seen
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("ftp://x/y", "uri = 'ftp://x/y': has a scheme that is not supported; use a local path, s3:// or gs://"),
+        ("s3://", "uri = 's3://': names no bucket; write s3://BUCKET/KEY"),
+    ],
+)
+def test_a_uri_that_cannot_be(uri: str, message: str) -> None:
+    with pytest.raises(StorageError) as error:
+        storage.read_bytes(uri)
+    assert str(error.value) == message
+
+
+def test_nothing_there(place: str) -> None:
+    storage.publish(storage.join(place, "other"), b"")
+    with pytest.raises(StorageError, match=r"absent': does not exist; check the path$"):
+        storage.read_bytes(storage.join(place, "absent"))
+
+
+@pytest.mark.parametrize("operation", ["publish", "list", "read", "exists"])
+def test_wrong_credentials_are_one_line(s3: str, operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.publish(storage.join(s3, "x"), b"x")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    attempts = {
+        "publish": lambda: storage.publish(storage.join(s3, "x"), b"y"),
+        "list": lambda: storage.list_files(s3),
+        "read": lambda: storage.read_bytes(storage.join(s3, "x")),
+        "exists": lambda: storage.exists(storage.join(s3, "x")),
+    }
+    with pytest.raises(StorageError, match="was refused by the store .*; check the credentials") as error:
+        attempts[operation]()
+    assert "\n" not in str(error.value)
+
+
+def test_a_wrong_secret_for_a_known_key(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.publish(storage.join(s3, "x"), b"x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(StorageError, match="check the credentials"):
+        storage.check_writable("--run-dir", s3)
+
+
+def test_a_bucket_that_does_not_exist(s3: str) -> None:
+    with pytest.raises(StorageError, match="is in a bucket that does not exist; create the bucket"):
+        storage.list_files("s3://no-such-bucket/x")
+    with pytest.raises(StorageError, match=r"^--run-dir = 's3://no-such-bucket/run': is in a bucket that does not exist"):
+        storage.check_writable("--run-dir", "s3://no-such-bucket/run")
+
+
+def test_no_server_is_one_line(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(StorageError, match="could not be reached") as error:
+        storage.exists(storage.join(s3, "x"))
+    assert "AWS_ENDPOINT_URL" in error.value.fix
+
+
+def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_bytes(b"")
+    with pytest.raises(StorageError, match=r"^--out = "):
+        storage.check_writable("--out", str(blocked / "run"))
+
+
+def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe.jpg")).write_bytes(b"x")
+    with pytest.raises(StorageError, match=r"holds a name that is not UTF-8 .*xff.*; rename it"):
+        storage.list_files(str(tmp_path))
+
+
+def test_joining() -> None:
+    assert storage.join("s3://b/k/", "/x/", "", "y.txt") == "s3://b/k/x/y.txt"
+    assert storage.join("/", "x") == "/x"
+    assert storage.join("a") == "a"
