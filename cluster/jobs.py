@@ -91,10 +91,10 @@ def follow(job_id: str, *, address: str, write: Callable[[str], object] | None =
     Raises:
         ClusterError: no such job, nothing answers at `address` for a minute, or the token is missing or wrong.
     """
-    stop = shlex.join(["ray", "job", "stop", "--address", address, job_id])
     try:
         return _followed(job_id, address, _Log(write or _to_stdout))
     except KeyboardInterrupt:
+        stop = _ray_job("stop", "--address", address, job_id)
         print(one_line(f"Job {job_id} goes on without being followed. To stop it: {stop}"), file=sys.stderr)
         return INTERRUPTED
 
@@ -156,8 +156,8 @@ def _followed(job_id: str, address: str, log: _Log) -> int:
 def _exit_code(job: "JobDetails") -> int:
     if job.status == "SUCCEEDED":
         return 0
-    first_line = (job.message or "").strip().partition("\n")[0]
-    print(one_line(f"Job {job.submission_id} {job.status.lower()}: {first_line}"), file=sys.stderr)
+    reason = (job.message or "").partition(", last available logs")[0].strip().partition("\n")[0]
+    print(one_line(f"Job {job.submission_id} {job.status.lower()}: {reason}"), file=sys.stderr)
     return job.driver_exit_code or 1
 
 
@@ -167,8 +167,13 @@ def _details(client: "JobSubmissionClient", job_id: str, address: str) -> "JobDe
     except RuntimeError as error:
         if "status code 404" not in str(error):
             raise
-        listing = shlex.join(["ray", "job", "list", "--address", address])
+        listing = _ray_job("list", "--address", address)
         raise ClusterError("job", job_id, "is not known to the cluster", f"see its jobs with `{listing}`") from None
+
+
+def _ray_job(*words: str) -> str:
+    """A command for the user's shell; Ray's own client sends no token unless it is told that there is one."""
+    return f"RAY_AUTH_MODE=token {shlex.join(['ray', 'job', *words])}"
 
 
 @contextlib.contextmanager
@@ -228,7 +233,7 @@ def _client(address: str, token: str) -> "JobSubmissionClient":
         name: os.environ.pop(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if name in os.environ
     }
     try:
-        return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
+        return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}" if token else ""})
     finally:
         os.environ.update(overriding)
 
@@ -238,16 +243,18 @@ def _token() -> tuple[str, str]:
 
     Source: Ray 2.60, "Token authentication": RAY_AUTH_TOKEN, the file at RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token.
     """
-    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return token, "RAY_AUTH_TOKEN"
-    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
-    try:
-        return path.read_text().strip(), str(path)
-    except FileNotFoundError:
-        return "", str(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ClusterError("RAY_AUTH_TOKEN_PATH", str(path), f"cannot be read ({_cause(error)})", "check it") from None
+    token, source = os.environ.get("RAY_AUTH_TOKEN", "").strip(), "RAY_AUTH_TOKEN"
+    if not token:
+        source = os.environ.get("RAY_AUTH_TOKEN_PATH") or str(Path.home() / ".ray" / "auth_token")
+        try:
+            token = Path(source).read_text().strip()
+        except FileNotFoundError:
+            return "", source
+        except (OSError, UnicodeDecodeError) as error:
+            raise ClusterError("token", source, f"cannot be read ({_cause(error)})", "check that file") from None
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise ClusterError("token", source, "holds something else than a token", "copy the token of the cluster there")
+    return token, source
 
 
 def _cause(error: BaseException) -> str:

@@ -5,12 +5,12 @@ an OSError (a store that failed for a moment), and raise what a task raised as i
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
-
-import ray
-from ray.exceptions import RayError, RayTaskError
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.errors import StageError, one_line
+
+if TYPE_CHECKING:  # Ray reads its environment when it is imported, and a session sets that first
+    import ray
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -32,6 +32,8 @@ def parallel_map(
     Raises:
         whatever `fn` raised, after the remaining tasks were canceled.
     """
+    import ray
+
     with _Flight(in_flight, num_cpus) as flight:
         for item in items:
             while flight.full:
@@ -100,6 +102,8 @@ def tree_reduce(
 
 def run_task(fn: Callable[..., R], *args: object, num_cpus: float = 1.0) -> R:
     """`fn(*args)` in one Ray task, with the retries and errors of the others; references among `args` are resolved."""
+    import ray
+
     with _Flight(1, num_cpus) as flight:
         flight.launch(fn, *args)
         result: R = ray.get(flight.land()[0])
@@ -112,6 +116,8 @@ def _run(fn: Callable[..., R], *args: object) -> tuple[None, R]:
 
 def cpus() -> float:
     """CPUs of the cluster that Ray is connected to, at least 1."""
+    import ray
+
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return max(1.0, resources.get("CPU", 0.0))
 
@@ -123,6 +129,8 @@ class _Flight:
     """
 
     def __init__(self, limit: int | None, num_cpus: float) -> None:
+        import ray
+
         self._limit = limit or max(2, int(2 * cpus() / num_cpus))
         remote: Any = ray.remote
         self._task = remote(num_cpus=num_cpus, num_returns=2, max_retries=RETRIES, retry_exceptions=[OSError])(_run)
@@ -133,6 +141,8 @@ class _Flight:
         return self
 
     def __exit__(self, *_: object) -> None:
+        import ray
+
         for marker in self._values:
             ray.cancel(marker)
 
@@ -145,6 +155,8 @@ class _Flight:
         return len(self._values) >= self._limit
 
     def launch(self, fn: Callable[..., Any], *args: object) -> None:
+        import ray
+
         if fn not in self._functions:
             self._functions[fn] = ray.put(fn)  # shipped once, whatever it carries
         marker, value = self._task.remote(self._functions[fn], *args)
@@ -152,6 +164,9 @@ class _Flight:
 
     def land(self) -> list[Any]:
         """Waits until a task is finished; the values (references) of all that are."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
         markers, _ = ray.wait(list(self._values), num_returns=1)
         values = [self._values.pop(marker) for marker in markers]
         try:
@@ -165,6 +180,6 @@ class _Flight:
 
 def _original(error: BaseException) -> BaseException:
     """What the task itself raised: Ray wraps it, once per task that it passed through."""
-    while isinstance(error, RayTaskError) and error.cause is not None:
-        error = error.cause
+    while isinstance(cause := getattr(error, "cause", None), BaseException):
+        error = cause
     return error

@@ -6,20 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cluster import ENVIRONMENT
 from cluster.config import Cluster
 from cluster.errors import ResourceError
-from cluster.storage import CHECKSUM_ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parent.parent
 """The checkout: what workers import `pipeline`, `tuning`, `models` and `cluster` from."""
-
-QUIET = {
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_TRAIN_ENABLE_V2": "1",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "PYTHONWARNINGS": "ignore",
-}
 
 
 class Session:
@@ -67,10 +59,7 @@ def _connect(cluster: Cluster, verbose: bool) -> None:
     import ray
 
     address = os.environ.get("RAY_ADDRESS") or cluster.address
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    environment = {name: os.environ[name] for name in (*CHECKSUM_ENVIRONMENT, *QUIET)}
+    environment = {name: os.environ[name] for name in ENVIRONMENT}
     options: dict[str, Any] = {
         "runtime_env": {"env_vars": environment},
         "logging_level": logging.INFO if verbose else logging.ERROR,

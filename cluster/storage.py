@@ -7,6 +7,7 @@ closed after an error, which would publish half an object.
 Credentials, region and endpoint are boto3's usual ones (`AWS_ACCESS_KEY_ID`, `AWS_PROFILE`, `AWS_ENDPOINT_URL`, instance roles).
 """
 
+import mimetypes
 import os
 import shutil
 import tempfile
@@ -18,18 +19,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.fs as pafs
+
 from cluster.errors import StorageError
-
-# Stores other than AWS refuse the trailing checksums that recent AWS SDKs add to uploads (HTTP 411). Read once, when pyarrow.fs loads.
-CHECKSUM_ENVIRONMENT = {
-    "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
-    "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
-}
-for _key, _value in CHECKSUM_ENVIRONMENT.items():
-    os.environ.setdefault(_key, _value)
-
-import pyarrow as pa  # noqa: E402
-import pyarrow.fs as pafs  # noqa: E402
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,10 +223,11 @@ def publish(uri: str, data: bytes | Path) -> None:
     with _reported(uri):
         if scheme == "s3":
             client, bucket, key = _s3(path)
+            kind = mimetypes.guess_type(key)[0] or "application/octet-stream"  # so that a browser shows a report
             if isinstance(data, Path):
-                client.upload_file(str(data), bucket, key)
+                client.upload_file(str(data), bucket, key, ExtraArgs={"ContentType": kind})
             else:
-                client.put_object(Bucket=bucket, Key=key, Body=data)
+                client.put_object(Bucket=bucket, Key=key, Body=data, ContentType=kind)
         elif scheme == "file":
             _publish_local(Path(path), data)
         else:

@@ -32,9 +32,11 @@ class ModelCard(Section):
     """Architecture, its options and the input transform."""
     class_names: Annotated[list[str], Field(min_length=1)]
     """Class i of the output is class_names[i]."""
-    metrics: dict[str, float | None] = {}
+    parameters: Annotated[int, Field(ge=0)]
+    """How many numbers are trained."""
+    metrics: Annotated[dict[str, float | None], Field(default_factory=dict)]
     """What was measured, such as top1 in [0, 1]; none where a figure is not finite."""
-    provenance: dict[str, Any] = {}
+    provenance: Annotated[dict[str, Any], Field(default_factory=dict)]
     """Where it comes from: run, stage, data, seed."""
     weights: Weights
     """The file beside the card."""

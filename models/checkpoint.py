@@ -63,6 +63,7 @@ def save(
         card = ModelCard(
             model=config,
             class_names=class_names,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
             metrics={name: value if math.isfinite(value) else None for name, value in metrics.items()},
             provenance=provenance,
             weights=weights,
@@ -86,7 +87,9 @@ def load(uri: str) -> LoadedModel:
     state = _read_weights(uri, card.weights)
     model = build(card.model, len(card.class_names))
     if problem := mismatch(model, state):
-        raise ModelError("model", uri, f"has weights that do not fit {card.model.architecture}: {problem}", "save it again")
+        raise ModelError(
+            "model", uri, f"has weights that do not fit {card.model.architecture}: {problem}", "save it again"
+        )
     model.load_state_dict(state)
     return LoadedModel(model.eval(), card.model, card.class_names, card.metrics, card.provenance)
 
@@ -122,7 +125,9 @@ def _read_weights(uri: str, weights: Weights) -> dict[str, Tensor]:
                 raise ModelError("model", uri, f"has a {WEIGHTS} whose hash is not its card's", "copy or save it again")
             return load_file(path)
     except SafetensorError as error:
-        raise ModelError("model", uri, f"has a {WEIGHTS} that is no safetensors file ({error})", "save it again") from None
+        raise ModelError(
+            "model", uri, f"has a {WEIGHTS} that is no safetensors file ({error})", "save it again"
+        ) from None
     except StorageError as error:
         if "does not exist" not in error.rule:
             raise

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from ray.train.collective import broadcast_from_rank_zero
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -130,7 +131,7 @@ class _Trainer:
             logits = network(normalize(images, self.job.model.transform, self.device))
         loss = functional.cross_entropy(logits.float(), labels)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         meter.add(logits.detach(), labels)
@@ -201,8 +202,11 @@ class _Trainer:
     def _show(self, meter: "_Meter") -> None:
         if self.rank == 0 and meter.shown + PROGRESS_SECONDS < (now := time.monotonic()):
             meter.shown = now
-            facts = {k: v for k, v in (self.history[-1] if self.history else {}).items() if k in ("loss", "top1", "val_top1")}
-            self.job.progress.update(self.step * self.training.global_batch, **facts)
+            seen = self.step * self.training.global_batch
+            if self.history:
+                self.job.progress.update(seen, loss=self.history[-1]["loss"], top1=self.history[-1]["top1"])
+            else:
+                self.job.progress.update(seen)
 
     def _reseed(self) -> None:
         """Makes what is random inside the network (dropout) the same whether or not the run was interrupted here."""
@@ -255,10 +259,10 @@ class _Trainer:
         """Meets the other workers; a single one needs no process group."""
         if self.world == 1:
             return
-        host = ray.util.get_node_ip_address()
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.rank == 0 else None
+        host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.rank == 0 else None
         host, port = broadcast_from_rank_zero((host, store.port) if store else None)
-        store = store or dist.TCPStore(host, port, is_master=False)
+        store = store or TCPStore(host, port, is_master=False)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
 

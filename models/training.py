@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -129,7 +130,18 @@ def fit(
         initial = storage.absolute(initial)
         read_card(initial)
     job = Job(
-        name, model, class_names, training, data, validation, initial, out, seed, provenance, progress, on_report is not None
+        name,
+        model,
+        class_names,
+        training,
+        data,
+        validation,
+        initial,
+        out,
+        seed,
+        provenance,
+        progress,
+        on_report is not None,
     )
     returned = _run_workers(job, work, on_report)
     if error := returned.get("error"):
@@ -175,16 +187,15 @@ def _run_workers(job: Job, work: str, on_report: Any) -> dict[str, Any]:
     return returned
 
 
-class _kept_interrupt_handler:
+@contextmanager
+def _kept_interrupt_handler() -> Iterator[None]:
     """Puts back the handler of Ctrl-C that Ray Train replaces for good."""
-
-    def __enter__(self) -> None:
-        self._main = threading.current_thread() is threading.main_thread()
-        self._handler = signal.getsignal(signal.SIGINT)
-
-    def __exit__(self, *details: object) -> None:
-        if self._main:
-            signal.signal(signal.SIGINT, self._handler)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
 
 
 def _reported(job: Job, error: Exception) -> TophatError:
@@ -206,5 +217,3 @@ def _worker(job: Job) -> dict[str, Any]:
     from models.loop import train
 
     return train(job)
-
-

@@ -11,6 +11,8 @@ import logging
 import math
 import random
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, NamedTuple, cast, get_args
 
 import numpy as np
@@ -38,7 +40,7 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-class UndecodableImage(TophatError):
+class UndecodableImage(TophatError):  # noqa: N818 - the design's word for it
     """An image that cannot be used: a row of the rejects, not a failure of the run.
 
     Args:
@@ -160,28 +162,21 @@ def normalize(images: Tensor, transform: Transform, device: torch.device) -> Ten
     return moved.sub_(255 * mean).div_(255 * std)
 
 
-class _opened:
+@contextmanager
+def _opened(data: bytes, transform: Transform) -> Iterator[Image.Image]:
     """The image of hostile bytes, header read and checked; every error in the block becomes an `UndecodableImage`."""
-
-    def __init__(self, data: bytes, transform: Transform) -> None:
-        self._data = data
-        self._max_pixels = transform.max_pixels
-
-    def __enter__(self) -> Image.Image:
-        if not self._data:
-            raise UndecodableImage("empty", "no bytes")
-        try:
-            image = Image.open(io.BytesIO(self._data), formats=FORMATS)
-        except Exception as error:
-            raise _undecodable(error) from error
-        if image.width * image.height > self._max_pixels:
-            detail = f"{image.width} x {image.height} pixels, at most {self._max_pixels} are allowed"
+    if not data:
+        raise UndecodableImage("empty", "no bytes")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > transform.max_pixels:
+            detail = f"{image.width} x {image.height} pixels, at most {transform.max_pixels} are allowed"
             raise UndecodableImage("too_large", detail)
-        return image
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception):  # a decoder may raise anything on hostile bytes
-            raise _undecodable(error) from error
+        yield image
+    except UndecodableImage:
+        raise
+    except Exception as error:  # a decoder may raise anything on hostile bytes
+        raise _undecodable(error) from error
 
 
 def _undecodable(error: Exception) -> UndecodableImage:

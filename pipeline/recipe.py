@@ -213,7 +213,31 @@ def validate(document: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        raise _first_error(error) from None
+        raise _first_error(error, Recipe) from None
+
+
+def score_settings(overrides: Sequence[str], classes_per_image: int | None, classes: int) -> Score:
+    """The section `score` for a scoring without a recipe.
+
+    Args:
+        overrides: `field=value` of that section.
+        classes_per_image: P; by default the usual 10, or every class where there are fewer.
+        classes: of the model.
+
+    Raises:
+        RecipeError: an override is wrong, or P is above the class count.
+    """
+    document: dict[str, Any] = {"classes_per_image": classes_per_image or min(10, classes)}
+    for override in overrides:
+        _override(document, override.removeprefix("score."))
+    try:
+        settings = Score.model_validate(document)
+    except ValidationError as error:
+        raise _first_error(error, Score) from None
+    if settings.classes_per_image > classes:
+        rule = f"must be at most {classes}, the number of classes of the model"
+        raise RecipeError("--classes-per-image", settings.classes_per_image, rule, f"set it to {classes} or less")
+    return settings
 
 
 def shipped() -> dict[str, Path]:
@@ -273,14 +297,14 @@ def _number(text: str) -> str | float:
         return text
 
 
-def _first_error(error: ValidationError) -> RecipeError:
+def _first_error(error: ValidationError, section: type[BaseModel]) -> RecipeError:
     details = error.errors(include_url=False)
     # An unknown key says more than the missing one that it was meant to be.
     first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
     place = [str(part) for part in first["loc"]]
     field = ".".join(place) or "recipe"
     if first["type"] == "extra_forbidden":
-        known = _fields_at(place[:-1])
+        known = _fields_at(section, place[:-1])
         near = difflib.get_close_matches(place[-1], known, n=1)
         fix = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
         return RecipeError(field, first["input"], "is not a field of a recipe", fix)
@@ -292,8 +316,7 @@ def _first_error(error: ValidationError) -> RecipeError:
     )
 
 
-def _fields_at(place: Sequence[str]) -> list[str]:
-    section: type[BaseModel] = Recipe
+def _fields_at(section: type[BaseModel], place: Sequence[str]) -> list[str]:
     for name in place:
         annotation = section.model_fields[name].annotation if name in section.model_fields else None
         options = [annotation, *getattr(annotation, "__args__", ())]

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cluster import storage
+from pipeline.rejects import Reject
 from pipeline.text import duration, finite, parameters, percent, plain, plotly_text, points, score, short, thousands
 
-MAX_CLASSES_SHOWN = 40
-"""Most classes whose ranked images, and most classes short of K, that the page lists."""
+MANY_CLASSES = 40
+"""Up to so many classes are charted by name; more are in falling order. Most classes short of K that are listed."""
 TILE = 96
 """Side of a thumbnail, in pixels."""
 MAX_PIXELS = 64_000_000
 """An image of more pixels than this is not decoded for its thumbnail."""
-_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -56,16 +57,6 @@ class Conservation:
     candidates: int
     selected: int
     unselected: int
-
-
-@dataclass(frozen=True)
-class Reject:
-    """One image that could not be scored."""
-
-    shard: str
-    index: int
-    reason: str
-    error: str
 
 
 @dataclass(frozen=True)
@@ -160,7 +151,7 @@ class ReportContent:
     classes: Sequence[ClassCount] = ()
     """All classes, by class_id."""
     rows: Sequence[ClassRow] = ()
-    """Classes to show images of; at most MAX_CLASSES_SHOWN of them are."""
+    """Classes to show images of, all or some of `classes`; the page says how many it shows."""
     curves: Sequence[Curve] = ()
     sweep: Sequence[Trial] = ()
     stages: Sequence[StageRow] = ()
@@ -206,7 +197,7 @@ def write_report(out_uri: str, content: ReportContent) -> str:
     if not storage.exists(plotly_uri):
         storage.publish(plotly_uri, get_plotlyjs().encode())
     strips = []
-    for row in content.rows[:MAX_CLASSES_SHOWN]:
+    for row in content.rows:
         strip, shown = contact_strip([image.image for image in row.images])
         strips.append(Strip(row, f"class-{row.class_id:05d}.jpg", shown))
         storage.publish(storage.join(out_uri, "assets", strips[-1].file), strip)
@@ -245,7 +236,7 @@ def contact_strip(images: Sequence[bytes]) -> tuple[bytes, list[bool]]:
 
 
 def _thumbnail(image: bytes) -> Any:
-    """`image` cropped to its central square and scaled to TILE x TILE RGB on white; None if it cannot be decoded."""
+    """`image`, upright, its central square scaled to TILE x TILE RGB on white; None if it cannot be decoded."""
     from PIL import Image, ImageOps
 
     try:
@@ -255,7 +246,10 @@ def _thumbnail(image: bytes) -> Any:
                 if opened.width * opened.height > MAX_PIXELS:
                     return None
                 opened.draft("RGB", (2 * TILE, 2 * TILE))
-                pixels = ImageOps.fit(opened.convert("RGBA"), (TILE, TILE))
+                upright = ImageOps.exif_transpose(opened)
+                if upright.mode.startswith("I"):  # 16 bits a pixel
+                    upright = upright.point(lambda value: value / 256).convert("L")
+                pixels = ImageOps.fit(upright.convert("RGBA"), (TILE, TILE))
     except Exception:  # decoders raise nearly anything on hostile bytes, and a thumbnail is never worth a run
         return None
     tile = Image.new("RGB", (TILE, TILE), (255, 255, 255))
@@ -349,54 +343,60 @@ def _sweep_charts(sweep: Sequence[Trial]) -> list[Chart]:
 
 
 def _class_charts(content: ReportContent) -> list[Chart]:
-    """Images of D-hat per class against K, and the lowest selected score per class."""
+    """Images of D-hat per class against K, and the lowest selected score per class.
+
+    A few classes stand in their own order, by name; many stand in falling order, so that the chart reads as a curve.
+    """
     classes, k = content.classes, content.images_per_class
-    if not classes:
-        return []
-    x: dict[str, Any] = {"title": {"text": "class"}}
-    if len(classes) <= MAX_CLASSES_SHOWN:
+    many = len(classes) > MANY_CLASSES
+    x: dict[str, Any] = {"title": {"text": "classes, in falling order"}}
+    if not many:
         names = [plotly_text(short(c.name, 16)) for c in classes]
-        x = {"tickmode": "array", "tickvals": list(range(len(classes))), "ticktext": names, "automargin": True}
+        x = {"tickmode": "array", "tickvals": list(range(len(classes))), "ticktext": names}
 
-    def bars(name: str, some: Sequence[tuple[int, ClassCount]]) -> dict[str, Any]:
-        hover = [f"{plotly_text(short(c.name))}: {c.count:,} images" for _, c in some]
-        return _trace(name, [i for i, _ in some], [c.count for _, c in some]) | {
-            "type": "bar",
-            "hovertext": hover,
-            "hoverinfo": "text",
-        }
+    def trace(name: str, some: Sequence[tuple[int, ClassCount]], value: str, **style: Any) -> dict[str, Any]:
+        hover = [
+            f"{plotly_text(short(c.name))}: {thousands(c.count)} images, lowest score {score(c.lowest_score)}"
+            for _, c in some
+        ]
+        style |= {"hovertext": hover, "hoverinfo": "text"}
+        return _trace(name, [i for i, _ in some], [getattr(c, value) for _, c in some], **style)
 
-    full = [(i, c) for i, c in enumerate(classes) if k is None or c.count >= k]
-    lacking = [(i, c) for i, c in enumerate(classes) if k is not None and c.count < k]
-    traces = [bars(name, some) for name, some in (("K images", full), ("short of K", lacking)) if some]
-    scores = _trace("lowest selected score", list(range(len(classes))), [c.lowest_score for c in classes])
-    scores |= {
-        "mode": "markers",
-        "marker": {"size": 9 if len(classes) <= MAX_CLASSES_SHOWN else 4},
-        "hovertext": [f"{plotly_text(short(c.name))}: {score(c.lowest_score)}" for c in classes],
-        "hoverinfo": "text",
-    }
+    by_count = list(enumerate(sorted(classes, key=lambda c: -c.count) if many else classes))
+    by_score = [c for c in classes if finite(c.lowest_score) is not None or not many]
+    ranked = list(enumerate(sorted(by_score, key=lambda c: -(c.lowest_score or 0.0)) if many else by_score))
+    full = [(i, c) for i, c in by_count if k is None or c.count >= k]
+    lacking = [(i, c) for i, c in by_count if k is not None and c.count < k]
+    bars = [
+        trace(name, some, "count", type="bar") for name, some in (("K images", full), ("short of K", lacking)) if some
+    ]
+    marks = trace("score", ranked, "lowest_score", mode="markers", marker={"size": 4 if many else 9})
     counts = [c.count for c in classes]
-    lowest = [value for c in classes if (value := finite(c.lowest_score)) is not None]
-    return [
+    lowest = [value for value in marks["y"] if value is not None]
+    charts = [
         _chart(
             "counts",
             "Images of D̂ per class",
             f"{len(classes):,} classes of {min(counts):,} to {max(counts):,} images; {len(lacking):,} short of K",
-            traces,
+            bars,
             xaxis=x,
             yaxis={"rangemode": "tozero", "tickformat": ",d"},
             barmode="overlay",
-        ),
+            bargap=0 if many else 0.2,
+        )
+        if classes
+        else None,
         _chart(
             "lowest",
             "Lowest selected score per class",
-            f"from {score(min(lowest, default=None))} to {score(max(lowest, default=None))}",
-            [scores],
+            f"from {score(min(lowest))} to {score(max(lowest))}",
+            [marks],
             xaxis=x,
-            yaxis={},
-        ),
+        )
+        if lowest
+        else None,
     ]
+    return [chart for chart in charts if chart]
 
 
 # The page
@@ -428,7 +428,7 @@ def _render(content: ReportContent, strips: Sequence[Strip], plotly_name: str) -
         figures={chart.key: chart.figure for chart in charts},
         lacking=_short_of_k(content),
         error=_standard_error(content),
-        limit=MAX_CLASSES_SHOWN,
+        limit=MANY_CLASSES,
         plotly_name=plotly_name,
     )
     columns = max((len(strip.shown) for strip in strips), default=0)

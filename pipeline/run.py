@@ -191,7 +191,7 @@ def _fit(
     data: TrainingSet,
     initial: Finished | None = None,
 ) -> dict[str, Any]:
-    total = training.total_images(data.images)
+    total = training.steps(data.images) * training.global_batch
     with this.display.task(stage, total) as progress:
         fitted = fit(
             stage,
@@ -213,11 +213,10 @@ def _fit(
 def _trained(fitted: Fitted, model: ModelConfig, images_seen: int) -> dict[str, Any]:
     from models.card import read_card
 
-    parameters = read_card(fitted.uri).provenance.get("parameters")
     return {
         "images": images_seen,
         "architecture": model.architecture,
-        "parameters": parameters,
+        "parameters": read_card(fitted.uri).parameters,
         "metrics": fitted.metrics,
         "history": fitted.history,
     }
@@ -318,7 +317,7 @@ def fine_tune_student(this: Run, labeled: LabeledData, pretrained: Finished) -> 
     """(4) The pre-trained student on D: one trial for each learning rate, the best on held-out labeled images."""
     recipe, model = this.recipe, this.recipe.student.model
     settings = recipe.fine_tune
-    total = settings.training.total_images(labeled.train.images)
+    total = settings.training.steps(labeled.train.images) * settings.training.global_batch
 
     def work(place: str) -> dict[str, Any]:
         rates = list(dict.fromkeys(settings.sweep.learning_rates))

@@ -17,12 +17,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster import storage
-from cluster.errors import StageError
+from cluster.errors import RunError, StageError
 from cluster.progress import Progress
+from cluster.resources import cluster_shape
 from models.config import Transform
 from pipeline.recipe import Score
 from pipeline.rejects import Reject, publish_rejects, read_rejects
 from pipeline.sources import ImageSource, Reader, Row, Shard, ShardError
+from pipeline.store import publish_json, read_json
+
+OWNER = "scoring.json"
+REJECTS = "_rejects"
+"""Where rejects go when a score table stands alone: a name that readers of a Parquet folder pass over."""
 
 MAX_RANGE_ROWS = 65_536
 READ_BLOCKS = 2_000
@@ -81,7 +87,7 @@ def ledger(scores_uri: str) -> dict[str, list[Range]]:
     """The published ranges of every shard, in row order."""
     found: dict[str, list[Range]] = {}
     for entry in storage.list_files(scores_uri, ".parquet"):
-        published = Range.of_file(entry.path)
+        published = None if entry.path.startswith(f"{REJECTS}/") else Range.of_file(entry.path)
         if published is not None:
             found.setdefault(published.shard, []).append(published)
     for ranges in found.values():
@@ -102,6 +108,31 @@ def complete(ranges: Sequence[Range]) -> bool:
 def range_rows(transform: Transform, range_mib: int) -> int:
     """Rows of a range whose decoded images (uint8, 3 channels) take at most `range_mib` MiB."""
     return max(1, min(MAX_RANGE_ROWS, range_mib * 2**20 // (3 * transform.size**2)))
+
+
+def claim(field: str, scores_uri: str, model_uri: str, source: ImageSource, settings: Score) -> None:
+    """Makes a folder this scoring's, so that the same command goes on in it and another one is refused.
+
+    Raises:
+        RunError: it holds the scores of another model, source or P.
+        StorageError: it cannot be written.
+    """
+    from models.card import read_card
+
+    wanted = {
+        "model": read_card(model_uri).weights.sha256,
+        "source": source.fingerprint(),
+        "classes_per_image": settings.classes_per_image,
+    }
+    owner = storage.join(scores_uri, OWNER)
+    if storage.exists(owner):
+        for name, value in read_json(owner).items():
+            if wanted.get(name) != value:
+                raise RunError(field, scores_uri, f"holds scores made with another {name}", "give another folder")
+    elif storage.list_files(scores_uri):
+        raise RunError(field, scores_uri, "is not empty and holds no scores", "give another folder")
+    else:
+        publish_json(owner, wanted)
 
 
 def score(
@@ -211,14 +242,12 @@ def _too_many(rejects: int, images: int, settings: Score) -> StageError:
 
 
 def default_actors(settings: Score) -> int:
-    """How many actors the cluster's resources hold beside at least one reader."""
-    import ray
-
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    """How many actors the cluster holds, at its largest, beside at least one reader."""
+    shape = cluster_shape()
     if settings.gpus_per_actor > 0:
-        return max(1, int(resources.get("GPU", 0.0) / settings.gpus_per_actor))
-    cpus = resources.get("CPU", 1.0)
-    return max(1, int((cpus - settings.cpus_per_reader) / (settings.cpus_per_actor + settings.cpus_per_reader)))
+        return max(1, int(shape.total("GPU") / settings.gpus_per_actor))
+    free = shape.total("CPU") - settings.cpus_per_reader
+    return max(1, int(free / (settings.cpus_per_actor + settings.cpus_per_reader)))
 
 
 class _RangeReader:

@@ -119,8 +119,8 @@ class RunStore:
             storage.delete_tree(place)
             publish_json(started, {"fingerprint": print_of})
         begin = time.monotonic()
-        outputs = work(place)
-        seconds = time.monotonic() - begin
+        outputs = json.loads(json.dumps(work(place)))  # the same plain data now as when it is found finished
+        seconds = round(time.monotonic() - begin, 3)
         content = {
             "stage": name,
             "fingerprint": print_of,
@@ -128,7 +128,7 @@ class RunStore:
             "sections": _plain(sections),
             "inputs": dict(inputs),
             "outputs": outputs,
-            "seconds": round(seconds, 3),
+            "seconds": seconds,
             "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         publish_json(storage.join(place, "metrics.json"), outputs)

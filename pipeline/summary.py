@@ -171,7 +171,7 @@ def report_content(recipe: Recipe, store: RunStore, done: Mapping[str, Finished]
     if "scores" in done:
         reasons, examples = read_rejects(store.place("rejects"), limit=EXAMPLES)
         fields["rejects_by_reason"] = reasons
-        fields["reject_examples"] = [report.Reject(r.shard, r.index, r.reason, r.error) for r in examples]
+        fields["reject_examples"] = examples
     if "selection" in done:
         fields |= _selection_fields(recipe, done)
     names = {
@@ -226,8 +226,8 @@ def _selection_fields(recipe: Recipe, done: Mapping[str, Finished]) -> dict[str,
         settings = recipe.report
         wanted = {
             (number, rank)
-            for number, count in enumerate(selection["counts"][: settings.classes])
-            for rank in report.figure_ranks(count, settings.first_ranks, settings.strided_ranks)
+            for number in report.figure_ranks(len(names), 0, min(settings.classes, len(names)))  # spread over all classes
+            for rank in report.figure_ranks(selection["counts"][number], settings.first_ranks, settings.strided_ranks)
         }
         found = ranked_images(done["dhat"].uri, wanted)
         by_class: dict[int, list[report.RankedImage]] = {}

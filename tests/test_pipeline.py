@@ -1,0 +1,154 @@
+"""The whole pipeline on tiny real data: on a local path with folders of files, and on S3 with shards."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+import tiny
+from cluster import storage
+from cluster.config import Cluster
+from cluster.progress import Display
+from cluster.session import Session
+from models.checkpoint import load
+from pipeline import summary
+from pipeline.ingest import ingest
+from pipeline.recipe import Recipe, Source, validate
+from pipeline.rejects import read_rejects
+from pipeline.run import STAGES, Run, run
+from pipeline.sources import open_source
+from pipeline.store import Finished, RunStore
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+
+class JoinedSession(Session):
+    """The session of the tests' own Ray: nothing to start, nothing to stop."""
+
+    def __init__(self) -> None:
+        super().__init__(Cluster())
+
+    def start(self) -> None:
+        pass
+
+
+def execute(recipe: Recipe, uri: str, until: str | None = None) -> dict[str, Finished]:
+    store = RunStore(uri)
+    store.claim(recipe.name, recipe.to_yaml())
+    with JoinedSession() as session:
+        return run(Run(recipe, store, session, Display(Console(quiet=True), enabled=False)), until)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tiny")
+    tiny.write_folders(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def local_run(folders: Path, tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> tuple[str, dict[str, Finished]]:
+    uri = str(tmp_path_factory.mktemp("runs") / "tiny")
+    return uri, execute(validate(tiny.recipe(str(folders))), uri)
+
+
+def test_every_stage_is_done_once_and_in_order(local_run: tuple[str, dict[str, Finished]]) -> None:
+    _, done = local_run
+    assert tuple(done) == STAGES
+    assert all(stage.fresh for stage in done.values())
+
+
+def test_every_image_is_accounted_for(local_run: tuple[str, dict[str, Finished]]) -> None:
+    uri, done = local_run
+    scores = done["scores"].outputs
+    assert scores["listed"] == tiny.UNLABELED + len(tiny.BROKEN)
+    assert scores["scored"] == tiny.UNLABELED
+    reasons, rows = read_rejects(storage.join(uri, "rejects"))
+    assert sum(reasons.values()) == scores["rejected"] == len(tiny.BROKEN)
+    assert {row.reason for row in rows} <= {"empty", "not_an_image", "truncated", "decode_error"}
+    assert reasons["empty"] == 1
+    selection = done["selection"].outputs
+    assert selection["candidates"] == 2 * tiny.UNLABELED == selection["selected"] + selection["unselected"]
+
+
+def test_dhat_holds_the_selected_images_with_their_labels(
+    local_run: tuple[str, dict[str, Finished]], folders: Path
+) -> None:
+    _, done = local_run
+    source = open_source("unlabeled", Source(uri=str(folders / "unlabeled")))
+    selected = pq.read_table(done["selection"].uri).sort_by([("class_id", "ascending"), ("rank", "ascending")]).to_pylist()
+    copies = pq.read_table(done["dhat"].uri).to_pylist()
+    found = {(row["label"], row["rank"]): row for row in copies}
+    assert len(found) == len(copies) == len(selected) == 90
+    originals = {(shard.name, row.index): row.data for shard in source.shards() for row in source.read(shard.name)}
+    for row in selected:
+        copy = found[row["class_id"], row["rank"]]
+        assert (copy["shard"], copy["index"]) == (row["shard"], row["index"])
+        assert copy["image"] == originals[row["shard"], row["index"]]
+
+
+def test_models_load_and_the_teacher_has_learned(local_run: tuple[str, dict[str, Finished]]) -> None:
+    _, done = local_run
+    for name in ("teacher", "pretrained", "student", "supervised"):
+        assert load(done[name].uri).class_names == ["one", "two", "zero"]
+    # 12 images of each of three easy classes: far above the third that chance gives.
+    assert done["evaluation"].outputs["models"]["teacher"]["top1"] > 0.6
+
+
+def test_the_sweep_takes_the_best_trial_on_validation(local_run: tuple[str, dict[str, Finished]]) -> None:
+    _, done = local_run
+    student = done["student"].outputs
+    trials = {trial["learning_rate"]: trial["metrics"]["val_top1"] for trial in student["trials"]}
+    assert set(trials) == {0.01, 0.1}
+    assert trials[student["learning_rate"]] == max(trials.values())
+    assert load(done["student"].uri).metrics["val_top1"] == pytest.approx(max(trials.values()))
+
+
+def test_a_finished_run_does_no_work_and_a_changed_k_redoes_what_depends_on_it(
+    local_run: tuple[str, dict[str, Finished]], folders: Path
+) -> None:
+    uri, _ = local_run
+    again = execute(validate(tiny.recipe(str(folders))), uri)
+    assert not any(stage.fresh for stage in again.values())
+    changed = execute(validate(tiny.recipe(str(folders), select={"images_per_class": 20})), uri, until="dhat")
+    assert [name for name, stage in changed.items() if stage.fresh] == ["selection", "dhat"]
+    assert changed["dhat"].outputs["images"] == 60
+    back = execute(validate(tiny.recipe(str(folders))), uri, until="dhat")
+    assert [name for name, stage in back.items() if stage.fresh] == ["selection", "dhat"]
+
+
+def test_the_report_shows_the_run(local_run: tuple[str, dict[str, Finished]], folders: Path) -> None:
+    uri, done = local_run
+    recipe = validate(tiny.recipe(str(folders)))
+    index = summary.write_run_report(recipe, RunStore(uri), done)
+    page = storage.read_bytes(index).decode()
+    for text in ("Fully supervised", "resnet8", "zero", "not_an_image"):
+        assert text in page
+
+
+def test_the_closing_tables_add_up(local_run: tuple[str, dict[str, Finished]]) -> None:
+    _, done = local_run
+    console = Console(width=200, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    summary.print_stages(console, done)
+    summary.print_closing(console, done)
+    text = console.export_text()
+    assert "153 listed = 150 scored + 3 rejected" in text
+    assert "300 = 90 selected + 210 unselected" in text
+    models = done["evaluation"].outputs["models"]
+    assert f"{100 * models['student']['top1']:.1f} /" in text
+
+
+def test_the_whole_pipeline_on_s3(folders: Path, s3: str, ray_local: None) -> None:
+    for part, layout in (("train", "parquet"), ("validation", "parquet"), ("test", "webdataset"), ("unlabeled", "webdataset")):
+        source = open_source(part, Source(uri=str(folders / part)))
+        ingest(source, f"{s3}/{part}", layout=layout, images_per_shard=50)  # type: ignore[arg-type]
+    short = {"fine_tune": {"training": {"epochs": 1, "batch_size": 12}, "sweep": {"learning_rates": [0.01]}}}
+    done = execute(validate(tiny.recipe(s3, **short)), f"{s3}/run")
+    assert tuple(done) == STAGES
+    scores = done["scores"].outputs
+    assert (scores["listed"], scores["scored"], scores["rejected"]) == (153, 150, 3)
+    assert load(f"{s3}/run/student").class_names == ["one", "two", "zero"]
+    assert done["evaluation"].outputs["models"]["student"]["images"] == 60
+    left = [file.path for file in storage.list_files(f"{s3}/run") if "/work/" in file.path]
+    assert left == []

@@ -1,0 +1,318 @@
+"""Every source layout on a disk and in an S3 store; hostile names and bytes."""
+
+import gzip
+import io
+import json
+import random
+import tarfile
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster import storage
+from cluster.errors import SourceError
+from pipeline.recipe import Source
+from pipeline.sources import FILES_PER_SHARD, ImageSource, Label, Row, ShardError, open_source
+
+
+def tar(members: Sequence[tuple[str, bytes]], trailer: bool = True) -> bytes:
+    """A tar of these members; without `trailer`, cut off after the last one."""
+    buffer = io.BytesIO()
+    size = 0
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        size = archive.offset
+    return buffer.getvalue() if trailer else buffer.getvalue()[:size]
+
+
+def parquet(columns: dict[str, object], names: Sequence[str] | None = None, group: int = 1000) -> bytes:
+    """A Parquet file, with Hugging Face's class names in its metadata when given."""
+    table = pa.table(columns)
+    if names is not None:
+        features = {"label": {"names": list(names), "_type": "ClassLabel"}, "image": {"_type": "Image"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=group)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def opened(uri: str, **fields: str) -> ImageSource:
+    return open_source("unlabeled", Source.model_validate({"uri": uri, **fields}))
+
+
+def everything(source: ImageSource) -> dict[tuple[str, int], tuple[bytes, Label]]:
+    rows = {(s.name, row.index): (row.data, row.label) for s in source.shards() for row in source.read(s.name)}
+    for shard in source.shards():
+        assert [i for name, i in rows if name == shard.name] == sorted(i for name, i in rows if name == shard.name)
+    return rows
+
+
+def test_webdataset(place: str) -> None:
+    one = [("000.jpg", b"a"), ("000.json", b"{}"), ("000.cls", b"1\n"), ("001.png", b"b"), ("001.cls", b"0")]
+    storage.publish(storage.join(place, "00000.tar"), tar(one))
+    storage.publish(storage.join(place, "deep/00001.tar.gz"), gzip.compress(tar([("x/9.JPEG", b"c")])))
+    storage.publish(storage.join(place, "00000.parquet"), b"what img2dataset writes beside each tar")
+    source = opened(place)
+    assert source.reader.layout == "webdataset"
+    assert [(s.name, s.size > 0) for s in source.shards()] == [("00000.tar", True), ("deep/00001.tar.gz", True)]
+    assert everything(source) == {
+        ("00000.tar", 0): (b"a", 1),
+        ("00000.tar", 1): (b"b", 0),
+        ("deep/00001.tar.gz", 0): (b"c", None),
+    }
+
+
+def test_webdataset_labels_become_names_with_classes_json(place: str) -> None:
+    members = [("0.jpg", b"a"), ("0.cls", b"1"), ("1.jpg", b"b"), ("1.cls", "küchenuhr".encode()), ("2.jpg", b"c")]
+    members += [("2.cls", b"7"), ("3.jpg", b"d"), ("3.cls", b"-1")]
+    storage.publish(storage.join(place, "a.tar"), tar(members))
+    storage.publish(storage.join(place, "classes.json"), b'["ant", "bee"]')
+    source = opened(place)
+    assert source.reader.class_names == ("ant", "bee")
+    assert [row.label for row in source.read("a.tar")] == ["bee", "küchenuhr", 7, -1]
+
+
+def test_webdataset_rows_that_are_odd_keep_their_numbers(tmp_path: object) -> None:
+    members = [
+        ("./a.jpg", b"a"),
+        (".DS_Store", b"junk"),
+        ("./._b.jpg", b"junk"),
+        ("b.json", b"{}"),
+        ("c.mask.png", b"mask"),
+        ("c.png", b"c"),
+        ("c.zz.png", b"zz"),
+        ("d/c.png", b"same stem, another folder"),
+        ("e.image.jpg", b"e"),
+        ("f.jpg", b""),
+    ]
+    storage.publish(f"{tmp_path}/x.tar", tar(members))
+    rows = list(opened(str(tmp_path)).read("x.tar"))
+    assert [row.index for row in rows] == [0, 1, 2, 3, 4, 5]
+    assert [row.data for row in rows] == [b"a", b"", b"c", b"same stem, another folder", b"e", b""]
+
+
+def test_parquet_with_bytes(place: str) -> None:
+    images = [bytes([i]) for i in range(7)]
+    storage.publish(storage.join(place, "p.parquet"), parquet({"image": images, "label": [3, 1, 2, 0, 1, 1, None]}))
+    source = opened(place)
+    assert source.reader.layout == "parquet"
+    rows = everything(source)
+    assert [data for data, _ in rows.values()] == images
+    assert [label for _, label in rows.values()] == [3, 1, 2, 0, 1, 1, None]
+
+
+def test_parquet_of_hugging_face(place: str) -> None:
+    images = [{"bytes": b"a", "path": "x.png"}, {"bytes": None, "path": "y.png"}, None]
+    storage.publish(
+        storage.join(place, "data/train-0.parquet"), parquet({"image": images, "label": [1, 0, 5]}, ["cat", "dog"])
+    )
+    source = opened(place)
+    assert source.reader.class_names == ("cat", "dog")
+    assert list(source.read("data/train-0.parquet")) == [Row(0, b"a", "dog"), Row(1, b"", "cat"), Row(2, b"", 5)]
+
+
+def test_parquet_columns_by_name(tmp_path: object) -> None:
+    columns = {"jpeg": pa.array([b"a", b"b"], pa.large_binary()), "what": ["x", "y"], "url": ["u", "v"]}
+    storage.publish(f"{tmp_path}/p.parquet", parquet(columns))
+    source = opened(str(tmp_path), image_column="jpeg", label_column="what")
+    assert list(source.read("p.parquet")) == [Row(0, b"a", "x"), Row(1, b"b", "y")]
+    with pytest.raises(SourceError) as error:
+        opened(str(tmp_path))
+    assert str(error.value).startswith("unlabeled.image_column = 'image': is not a column of ")
+    assert str(error.value).endswith("p.parquet; use one of jpeg, what, url")
+
+
+def test_a_column_that_holds_no_images(tmp_path: object) -> None:
+    storage.publish(f"{tmp_path}/p.parquet", parquet({"image": [1, 2]}))
+    with pytest.raises(ShardError, match=r"holds int64 in p\.parquet; name a column of encoded images"):
+        list(opened(str(tmp_path)).read("p.parquet"))
+
+
+def test_folder_with_hostile_names(place: str) -> None:
+    names = ["cat/1.jpg", "cat/deep/2.JPG", "dog/a..b.png", "dog/'\"<b>&.gif", "dög/ü 日本.webp", "dog/%2e%2e.bmp"]
+    if not storage.is_remote(place):
+        names += ["cat/new\nline.jpg", "cat/\x1b[31mred\x07.jpg", "cat/back\\slash.jpg"]
+    for name in names:
+        storage.publish(storage.join(place, name), name.encode())
+    storage.publish(storage.join(place, "cat/readme.txt"), b"no image")
+    source = opened(place)
+    assert source.reader.layout == "folder"
+    assert source.reader.class_names == ("cat", "dog", "dög")
+    rows = everything(source)
+    assert {data.decode() for data, _ in rows.values()} == set(names)
+    assert all(label == data.decode().partition("/")[0] for data, label in rows.values())
+
+
+def test_a_flat_folder_has_no_labels(tmp_path: object) -> None:
+    storage.publish(f"{tmp_path}/a.jpg", b"a")
+    source = opened(str(tmp_path))
+    assert source.reader.class_names is None
+    assert list(source.read("files-000000")) == [Row(0, b"a", None)]
+
+
+def test_many_files_become_mixed_virtual_shards(tmp_path: object) -> None:
+    count = FILES_PER_SHARD + 40
+    for i in range(count):
+        storage.publish(f"{tmp_path}/{'ab'[i % 2]}/{i:04d}.png", f"{i}".encode())
+    source = opened(str(tmp_path))
+    assert [(s.name, len(s.files)) for s in source.shards()] == [
+        ("files-000000", FILES_PER_SHARD),
+        ("files-000001", 40),
+    ]
+    rows = everything(source)
+    assert sorted(int(data) for data, _ in rows.values()) == list(range(count))
+    small = [label for (shard, _), (_, label) in rows.items() if shard == "files-000001"]
+    assert 5 < small.count("a") < 35
+    assert everything(opened(str(tmp_path))) == rows
+
+
+def test_a_file_that_vanished_is_a_row_without_bytes(tmp_path: object) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        storage.publish(f"{tmp_path}/{name}", name.encode())
+    source = opened(str(tmp_path))
+    storage.delete_file(f"{tmp_path}/a.jpg")
+    rows = list(source.read("files-000000"))
+    assert sorted(row.data for row in rows) == [b"", b"b.jpg"]
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "parquet", "folder"])
+def test_single_rows(place: str, layout: str) -> None:
+    contents = [f"image {i}".encode() for i in range(600)] if layout == "parquet" else [b"a", b"b", b"c", b"d", b"e"]
+    if layout == "parquet":
+        storage.publish(storage.join(place, "s.parquet"), parquet({"image": contents}, group=100))
+    elif layout == "webdataset":
+        storage.publish(storage.join(place, "s.tar"), tar([(f"{i}.jpg", c) for i, c in enumerate(contents)]))
+    else:
+        for i, content in enumerate(contents):
+            storage.publish(storage.join(place, f"{i}.jpg"), content)
+    source = opened(place)
+    name = source.shards()[0].name
+    whole = list(source.read(name))
+    draw = random.Random(0)
+    for _ in range(5):
+        wanted = draw.sample(range(len(whole)), 3)
+        assert list(source.read(name, wanted)) == [whole[i] for i in sorted(wanted)]
+    assert list(source.read(name, [])) == []
+    assert list(source.read(name, {0, 10**6})) == whole[:1]
+
+
+def read_until_broken(source: ImageSource, shard: str) -> list[Row]:
+    rows: list[Row] = []
+    with pytest.raises(ShardError) as error:
+        rows.extend(source.read(shard))
+    assert "\n" not in str(error.value)
+    return rows
+
+
+MEMBERS = [(f"{i}.jpg", bytes([i]) * 2000) for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("content", "good"),
+    [
+        pytest.param(tar(MEMBERS)[: 3 * 2560 + 700], 3, id="inside an image"),
+        pytest.param(tar(MEMBERS)[: 3 * 2560 + 100], 2, id="inside a header"),
+        pytest.param(tar(MEMBERS, trailer=False)[: 3 * 2560], 2, id="between two images"),
+        pytest.param(tar(MEMBERS)[: 2 * 2560] + b"\xff" * 20480, 1, id="garbage"),
+        pytest.param(b"not a tar" * 1000, 0, id="no tar"),
+        pytest.param(b"", 0, id="empty"),
+    ],
+)
+def test_a_corrupt_tar_breaks_after_its_good_rows(tmp_path: object, content: bytes, good: int) -> None:
+    storage.publish(f"{tmp_path}/x.tar", content)
+    rows = read_until_broken(opened(str(tmp_path)), "x.tar")
+    assert [row.data for row in rows] == [data for _, data in MEMBERS[:good]]
+
+
+def test_a_corrupt_gzip(tmp_path: object) -> None:
+    text = "".join(random.Random(0).choices("0123456789", k=100_000)).encode()
+    images = [b"a" * 50_000, text, text[::-1], text]
+    packed = gzip.compress(tar([(f"{i}.jpg", image) for i, image in enumerate(images)]))
+    middle = len(packed) // 2
+    storage.publish(f"{tmp_path}/cut.tar.gz", packed[:middle])
+    storage.publish(f"{tmp_path}/junk.tar.gz", packed[:middle] + b"\xff" * 1000 + packed[middle + 1000 :])
+    source = opened(str(tmp_path))
+    assert [row.data for row in read_until_broken(source, "cut.tar.gz")] == images[:2]
+    assert [row.data for row in read_until_broken(source, "junk.tar.gz")] == images[:2]
+
+
+def test_a_corrupt_parquet(tmp_path: object) -> None:
+    noise = random.Random(0)
+    images = [noise.randbytes(2000) for _ in range(1024)]
+    whole = parquet({"image": images}, group=256)
+    page = pq.ParquetFile(io.BytesIO(whole)).metadata.row_group(2).column(0).data_page_offset
+    storage.publish(f"{tmp_path}/good.parquet", whole)
+    storage.publish(f"{tmp_path}/cut.parquet", whole[:-1000])
+    storage.publish(f"{tmp_path}/empty.parquet", b"")
+    storage.publish(f"{tmp_path}/junk.parquet", whole[:page] + b"\xff" * 100 + whole[page + 100 :])
+    source = opened(str(tmp_path))
+    assert [row.data for row in source.read("good.parquet")] == images
+    assert read_until_broken(source, "cut.parquet") == []
+    assert read_until_broken(source, "empty.parquet") == []
+    assert [row.data for row in read_until_broken(source, "junk.parquet")] == images[:512]
+
+
+def test_a_shard_that_vanished(place: str) -> None:
+    storage.publish(storage.join(place, "x.tar"), tar(MEMBERS))
+    source = opened(place)
+    storage.delete_file(storage.join(place, "x.tar"))
+    assert read_until_broken(source, "x.tar") == []
+    assert read_until_broken(source, "never\n.tar") == []
+
+
+def test_a_saved_listing_is_the_same_source(place: str) -> None:
+    storage.publish(storage.join(place, "images/ü/1.jpg"), b"1")
+    storage.publish(storage.join(place, "images/b/'2'.jpg"), b"2")
+    source = opened(storage.join(place, "images"))
+    source.save(storage.join(place, "listing.parquet"))
+    again = ImageSource.load(storage.join(place, "listing.parquet"))
+    assert again == source
+    assert again.fingerprint() == source.fingerprint()
+    assert everything(again) == everything(source)
+
+
+def test_the_fingerprint_follows_content_and_class_names(place: str) -> None:
+    storage.publish(storage.join(place, "x.tar"), tar(MEMBERS))
+    prints = {opened(place).fingerprint(), opened(place).fingerprint()}
+    assert len(prints) == 1
+    storage.publish(storage.join(place, "x.tar"), tar([(name, b"z" * 2000) for name, _ in MEMBERS]))
+    prints.add(opened(place).fingerprint())
+    storage.publish(storage.join(place, "classes.json"), b'["a"]')
+    prints.add(opened(place).fingerprint())
+    assert len(prints) == 3
+
+
+def test_nothing_there(place: str) -> None:
+    with pytest.raises(SourceError) as error:
+        opened(place)
+    assert str(error.value) == (
+        f"unlabeled.uri = {place!r}: does not exist or holds no files; check the path, or make shards with `tophat ingest`"
+    )
+
+
+def test_nothing_of_that_layout(tmp_path: object) -> None:
+    storage.publish(f"{tmp_path}/notes.txt", b"")
+    with pytest.raises(SourceError, match="holds no tar shards, Parquet files or images; check uri and layout"):
+        opened(str(tmp_path))
+    storage.publish(f"{tmp_path}/x.jpg", b"")
+    with pytest.raises(SourceError, match="holds no files of the layout parquet; check uri and layout"):
+        opened(str(tmp_path), layout="parquet")
+
+
+@pytest.mark.parametrize("content", [b'{"a": 1}', b"[1, 2]", b"no json", b"\xff"])
+def test_a_wrong_classes_file(tmp_path: object, content: bytes) -> None:
+    storage.publish(f"{tmp_path}/x.tar", tar(MEMBERS))
+    storage.publish(f"{tmp_path}/classes.json", content)
+    with pytest.raises(SourceError, match=r"classes\.json': must be a JSON list of class names; correct or remove"):
+        opened(str(tmp_path))
+
+
+def test_a_store_that_refuses_names_the_field(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(SourceError, match=r"^unlabeled\.uri = .*: was refused by the store .*; check the credentials"):
+        opened(s3)

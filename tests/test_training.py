@@ -1,0 +1,166 @@
+"""The one training, on real Ray Train workers, interrupted by kill -9 and undisturbed."""
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cluster.errors import ModelError, StageError
+from cluster.progress import SILENT
+from models.card import read_card
+from models.config import ModelConfig, Training, Transform
+from models.loop import due
+from models.training import Fitted, fit
+
+MODEL = ModelConfig(architecture="resnet8", options={"width": 4}, transform=Transform(size=16, resize=16, crop="none"))
+CLASSES = ["upper left", "upper right", "lower left", "lower right"]
+
+
+@dataclass(frozen=True)
+class Corners:
+    """Noise with one bright corner; the label says which. A pure function of (seed, position), as the contract wants.
+
+    The first time that rank 1 comes to the image at position `kill_at`, its process kills itself.
+    """
+
+    images: int
+    seed: int = 0
+    kill_at: int = -1
+    killed: str = ""
+    asked: str = ""
+
+    def _batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        labels = torch.tensor([i % 4 for i in indices])
+        images = torch.empty(len(indices), 3, 16, 16, dtype=torch.uint8)
+        for row, i in enumerate(indices):
+            images[row].random_(0, 100, generator=torch.Generator().manual_seed(self.seed * 10_007 + i))
+            y, x = divmod(i % 4, 2)
+            images[row, :, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8] += 120
+        return images, labels
+
+    def training_batches(
+        self, transform: Transform, *, batch_size: int, rank: int, world: int, seed: int, start: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        torch.set_flush_denormal(False)
+        if self.asked:
+            Path(f"{self.asked}-{rank}-{start}").touch()
+        while True:
+            first = start + rank * batch_size
+            indices = []
+            for position in range(first, first + batch_size):
+                if position == self.kill_at and rank == 1 and not Path(self.killed).exists():
+                    Path(self.killed).touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                epoch, place = divmod(position, self.images)
+                order = torch.randperm(self.images, generator=torch.Generator().manual_seed(seed * 131 + epoch))
+                indices.append(int(order[place]))
+            yield self._batch(indices)
+            start += batch_size * world
+
+    def evaluation_batches(
+        self, transform: Transform, *, batch_size: int, rank: int, world: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        own = list(range(rank, self.images, world))
+        for first in range(0, len(own), batch_size):
+            yield self._batch(own[first : first + batch_size])
+
+
+def run(folder: Path, name: str, data: Corners, **changes: Any) -> Fitted:
+    training = {
+        "epochs": 3,
+        "batch_size": 16,
+        "workers": 2,
+        "learning_rate": 1.6,
+        "warmup": 0.1,
+        "drops": 2,
+        "checkpoint_every_images": 128,
+        "max_failures": 1,
+    }
+    arguments: dict[str, Any] = {
+        "model": MODEL,
+        "class_names": CLASSES,
+        "training": Training.model_validate(training | changes),
+        "data": data,
+        "validation": Corners(37, seed=9),
+        "initial": None,
+        "work": str(folder / "work"),
+        "out": str(folder / name),
+        "seed": 4,
+        "provenance": {"stage": name},
+        "progress": SILENT,
+    }
+    return fit(name, **arguments)
+
+
+def test_a_killed_worker_changes_nothing(ray_local: None, tmp_path: Path) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    killed, asked = tmp_path / "killed", tmp_path / "asked"
+    calm = run(tmp_path, "calm", Corners(256))
+    disturbed = run(tmp_path, "disturbed", Corners(256, kill_at=16 * 21, killed=str(killed), asked=str(asked)))
+
+    assert killed.exists()
+    assert {p.name for p in tmp_path.glob("asked-*")} == {f"asked-{r}-{start}" for r in (0, 1) for start in (0, 256)}
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("calm", "disturbed"))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    timeless = [
+        [{k: v for k, v in row.items() if k != "images_per_second"} for row in f.history] for f in (calm, disturbed)
+    ]
+    assert timeless[0] == timeless[1]
+
+    assert calm.history[-1]["images_seen"] == 3 * 256
+    assert [row["images_seen"] for row in calm.history] == [32 * step for step in range(1, 25)]
+    assert calm.metrics["val_top1"] > 0.9
+    assert calm.metrics["val_top5"] == 1.0
+    assert calm.metrics["loss"] < calm.history[0]["loss"]
+    assert len([row for row in calm.history if "val_top1" in row]) == 20
+    card = read_card(calm.uri)
+    assert (card.class_names, card.provenance) == (CLASSES, {"stage": "calm"})
+    assert card.metrics == pytest.approx(calm.metrics)
+    assert not list((tmp_path / "work").glob("*"))
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_rate_too_high_is_one_line_and_not_retried(ray_local: None, tmp_path: Path) -> None:
+    with pytest.raises(StageError) as caught:
+        run(tmp_path, "wild", Corners(64), workers=1, learning_rate=100.0, momentum=0.99, epochs=40, warmup=0.0)
+    message = str(caught.value)
+    assert "training wild: the loss is" in message
+    assert "lower learning_rate = 100" in message
+    assert "\n" not in message
+    assert not (tmp_path / "wild").exists()
+
+
+def test_a_missing_initial_model_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"has no model\.json"):
+        fit(
+            "no-start",
+            model=MODEL,
+            class_names=CLASSES,
+            training=Training(epochs=1),
+            data=Corners(8),
+            validation=None,
+            initial=str(tmp_path / "nothing"),
+            work=str(tmp_path / "work"),
+            out=str(tmp_path / "out"),
+            seed=0,
+            provenance={},
+            progress=SILENT,
+        )
+
+
+@pytest.mark.parametrize(("steps", "times"), [(24, 20), (20, 20), (7, 20), (1, 20), (1000, 200), (9999, 200)])
+def test_due_comes_at_most_so_often_and_at_the_end(steps: int, times: int) -> None:
+    at = [step for step in range(1, steps + 1) if due(step, steps, times)]
+    assert len(at) == min(steps, times)
+    assert at[-1] == steps
+    rows = {step for step in range(1, steps + 1) if due(step, steps, 200)}
+    assert set(at) <= rows
