@@ -31,25 +31,30 @@ class Session:
         self._on_start = on_start
         self._verbose = verbose
         self._started = False
+        self._owned = False
 
     def __enter__(self) -> "Session":
         return self
 
     def start(self) -> None:
-        """Makes sure that Ray runs.
+        """Makes sure that Ray runs; where this process has one already, that one is used and left running.
 
         Raises:
             ResourceError: nothing answers at the address.
         """
         if self._started:
             return
-        _connect(self._cluster, self._verbose)
+        import ray
+
+        if not ray.is_initialized():
+            _connect(self._cluster, self._verbose)
+            self._owned = True
         self._started = True
         if self._on_start is not None:
             self._on_start()
 
     def __exit__(self, *_: object) -> None:
-        if self._started:
+        if self._owned:
             import ray
 
             ray.shutdown()

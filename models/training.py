@@ -200,16 +200,17 @@ def _kept_interrupt_handler() -> Iterator[None]:
 
 def _reported(job: Job, error: Exception) -> TophatError:
     """The cause of a failed training: the worker's own error if it is one of ours, else one line about it."""
-    failures = getattr(error, "worker_failures", {})
-    causes = [getattr(failure, "_base_exc", failure) for _, failure in sorted(failures.items())] or [error]
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    causes = [getattr(failure, "_base_exc", failure) for _, failure in sorted(failures.items())]
     for cause in causes:
         if isinstance(cause, TophatError):
             return cause
-    times = job.training.max_failures + 1
-    return StageError(
-        one_line(f"training {job.name} failed {times} times (max_failures = {times - 1}): ")
-        + one_line(f"{type(causes[0]).__name__}: {causes[0]}")[:500]
-    )
+    if not causes:  # not a worker but Ray Train itself; the last line of its traceback says why
+        why = [line for line in str(error).splitlines() if line.strip()][-1]
+        return StageError(f"training {job.name} could not be run: {one_line(why)[:500]}")
+    why = one_line(f"{type(causes[0]).__name__}: {causes[0]}")[:500]
+    limit = job.training.max_failures
+    return StageError(f"training {job.name} failed {limit + 1} times (max_failures = {limit}): {why}")
 
 
 def _worker(job: Job) -> dict[str, Any]:

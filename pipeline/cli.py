@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cluster.session import Session
     from pipeline.recipe import Recipe
     from pipeline.sources import ImageSource
-    from pipeline.store import Finished
+    from pipeline.store import Finished, RunStore
 
 app = typer.Typer(
     name="tophat",
@@ -119,6 +119,7 @@ def ingest(
     from pipeline import datasets
     from pipeline.ingest import ingest as ingest_source
 
+    lost: tuple[tuple[str, str], ...] = ()
     if source in datasets.NAMES:
         made = datasets.make(source, to, origin=origin, train_per_class=train_per_class, seed=seed)
         table = _pairs(f"{'Made' if made.fresh else 'Found'} {made.uri}", made.counts)
@@ -134,7 +135,10 @@ def ingest(
             "bytes": written.bytes,
         }
         table = _pairs(f"{'Made' if written.fresh else 'Found'} {written.uri}", counts)
+        lost = written.unreadable
     out.print(table)
+    for shard, reason in lost:
+        out.print(one_line(f"not read to its end: {shard}: {reason}"), markup=False)
 
 
 def _pairs(title: str, values: dict[str, Any]) -> Any:
@@ -288,7 +292,7 @@ def status(run_dir: Annotated[str, typer.Argument(metavar="RUN", help="A run dir
     for name in STAGES:
         stage = done.get(name)
         images = stage.outputs.get("images") if stage else None
-        state = "done" if stage else _unfinished(store.place(name), name, done.get("unlabeled"))
+        state = "done" if stage else _unfinished(store, name, done.get("unlabeled"))
         table.add_row(
             name, state, f"{stage.seconds:,.1f}" if stage else "", f"{images:,}" if images is not None else ""
         )
@@ -296,15 +300,13 @@ def status(run_dir: Annotated[str, typer.Argument(metavar="RUN", help="A run dir
     summary.print_closing(out, done)
 
 
-def _unfinished(place: str, name: str, unlabeled: "Finished | None") -> str:
-    from cluster import storage
+def _unfinished(store: "RunStore", name: str, unlabeled: "Finished | None") -> str:
     from pipeline.scoring import complete, ledger
-    from pipeline.store import STARTED
 
-    if not storage.exists(storage.join(place, STARTED)):
+    if not store.started(name):
         return "not started"
     if name == "scores" and unlabeled is not None:
-        shards = sum(complete(ranges) for ranges in ledger(place).values())
+        shards = sum(complete(ranges) for ranges in ledger(store.place(name)).values())
         return f"started: {shards:,} of {unlabeled.outputs['shards']:,} shards"
     return "started"
 

@@ -187,8 +187,8 @@ def split(labels: Labels, train: int, validation: int, random: np.random.Generat
             parts["unlabeled"].append(rows)
             continue
         if train + validation > len(rows):
-            rule = f"and {validation} for validation are more than the {len(rows)} images of a class"
-            raise SourceError("train_per_class", train, rule, "ask for fewer")
+            rule = f"with {validation} more for validation it exceeds the {len(rows)} images of a class"
+            raise SourceError("--train-per-class", train, rule, "ask for fewer")
         parts["validation"].append(rows[:validation])
         parts["train"].append(rows[validation : validation + train])
         parts["unlabeled"].append(rows[validation + train :])

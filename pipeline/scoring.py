@@ -26,9 +26,9 @@ from pipeline.rejects import Reject, publish_rejects, read_rejects
 from pipeline.sources import ImageSource, Reader, Row, Shard, ShardError
 from pipeline.store import publish_json, read_json
 
-OWNER = "scoring.json"
+OWNER = "_scoring.json"
 REJECTS = "_rejects"
-"""Where rejects go when a score table stands alone: a name that readers of a Parquet folder pass over."""
+"""Where rejects go when a score table stands alone: a name that readers of a Parquet folder pass over, as they do the owner's."""
 
 MAX_RANGE_ROWS = 65_536
 READ_BLOCKS = 2_000

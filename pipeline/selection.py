@@ -189,7 +189,8 @@ def _scan(
 
 def _deal(scores_uri: str, tasks: int | None) -> list[list[Slice]]:
     """The score files, large ones sliced, as the work of `tasks` tasks of about equal bytes."""
-    files = storage.list_files(scores_uri, ".parquet")
+    # Readers of Parquet folders pass over names with an underscore: the rejects lie there.
+    files = [file for file in storage.list_files(scores_uri, ".parquet") if not file.path.startswith("_")]
     if not files:
         raise SourceError("scores", scores_uri, "holds no Parquet files", "give the folder of a score table")
     total = sum(file.size for file in files)

@@ -1,6 +1,7 @@
 """The run store: which stages of a run are finished, and where their outputs are.
 
-A stage's outputs live under `RUN/NAME/`. Its `manifest.json` is written last: where it exists, the stage is complete. It holds the stage's
+A stage's outputs live under `RUN/NAME/`, and nothing else does, so that other tools can read that folder whole. What the run knows of the
+stage is under `RUN/stages/NAME/`. `manifest.json` is written there last: where it exists, the stage is complete. It holds the stage's
 fingerprint, a hash of everything the stage depends on: its slice of the recipe, its inputs' fingerprints and the version of its code.
 """
 
@@ -18,6 +19,7 @@ from cluster.errors import RunError, one_line
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"
+METRICS = "metrics.json"
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,15 @@ class RunStore:
     uri: str
 
     def place(self, name: str) -> str:
-        """The folder of a stage."""
+        """The folder of a stage's outputs."""
         return storage.join(self.uri, name)
+
+    def started(self, name: str) -> bool:
+        """Whether the stage was ever begun."""
+        return storage.exists(self._record(name, STARTED))
+
+    def _record(self, name: str, file: str) -> str:
+        return storage.join(self.uri, "stages", name, file)
 
     def claim(self, recipe_name: str, recipe_yaml: str) -> None:
         """Makes the directory this recipe's: refuses one that belongs to another, and writes `recipe.yaml`.
@@ -78,7 +87,7 @@ class RunStore:
 
     def finished(self, name: str) -> Finished | None:
         """The stage, if it is complete, whatever it depended on."""
-        uri = storage.join(self.place(name), MANIFEST)
+        uri = self._record(name, MANIFEST)
         if not storage.exists(uri):
             return None
         content = read_json(uri)
@@ -112,10 +121,10 @@ class RunStore:
         if done is not None and done.fingerprint == print_of:
             return done
         place = self.place(name)
-        started = storage.join(place, STARTED)
+        started = self._record(name, STARTED)
         if done is not None or not storage.exists(started) or read_json(started).get("fingerprint") != print_of:
             # The manifest goes first: outputs that are half removed must not look complete.
-            storage.delete_file(storage.join(place, MANIFEST))
+            storage.delete_file(self._record(name, MANIFEST))
             storage.delete_tree(place)
             publish_json(started, {"fingerprint": print_of})
         begin = time.monotonic()
@@ -131,8 +140,8 @@ class RunStore:
             "seconds": seconds,
             "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        publish_json(storage.join(place, "metrics.json"), outputs)
-        publish_json(storage.join(place, MANIFEST), content)
+        publish_json(self._record(name, METRICS), outputs)
+        publish_json(self._record(name, MANIFEST), content)
         return Finished(name, print_of, place, outputs, seconds, fresh=True)
 
 

@@ -356,7 +356,7 @@ def test_more_images_per_class_than_there_are(tmp_path: Path) -> None:
     with pytest.raises(SourceError) as error:
         datasets.make("digits", f"{tmp_path}/out", train_per_class=400)
     assert str(error.value) == (
-        "train_per_class = 400: and 20 for validation are more than the 400 images of a class; ask for fewer"
+        "--train-per-class = 400: with 20 more for validation it exceeds the 400 images of a class; ask for fewer"
     )
     assert not storage.exists(f"{tmp_path}/out")
 

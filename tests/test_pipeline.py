@@ -8,7 +8,6 @@ from rich.console import Console
 
 import tiny
 from cluster import storage
-from cluster.config import Cluster
 from cluster.progress import Display
 from cluster.session import Session
 from models.checkpoint import load
@@ -23,20 +22,10 @@ from pipeline.store import Finished, RunStore
 pytestmark = pytest.mark.usefixtures("ray_local")
 
 
-class JoinedSession(Session):
-    """The session of the tests' own Ray: nothing to start, nothing to stop."""
-
-    def __init__(self) -> None:
-        super().__init__(Cluster())
-
-    def start(self) -> None:
-        pass
-
-
 def execute(recipe: Recipe, uri: str, until: str | None = None) -> dict[str, Finished]:
     store = RunStore(uri)
     store.claim(recipe.name, recipe.to_yaml())
-    with JoinedSession() as session:
+    with Session(recipe.cluster) as session:
         return run(Run(recipe, store, session, Display(Console(quiet=True), enabled=False)), until)
 
 
@@ -48,7 +37,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def local_run(folders: Path, tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> tuple[str, dict[str, Finished]]:
+def local_run(
+    folders: Path, tmp_path_factory: pytest.TempPathFactory, ray_local: None
+) -> tuple[str, dict[str, Finished]]:
     uri = str(tmp_path_factory.mktemp("runs") / "tiny")
     return uri, execute(validate(tiny.recipe(str(folders))), uri)
 
@@ -77,7 +68,9 @@ def test_dhat_holds_the_selected_images_with_their_labels(
 ) -> None:
     _, done = local_run
     source = open_source("unlabeled", Source(uri=str(folders / "unlabeled")))
-    selected = pq.read_table(done["selection"].uri).sort_by([("class_id", "ascending"), ("rank", "ascending")]).to_pylist()
+    selected = (
+        pq.read_table(done["selection"].uri).sort_by([("class_id", "ascending"), ("rank", "ascending")]).to_pylist()
+    )
     copies = pq.read_table(done["dhat"].uri).to_pylist()
     found = {(row["label"], row["rank"]): row for row in copies}
     assert len(found) == len(copies) == len(selected) == 90
@@ -140,7 +133,12 @@ def test_the_closing_tables_add_up(local_run: tuple[str, dict[str, Finished]]) -
 
 
 def test_the_whole_pipeline_on_s3(folders: Path, s3: str, ray_local: None) -> None:
-    for part, layout in (("train", "parquet"), ("validation", "parquet"), ("test", "webdataset"), ("unlabeled", "webdataset")):
+    for part, layout in (
+        ("train", "parquet"),
+        ("validation", "parquet"),
+        ("test", "webdataset"),
+        ("unlabeled", "webdataset"),
+    ):
         source = open_source(part, Source(uri=str(folders / part)))
         ingest(source, f"{s3}/{part}", layout=layout, images_per_shard=50)  # type: ignore[arg-type]
     short = {"fine_tune": {"training": {"epochs": 1, "batch_size": 12}, "sweep": {"learning_rates": [0.01]}}}

@@ -21,9 +21,10 @@ def functions_travel_by_value() -> Iterator[None]:
     """Workers cannot import this module."""
     from ray import cloudpickle
 
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    module = sys.modules[__name__]
+    cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
     yield
-    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    cloudpickle.unregister_pickle_by_value(module)  # type: ignore[no-untyped-call]
 
 
 def _words(numbers: Sequence[frozenset[int]]) -> frozenset[int]:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from ray import cloudpickle
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,6 +22,8 @@ from models.loop import due
 from models.training import Fitted, fit
 
 MODEL = ModelConfig(architecture="resnet8", options={"width": 4}, transform=Transform(size=16, resize=16, crop="none"))
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+
 CLASSES = ["upper left", "upper right", "lower left", "lower right"]
 
 

@@ -1,0 +1,207 @@
+"""The command line as a user meets it: what it prints, and how it ends."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+import tiny
+from cluster import storage
+from models.config import ModelConfig
+
+Answer = tuple[int, str, str]
+
+
+@pytest.fixture
+def tophat(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """Runs the command line in this process, on the Ray of the tests; gives exit code, output and errors."""
+    from pipeline.cli import main
+
+    def call(*words: str) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["tophat", *words])
+        capfd.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tiny")
+    tiny.write_folders(root)
+    return root
+
+
+@pytest.fixture
+def recipe(folders: Path, tmp_path: Path) -> Callable[..., str]:
+    def write(**changes: Any) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(tiny.recipe(str(folders), **changes)))
+        return str(path)
+
+    return write
+
+
+def refused(answer: Answer, *parts: str) -> None:
+    """Exit code 2, and one line on standard error that holds the parts."""
+    code, _, errors = answer
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert code == 2, errors
+    assert len(lines) == 1
+    assert "Traceback" not in errors
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_help_is_quick_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['tophat', '--help']\n"
+        "from pipeline.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'ray', 'pyarrow', 'numpy', 'boto3') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "ingest" in done.stdout
+    assert done.stdout.strip().endswith("[]")
+
+
+def test_a_missing_recipe(tophat: Callable[..., Answer]) -> None:
+    refused(tophat("run", "no-such.yaml"), "RECIPE = 'no-such.yaml': is not a file", "demo, fashion-mnist, paper")
+
+
+def test_unknown_and_wrong_fields(tophat: Callable[..., Answer], recipe: Callable[..., str], tmp_path: Path) -> None:
+    path, run = recipe(), str(tmp_path / "run")
+    refused(
+        tophat("run", path, "--run-dir", run, "--set", "select.image_per_class=3"), "did you mean images_per_class?"
+    )
+    refused(
+        tophat("run", path, "--run-dir", run, "--set", "select.images_per_class=0"),
+        "select.images_per_class = 0",
+        "greater than or equal to 1",
+    )
+    refused(tophat("run", path, "--run-dir", run, "--until", "the-end"), "--until = 'the-end'", "teacher")
+    assert not Path(run).exists()
+
+
+def test_a_missing_source(
+    tophat: Callable[..., Answer], recipe: Callable[..., str], tmp_path: Path, ray_local: None
+) -> None:
+    path = recipe(unlabeled={"uri": str(tmp_path / "nowhere")})
+    answer = tophat("run", path, "--run-dir", str(tmp_path / "run"), "--until", "unlabeled")
+    refused(answer, f"unlabeled.uri = '{tmp_path}/nowhere': does not exist or holds no files")
+    # What was finished before stays finished.
+    assert (tmp_path / "run" / "stages" / "labeled" / "manifest.json").exists()
+
+
+def test_a_class_without_images(
+    tophat: Callable[..., Answer], folders: Path, recipe: Callable[..., str], tmp_path: Path, ray_local: None
+) -> None:
+    labeled = {part: {"uri": str(folders / part)} for part in ("train", "validation", "test")}
+    path = recipe(labeled={**labeled, "classes": ["zero", "one", "two", "three"]})
+    answer = tophat("run", path, "--run-dir", str(tmp_path / "run"))
+    refused(answer, "labeled.train.uri", "no usable images of 1 of its 4 classes ('three')")
+
+
+def test_p_above_the_class_count(
+    tophat: Callable[..., Answer], recipe: Callable[..., str], tmp_path: Path, ray_local: None
+) -> None:
+    path = recipe(score={"classes_per_image": 4})
+    refused(tophat("run", path, "--run-dir", str(tmp_path / "run")), "score.classes_per_image = 4: must be at most 3")
+
+
+def test_more_than_the_cluster_has(
+    tophat: Callable[..., Answer], recipe: Callable[..., str], tmp_path: Path, ray_local: None
+) -> None:
+    path, run = recipe(), str(tmp_path / "run")
+    refused(
+        tophat("run", path, "--run-dir", run, "--set", "pretrain.workers=64"), "pretrain.workers = 64", "at most 2 CPU"
+    )
+    refused(tophat("run", path, "--run-dir", run, "--set", "score.gpus_per_actor=1"), "score.actors", "1 GPU")
+
+
+def test_a_run_of_another_recipe(tophat: Callable[..., Answer], recipe: Callable[..., str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text('{"recipe": "other"}')
+    refused(tophat("run", recipe(), "--run-dir", str(run)), "--run-dir", "belongs to the recipe 'other', not to 'tiny'")
+    assert [p.name for p in run.iterdir()] == ["run.json"]
+
+
+def test_wrong_credentials(
+    tophat: Callable[..., Answer], recipe: Callable[..., str], s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    refused(tophat("run", recipe(), "--run-dir", f"{s3}/run"), "was refused by the store", "check the credentials")
+
+
+def test_no_model_and_no_run(tophat: Callable[..., Answer], folders: Path, tmp_path: Path) -> None:
+    source = str(folders / "test")
+    refused(tophat("evaluate", "--model", str(tmp_path), "--source", source), "has no model.json")
+    refused(
+        tophat("score", "--model", str(tmp_path), "--source", source, "--out", str(tmp_path / "s")), "has no model.json"
+    )
+    refused(tophat("status", str(tmp_path)), "is not a run directory")
+
+
+def test_ingest_score_select_evaluate_and_status(
+    tophat: Callable[..., Answer], folders: Path, recipe: Callable[..., str], tmp_path: Path, ray_local: None
+) -> None:
+    import torch
+
+    from models.architectures import build
+    from models.checkpoint import save
+
+    config = ModelConfig.model_validate(tiny.recipe("x")["teacher"]["model"])
+    torch.manual_seed(0)
+    model, shards, scores, picked = (str(tmp_path / name) for name in ("model", "shards", "scores", "picked"))
+    save(model, build(config, 3), config=config, class_names=["one", "two", "zero"], metrics={}, provenance={})
+
+    code, output, _ = tophat("ingest", str(folders / "unlabeled"), "--out", shards, "--images-per-shard", "60")
+    assert (code, len(list(Path(shards).glob("*.tar")))) == (0, 3)
+    assert "153" in output
+
+    refused(
+        tophat("score", "--model", model, "--source", shards, "--out", scores, "--classes-per-image", "4"),
+        "must be at most 3",
+    )
+    code, output, _ = tophat("score", "--model", model, "--source", shards, "--out", scores, "--classes-per-image", "2")
+    assert code == 0
+    assert "images: 153 listed = 150 scored + 3 rejected" in output
+
+    refused(
+        tophat("select", "--scores", scores, "--out", picked, "--images-per-class", "5", "--classes-per-image", "3"),
+        "classes_per_image = 3",
+    )
+    code, output, _ = tophat(
+        "select", "--scores", scores, "--out", picked, "--images-per-class", "5", "--classes-per-image", "1"
+    )
+    assert code == 0
+    table = pq.read_table(picked)
+    assert table.column_names == ["class_id", "rank", "score", "shard", "index"]
+    assert f"candidates: 150 = {table.num_rows} selected" in output
+
+    code, output, _ = tophat("evaluate", "--model", model, "--source", str(folders / "test"))
+    assert code == 0
+    assert "60" in output
+
+    run = str(tmp_path / "run")
+    code, _, _ = tophat("run", recipe(), "--run-dir", run, "--until", "unlabeled")
+    assert code == 0
+    code, output, _ = tophat("status", run)
+    assert code == 0
+    states = {line.split()[0]: line for line in output.splitlines() if line.strip()}
+    assert "done" in states["unlabeled"]
+    assert "not started" in states["teacher"]
+    assert storage.exists(storage.join(run, "report", "index.html"))

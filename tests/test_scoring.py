@@ -1,0 +1,198 @@
+"""Scoring: the ledger of published ranges, resuming, rejects, and agreement with the plain model."""
+
+import io
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tiny
+from cluster import storage
+from cluster.errors import RunError, StageError
+from cluster.progress import SILENT
+from models.config import ModelConfig, Transform
+from pipeline.recipe import Score, Source
+from pipeline.rejects import read_rejects
+from pipeline.scoring import Range, _Job, _RangeReader, claim, complete, ledger, prove, range_rows, score
+from pipeline.sources import ImageSource, open_source
+
+CONFIG = ModelConfig(architecture="resnet8", options={"width": 4}, transform=Transform(size=28, resize=28, flip=False))
+SETTINGS = Score(classes_per_image=3, batch_size=16, actors=1, cpus_per_actor=0.5)
+
+
+@given(
+    st.text(min_size=1, max_size=30).filter(lambda s: "/" not in s),
+    st.integers(0, 10**9),
+    st.integers(0, 10**6),
+    st.booleans(),
+)
+def test_a_range_is_read_back_from_its_file_name(name: str, start: int, length: int, last: bool) -> None:
+    one = Range(f"folder/{name}.tar", start, start + length, last)
+    assert Range.of_file(one.file) == one
+
+
+def test_other_files_are_no_ranges() -> None:
+    assert Range.of_file("manifest.json") is None
+    assert Range.of_file("part-00000.parquet") is None
+
+
+@pytest.mark.parametrize(
+    ("spans", "whole"),
+    [
+        ([(0, 5, True)], True),
+        ([(0, 0, True)], True),
+        ([(0, 5, False), (5, 9, True)], True),
+        ([], False),
+        ([(0, 5, False)], False),
+        ([(5, 9, True)], False),
+        ([(0, 5, False), (6, 9, True)], False),
+        ([(0, 5, False), (4, 9, True)], False),
+        ([(0, 5, True), (5, 9, True)], False),
+    ],
+)
+def test_a_shard_is_complete_when_its_ranges_cover_it(spans: Sequence[tuple[int, int, bool]], whole: bool) -> None:
+    assert complete([Range("a", *span) for span in spans]) is whole
+
+
+def test_a_range_fits_its_memory() -> None:
+    assert range_rows(Transform(size=224), 128) == 128 * 2**20 // (3 * 224 * 224)
+    assert range_rows(Transform(size=1024, resize=1024), 1) == 1
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    import torch
+
+    from models.architectures import build
+    from models.checkpoint import save
+
+    torch.manual_seed(0)
+    uri = str(tmp_path_factory.mktemp("model") / "teacher")
+    save(uri, build(CONFIG, 4), config=CONFIG, class_names=list("abcd"), metrics={}, provenance={})
+    return uri
+
+
+def write_tar(path: Path, images: Sequence[bytes]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for number, data in enumerate(images):
+            member = tarfile.TarInfo(f"{number:04d}.png")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> ImageSource:
+    """Three tars: 50 digits; 20 with two broken images; 30 of which the file's end is missing."""
+    root = tmp_path_factory.mktemp("tars")
+    images = tiny.digits()["two"]
+    write_tar(root / "a.tar", images[:50])
+    write_tar(root / "b.tar", [*images[50:55], b"", *images[55:60], b"no image", *images[60:68]])
+    write_tar(root / "c.tar", images[70:100])
+    whole = (root / "c.tar").read_bytes()
+    (root / "c.tar").write_bytes(whole[: len(whole) // 2 + 700])
+    return open_source("U", Source(uri=str(root)))
+
+
+def read_scores(uri: str) -> pa.Table:
+    tables = [pq.read_table(storage.join(uri, entry.path)) for entry in storage.list_files(uri, ".parquet")]
+    return pa.concat_tables([t.set_column(0, "shard", t["shard"].cast(pa.string())) for t in tables]).sort_by(
+        [("shard", "ascending"), ("index", "ascending")]
+    )
+
+
+@pytest.fixture(scope="module")
+def scored(source: ImageSource, model: str, tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> str:
+    uri = str(tmp_path_factory.mktemp("scored") / "scores")
+    found = score(source, model, uri, f"{uri}-rejects", SETTINGS, SILENT)
+    assert found.listed == found.scored + found.rejected
+    return uri
+
+
+def test_what_cannot_be_scored_is_in_the_rejects(scored: str) -> None:
+    reasons, rows = read_rejects(f"{scored}-rejects")
+    assert reasons == {"empty": 1, "not_an_image": 1, "unreadable_shard": 1}
+    assert {(r.shard, r.index) for r in rows} == {("b.tar", 5), ("b.tar", 11), ("c.tar", None)}
+    table = read_scores(scored)
+    assert [i for s, i in zip(table["shard"].to_pylist(), table["index"].to_pylist(), strict=True) if s == "b.tar"] == [
+        i for i in range(20) if i not in (5, 11)
+    ]
+
+
+def test_scores_agree_with_the_plain_model(scored: str, source: ImageSource, model: str) -> None:
+    import torch
+
+    from models.checkpoint import load
+    from models.transforms import evaluation_image, normalize
+
+    loaded = load(model).model
+    rows = [row for row in source.read("a.tar")]
+    images = torch.from_numpy(np.stack([evaluation_image(row.data, CONFIG.transform) for row in rows]))
+    with torch.inference_mode():
+        expected = loaded(normalize(images, CONFIG.transform, torch.device("cpu"))).softmax(1)
+    table = read_scores(scored).slice(0, 50)
+    classes, scores = np.array(table["class_ids"].to_pylist()), np.array(table["scores"].to_pylist())
+    assert (np.diff(scores, axis=1) <= 0).all()
+    top = expected.topk(3, dim=1)
+    np.testing.assert_array_equal(classes, top.indices.numpy())
+    np.testing.assert_allclose(scores, top.values.numpy(), atol=1e-5)
+
+
+def test_only_what_has_no_file_is_scored_again(scored: str, source: ImageSource, model: str) -> None:
+    before = {entry.path: entry.etag for entry in storage.list_files(scored)}
+    table = read_scores(scored)
+    lost = next(path for path in before if path.startswith("b.tar"))
+    storage.delete_file(storage.join(scored, lost))
+    with pytest.raises(StageError, match=r"b\.tar is not scored completely"):
+        prove(source, scored, f"{scored}-rejects")
+    score(source, model, scored, f"{scored}-rejects", SETTINGS, SILENT)
+    after = {entry.path: entry.etag for entry in storage.list_files(scored)}
+    assert {path for path in after if after[path] != before.get(path)} == {lost}
+    assert read_scores(scored).equals(table)
+
+
+def test_a_large_shard_is_scored_in_ranges_and_resumes_inside(source: ImageSource) -> None:
+    """The reader alone: whatever ranges are done, the others complete the shard."""
+    job = _Job(source.reader, "", "", "", CONFIG.transform, 4, SETTINGS.model_copy(update={"range_mib": 1}))
+    reader, shard = _RangeReader(job), source.shards()[0]
+
+    def ranges(done: Sequence[Range]) -> list[Range]:
+        tables = reader._ranges(shard, done)
+        return [Range(t["shard"], t["start"], t["stop"], t["last"]) for table in tables for t in table.to_pylist()]
+
+    assert ranges([]) == [Range("a.tar", 0, 50, True)]
+    for done in (
+        [Range("a.tar", 0, 10, False)],
+        [Range("a.tar", 40, 50, True)],
+        [Range("a.tar", 10, 20, False), Range("a.tar", 30, 31, False)],
+        [Range("a.tar", 0, 20, False), Range("a.tar", 30, 50, True)],
+        [Range("a.tar", 0, 50, False)],
+    ):
+        together = sorted([*done, *ranges(done)], key=lambda r: (r.start, r.stop))
+        assert complete(together), (done, together)
+
+
+def test_too_many_rejects_stop_the_run(source: ImageSource, model: str, tmp_path: Path, ray_local: None) -> None:
+    strict = SETTINGS.model_copy(update={"max_reject_fraction": 0.001})
+    with pytest.raises(StageError, match="could not be scored, more than score.max_reject_fraction = 0.001"):
+        score(source, model, str(tmp_path / "s"), str(tmp_path / "r"), strict, SILENT)
+
+
+def test_a_folder_of_scores_belongs_to_one_scoring(source: ImageSource, model: str, tmp_path: Path) -> None:
+    claim("--out", str(tmp_path / "s"), model, source, SETTINGS)
+    claim("--out", str(tmp_path / "s"), model, source, SETTINGS)
+    with pytest.raises(RunError, match="holds scores made with another classes_per_image; give another folder"):
+        claim("--out", str(tmp_path / "s"), model, source, SETTINGS.model_copy(update={"classes_per_image": 2}))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "photo.jpg").write_bytes(b"x")
+    with pytest.raises(RunError, match="is not empty and holds no scores"):
+        claim("--out", str(tmp_path / "other"), model, source, SETTINGS)
+
+
+def test_ledger_of_nothing(tmp_path: Path) -> None:
+    assert ledger(str(tmp_path / "none")) == {}
