@@ -12,6 +12,8 @@ ENVIRONMENT = {
     # Stores other than AWS refuse the trailing checksums that recent AWS SDKs add to uploads (HTTP 411).
     "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
     "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+    # A failed task is reported once, by us; Ray would repeat it on standard error.
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_V2": "1",
     "RAY_AIR_NEW_OUTPUT": "0",

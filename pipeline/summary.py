@@ -226,7 +226,9 @@ def _selection_fields(recipe: Recipe, done: Mapping[str, Finished]) -> dict[str,
         settings = recipe.report
         wanted = {
             (number, rank)
-            for number in report.figure_ranks(len(names), 0, min(settings.classes, len(names)))  # spread over all classes
+            for number in report.figure_ranks(
+                len(names), 0, min(settings.classes, len(names))
+            )  # spread over all classes
             for rank in report.figure_ranks(selection["counts"][number], settings.first_ranks, settings.strided_ranks)
         }
         found = ranked_images(done["dhat"].uri, wanted)

@@ -19,7 +19,11 @@ def private_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(home))
         patch.setenv("RAY_AUTH_MODE", "token")
-        for name in [n for n in os.environ if (n.startswith("AWS_") and "CHECKSUM" not in n) or n in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")]:
+        for name in [
+            n
+            for n in os.environ
+            if (n.startswith("AWS_") and "CHECKSUM" not in n) or n in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")
+        ]:
             patch.delenv(name)
         yield home
 

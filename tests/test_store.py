@@ -128,7 +128,12 @@ def test_the_manifest_is_written_last(place: str, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(storage, "publish", recorded)
     RunStore(place).once("score", {}, {}, Work())
-    assert order == ["/stages/score/started.json", "/score/part-1", "/stages/score/metrics.json", "/stages/score/manifest.json"]
+    assert order == [
+        "/stages/score/started.json",
+        "/score/part-1",
+        "/stages/score/metrics.json",
+        "/stages/score/manifest.json",
+    ]
 
 
 def test_redoing_removes_the_manifest_before_the_outputs(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
