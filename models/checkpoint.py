@@ -115,6 +115,26 @@ def mismatch(model: nn.Module, state: dict[str, Tensor]) -> str:
     return ""
 
 
+def start_from(model: nn.Module, initial: str, class_names: list[str]) -> None:
+    """Loads the weights of the model directory `initial` into `model`, for fine-tuning.
+
+    If its class names are not `class_names`, the last layer stays as it is in `model`.
+
+    Raises:
+        ModelError: it cannot be loaded, or is of another architecture.
+    """
+    loaded = load(initial)
+    state = loaded.model.state_dict()
+    own = model.state_dict()
+    if loaded.class_names != class_names:
+        state |= {name: own[name] for name in _last_layer(model, len(class_names))}
+    if problem := mismatch(model, state):
+        raise ModelError(
+            "initial", initial, f"does not fit the network to train: {problem}", "use one of the same architecture"
+        )
+    model.load_state_dict(state)
+
+
 def _read_weights(uri: str, weights: Weights) -> dict[str, Tensor]:
     try:
         with storage.local_copy(storage.join(uri, WEIGHTS)) as path:
@@ -137,3 +157,14 @@ def _read_weights(uri: str, weights: Weights) -> dict[str, Tensor]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _last_layer(model: nn.Module, outputs: int) -> list[str]:
+    """Names, in the state dict, of the last layer with `outputs` outputs."""
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(weight := getattr(module, "weight", None), Tensor) and weight.ndim > 1 and len(weight) == outputs
+    ]
+    prefix = f"{layers[-1]}." if layers and layers[-1] else ""
+    return [name for name in model.state_dict() if layers and name.startswith(prefix)]

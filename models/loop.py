@@ -22,7 +22,7 @@ from cluster.errors import ModelError, StageError
 from models import checkpoint
 from models.architectures import build
 from models.evaluation import Evaluation, evaluate, evaluation_of, measure
-from models.schedules import learning_rate
+from models.schedules import due, learning_rate
 from models.training import Job, Row
 from models.transforms import normalize
 
@@ -52,11 +52,6 @@ def train(job: Job) -> dict[str, Any]:
             dist.destroy_process_group()
 
 
-def due(step: int, steps: int, times: int) -> bool:
-    """Whether, of `times` equally spaced points in `steps`, one falls on the end of `step` (1-based)."""
-    return step * times // steps != (step - 1) * times // steps
-
-
 class _Trainer:
     """The state of one worker."""
 
@@ -70,7 +65,7 @@ class _Trainer:
         torch.manual_seed(job.seed)
         self.model = build(job.model, len(job.class_names))
         if job.initial is not None:
-            start_from(self.model, job.initial, job.class_names)
+            checkpoint.start_from(self.model, job.initial, job.class_names)
         self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
@@ -289,34 +284,3 @@ class _Meter:
 
     def seconds(self) -> float:
         return max(1e-9, time.monotonic() - self._since)
-
-
-def start_from(model: nn.Module, initial: str, class_names: list[str]) -> None:
-    """Loads the weights of the model directory `initial` into `model`, for fine-tuning.
-
-    If its class names are not `class_names`, the last layer stays as it is in `model`.
-
-    Raises:
-        ModelError: it cannot be loaded, or is of another architecture.
-    """
-    loaded = checkpoint.load(initial)
-    state = loaded.model.state_dict()
-    own = model.state_dict()
-    if loaded.class_names != class_names:
-        state |= {name: own[name] for name in _last_layer(model, len(class_names))}
-    if problem := checkpoint.mismatch(model, state):
-        raise ModelError(
-            "initial", initial, f"does not fit the network to train: {problem}", "use one of the same architecture"
-        )
-    model.load_state_dict(state)
-
-
-def _last_layer(model: nn.Module, outputs: int) -> list[str]:
-    """Names, in the state dict, of the last layer with `outputs` outputs."""
-    layers = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(weight := getattr(module, "weight", None), Tensor) and weight.ndim > 1 and len(weight) == outputs
-    ]
-    prefix = f"{layers[-1]}." if layers and layers[-1] else ""
-    return [name for name in model.state_dict() if layers and name.startswith(prefix)]

@@ -28,3 +28,8 @@ def learning_rate(training: Training, images_seen: int, total_images: int) -> fl
         return start + (peak - start) * images_seen / warmup_images
     passed = min(training.drops, images_seen * (training.drops + 1) // total_images)
     return peak * float(training.drop_factor**passed)
+
+
+def due(step: int, steps: int, times: int) -> bool:
+    """Whether, of `times` equally spaced points in `steps`, one falls on the end of `step` (1-based)."""
+    return step * times // steps != (step - 1) * times // steps

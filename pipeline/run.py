@@ -48,7 +48,12 @@ class Run:
     display: Display
 
     def once(
-        self, name: str, sections: Mapping[str, Any], inputs: Mapping[str, str], work: Callable[[str], dict[str, Any]]
+        self,
+        name: str,
+        sections: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        work: Callable[[str], dict[str, Any]],
+        version: int = 1,
     ) -> Finished:
         """`RunStore.once`, with Ray running while `work` does."""
 
@@ -56,7 +61,7 @@ class Run:
             self.session.start()
             return work(place)
 
-        return self.store.once(name, sections, inputs, with_ray)
+        return self.store.once(name, sections, inputs, with_ray, version=version)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from models.architectures import NAMES, SmallResNet, build
 from models.card import read_card
 from models.config import ModelConfig, Transform
 from models.evaluation import Evaluation, evaluate
-from models.loop import start_from
 from models.transforms import normalize
 
 TINY = ModelConfig(architecture="resnet8", options={"width": 4}, transform=Transform(size=16, resize=16))
@@ -244,14 +243,14 @@ def test_fine_tuning_keeps_the_last_layer_only_for_the_same_classes(tmp_path: Pa
     saved(uri, source)
     same, fresh = build(TINY, 3), build(TINY, 5)
     before = fresh.state_dict()["fc.weight"].clone()
-    start_from(same, uri, CLASSES)
-    start_from(fresh, uri, ["a", "b", "c", "d", "e"])
+    checkpoint.start_from(same, uri, CLASSES)
+    checkpoint.start_from(fresh, uri, ["a", "b", "c", "d", "e"])
     assert all(torch.equal(v, source.state_dict()[k]) for k, v in same.state_dict().items())
     for name, value in fresh.state_dict().items():
         expected = before if name == "fc.weight" else None if name == "fc.bias" else source.state_dict()[name]
         assert expected is None or torch.equal(value, expected), name
     with pytest.raises(ModelError, match=r"initial = .* does not fit the network to train: layer1\.1"):
-        start_from(build(TINY.model_copy(update={"architecture": "resnet14"}), 3), uri, CLASSES)
+        checkpoint.start_from(build(TINY.model_copy(update={"architecture": "resnet14"}), 3), uri, CLASSES)
 
 
 class Table(nn.Module):

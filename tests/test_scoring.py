@@ -131,7 +131,7 @@ def test_scores_agree_with_the_plain_model(scored: str, source: ImageSource, mod
     from models.transforms import evaluation_image, normalize
 
     loaded = load(model).model
-    rows = [row for row in source.read("a.tar")]
+    rows = list(source.read("a.tar"))
     images = torch.from_numpy(np.stack([evaluation_image(row.data, CONFIG.transform) for row in rows]))
     with torch.inference_mode():
         expected = loaded(normalize(images, CONFIG.transform, torch.device("cpu"))).softmax(1)
@@ -179,7 +179,7 @@ def test_a_large_shard_is_scored_in_ranges_and_resumes_inside(source: ImageSourc
 
 def test_too_many_rejects_stop_the_run(source: ImageSource, model: str, tmp_path: Path, ray_local: None) -> None:
     strict = SETTINGS.model_copy(update={"max_reject_fraction": 0.001})
-    with pytest.raises(StageError, match="could not be scored, more than score.max_reject_fraction = 0.001"):
+    with pytest.raises(StageError, match=r"could not be scored, more than score\.max_reject_fraction = 0\.001"):
         score(source, model, str(tmp_path / "s"), str(tmp_path / "r"), strict, SILENT)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from ray import cloudpickle
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,12 +17,10 @@ from cluster.errors import ModelError, StageError
 from cluster.progress import SILENT
 from models.card import read_card
 from models.config import ModelConfig, Training, Transform
-from models.loop import due
+from models.schedules import due
 from models.training import Fitted, fit
 
 MODEL = ModelConfig(architecture="resnet8", options={"width": 4}, transform=Transform(size=16, resize=16, crop="none"))
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
-
 CLASSES = ["upper left", "upper right", "lower left", "lower right"]
 
 
@@ -77,6 +74,9 @@ class Corners:
 
 
 def run(folder: Path, name: str, data: Corners, **changes: Any) -> Fitted:
+    from ray import cloudpickle  # here, because the session's environment must be set before ray is imported
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
     training = {
         "epochs": 3,
         "batch_size": 16,
