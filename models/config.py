@@ -3,10 +3,12 @@
 Imports nothing heavy: the command line loads this file to show its help.
 """
 
+import re
+from difflib import get_close_matches
 from math import ceil
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cluster.section import Section
 
@@ -55,6 +57,24 @@ class Transform(Section):
         return self
 
 
+ARCHITECTURES = (
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "resnext101_32x4d",
+    "resnext101_32x8d",
+    "resnext101_32x16d",
+    "resnext101_32x48d",
+    "resnet8",
+    "resnet14",
+    "resnet20",
+    "resnet32",
+    "resnet44",
+    "resnet56",
+)
+"""The architectures that have a name; `models.architectures` builds them."""
+
+
 class ModelConfig(Section):
     """A network and what it takes in."""
 
@@ -65,6 +85,16 @@ class ModelConfig(Section):
     """Arguments for the architecture, such as `width: 8` for the small ResNets."""
     transform: Transform = Transform()
     """What happens to an image before it."""
+
+    @field_validator("architecture")
+    @classmethod
+    def _named(cls, name: str) -> str:
+        if name in ARCHITECTURES or re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", name):
+            return name
+        near = get_close_matches(name, ARCHITECTURES, n=3) or ARCHITECTURES
+        raise ValueError(
+            f"is no known architecture; use one of {', '.join(near)}, or an import path package.module:factory"
+        )
 
 
 class Training(Section):

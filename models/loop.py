@@ -12,10 +12,9 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train.collective import broadcast_from_rank_zero
+from ray.train.torch import get_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -49,9 +48,6 @@ def train(job: Job) -> dict[str, Any]:
         return {"history": _Trainer(job).run()}
     except (ModelError, StageError) as error:
         return {"error": error}
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def check_finite(name: str, loss: float, images_seen: int, training: Training) -> None:
@@ -71,7 +67,7 @@ class _Trainer:
         self.job = job
         self.training = job.training
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.device = torch.device("cuda" if job.training.gpus_per_worker else "cpu")
+        self.device = get_device() if job.training.gpus_per_worker else torch.device("cpu")
         torch.set_num_threads(job.training.cpus_per_worker)
         torch.manual_seed(job.seed)
         self.model = build(job.model, len(job.class_names))
@@ -90,7 +86,6 @@ class _Trainer:
         self.step = 0
         self.next_checkpoint = time.monotonic() + CHECKPOINT_SECONDS
         self._restore()
-        self._join()
 
     def run(self) -> list[Row]:
         """The steps that are left."""
@@ -255,17 +250,6 @@ class _Trainer:
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer
         self.scaler.load_state_dict(counters["scaler"])
         self.step, self.history = counters["step"], counters["history"]
-
-    def _join(self) -> None:
-        """Meets the other workers; a single one needs no process group."""
-        if self.world == 1:
-            return
-        host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        store = TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.rank == 0 else None
-        host, port = broadcast_from_rank_zero((host, store.port) if store else None)
-        store = store or TCPStore(host, port, is_master=False)
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
 
     def _distributed(self) -> nn.Module:
         if self.world == 1:

@@ -1,7 +1,6 @@
 """The one training: of the teacher, the student on D-hat, its fine-tuning, and the supervised baseline.
 
-`fit` starts a group of workers with Ray Train and waits; what they do is `models.loop`. This file needs no torch, so that
-neither the driver nor Ray Train's controller spends seconds on importing it.
+`fit` starts a group of workers with Ray Train and waits; what they do is `models.loop`.
 """
 
 import os
@@ -157,15 +156,16 @@ def _run_workers(job: Job, work: str, on_report: Any) -> dict[str, Any]:
         os.environ.setdefault(variable, value)
 
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+    from ray.train.torch import TorchTrainer
 
     training = job.training
     filesystem, path = storage.filesystem(work)
     resources: dict[str, float] = {"CPU": training.cpus_per_worker}
     if training.gpus_per_worker:
         resources["GPU"] = training.gpus_per_worker
-    trainer = DataParallelTrainer(
-        partial(_worker, job),
+    work_of_each: Any = partial(_worker, job)
+    trainer = TorchTrainer(
+        work_of_each,
         scaling_config=ScalingConfig(
             num_workers=training.workers, use_gpu=training.gpus_per_worker > 0, resources_per_worker=resources
         ),

@@ -3,7 +3,7 @@
 Nothing here trusts the bytes: the format is one of a closed list, the size is checked in the header before any pixel is
 decoded, and no crop allocates more than its output, whatever the aspect ratio. Whatever goes wrong is one
 `UndecodableImage` with a reason of a small closed set. Decoded images stay uint8; `normalize` makes floats of whole batches
-on the device.
+on the device, and alone needs torch.
 """
 
 import io
@@ -13,16 +13,18 @@ import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from cluster.errors import TophatError, one_line
 from models.config import Transform
+
+if TYPE_CHECKING:  # decoding runs in many processes, and needs no torch
+    import torch
+    from torch import Tensor
 
 Reason = Literal["empty", "not_an_image", "too_large", "truncated", "decode_error"]
 REASONS: tuple[str, ...] = get_args(Reason)
@@ -145,7 +147,7 @@ def random_box(width: int, height: int, transform: Transform, rng: random.Random
     return Box(left, top, left + across, top + down)
 
 
-def normalize(images: Tensor, transform: Transform, device: torch.device) -> Tensor:
+def normalize(images: "Tensor", transform: Transform, device: "torch.device") -> "Tensor":
     """Floats for a network: scaled to [0, 1], minus `mean`, over `std`, computed on the device.
 
     Args:
@@ -156,6 +158,8 @@ def normalize(images: Tensor, transform: Transform, device: torch.device) -> Ten
     Returns:
         float32 [N, 3, H, W], in channels_last memory format.
     """
+    import torch
+
     mean = torch.tensor(transform.mean, device=device).view(1, 3, 1, 1)
     std = torch.tensor(transform.std, device=device).view(1, 3, 1, 1)
     moved = images.to(device, non_blocking=True).to(dtype=torch.float32, memory_format=torch.channels_last)

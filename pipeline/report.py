@@ -7,13 +7,14 @@ hostile: text is escaped for HTML and for plotly, images are decoded here and wr
 
 import io
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cluster import storage
+from models.config import Transform
+from models.transforms import UndecodableImage, evaluation_image
 from pipeline.rejects import Reject
 from pipeline.text import duration, finite, parameters, percent, plain, plotly_text, points, score, short, thousands
 
@@ -23,7 +24,6 @@ TILE = 96
 """Side of a thumbnail, in pixels."""
 MAX_PIXELS = 64_000_000
 """An image of more pixels than this is not decoded for its thumbnail."""
-_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -236,25 +236,14 @@ def contact_strip(images: Sequence[bytes]) -> tuple[bytes, list[bool]]:
 
 
 def _thumbnail(image: bytes) -> Any:
-    """`image`, upright, its central square scaled to TILE x TILE RGB on white; None if it cannot be decoded."""
-    from PIL import Image, ImageOps
+    """The central square of `image`, upright, TILE x TILE RGB on white; None if it cannot be decoded."""
+    from PIL import Image
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(image), formats=_IMAGE_FORMATS) as opened:
-                if opened.width * opened.height > MAX_PIXELS:
-                    return None
-                opened.draft("RGB", (2 * TILE, 2 * TILE))
-                upright = ImageOps.exif_transpose(opened)
-                if upright.mode.startswith("I"):  # 16 bits a pixel
-                    upright = upright.point(lambda value: value / 256).convert("L")
-                pixels = ImageOps.fit(upright.convert("RGBA"), (TILE, TILE))
-    except Exception:  # decoders raise nearly anything on hostile bytes, and a thumbnail is never worth a run
+        pixels = evaluation_image(image, Transform(size=TILE, resize=TILE, max_pixels=MAX_PIXELS))
+    except UndecodableImage:
         return None
-    tile = Image.new("RGB", (TILE, TILE), (255, 255, 255))
-    tile.paste(pixels, mask=pixels)
-    return tile
+    return Image.fromarray(pixels.transpose(1, 2, 0))
 
 
 # Charts: plotly's JSON, without colors, which report.js takes from the page's theme

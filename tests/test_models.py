@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from cluster import storage
 from cluster.errors import ModelError
 from models import checkpoint
-from models.architectures import NAMES, SmallResNet, build
+from models.architectures import SmallResNet, build
 from models.card import read_card
-from models.config import ModelConfig, Transform
+from models.config import ARCHITECTURES, ModelConfig, Transform
 from models.evaluation import Evaluation, evaluate
 from models.transforms import normalize
 
@@ -63,7 +63,7 @@ def test_small_networks_have_he_et_als_size(depth: int, millions: float) -> None
     assert len(weighted) - len(shortcuts) == depth
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if "101" not in n])
+@pytest.mark.parametrize("name", [n for n in ARCHITECTURES if "101" not in n])
 def test_every_network_gives_a_logit_per_class(name: str) -> None:
     model = build(ModelConfig(architecture=name), 7).eval()
     with torch.inference_mode():
@@ -86,6 +86,14 @@ def a_large_factory(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 99), nn.Flatten(), nn.Linear(4, num_classes))
 
 
+@pytest.mark.parametrize(
+    ("name", "near"), [("resnet5O", "resnet56, resnet50"), ("vgg", "resnet18, resnet50"), ("a b:c", "")]
+)
+def test_an_unknown_name_is_refused_with_near_ones(name: str, near: str) -> None:
+    with pytest.raises(ValueError, match=f"is no known architecture; use one of {near}"):
+        ModelConfig(architecture=name)
+
+
 def test_a_factory_is_called_by_its_import_path() -> None:
     config = TINY.model_copy(update={"architecture": f"{__name__}:a_factory", "options": {"width": 5}})
     model = build(config, 3)
@@ -97,14 +105,11 @@ def test_a_factory_is_called_by_its_import_path() -> None:
 @pytest.mark.parametrize(
     ("architecture", "options", "said"),
     [
-        ("resnet5O", {}, "is not known; use one of resnet56, resnet50"),
-        ("vgg", {}, "is not known; use one of resnet18, resnet50"),
         ("resnet8", {"depth": 3}, "options {'depth': 3}"),
         ("resnet18", {"wide": 3}, "unexpected keyword argument 'wide'"),
         ("no_such_package:model", {}, "could not be imported (ModuleNotFoundError"),
         ("torchvision.models:resnet5O", {}, "could not be imported (AttributeError"),
         ("torchvision:__version__", {}, "cannot be called"),
-        ("a b:c", {}, "is not an import path"),
         (f"{__name__}:not_a_network", {}, "returned a int; return a torch.nn.Module"),
         (f"{__name__}:a_fixed_factory", {}, "returned [1, 10] for one image of 3 classes; return logits [N, 3]"),
         (f"{__name__}:a_large_factory", {}, "does not take a batch of 3 x 16 x 16"),

@@ -205,7 +205,7 @@ def test_a_hostile_exif_says_nothing_on_the_terminal(tmp_path: Path) -> None:
     (tmp_path / "image.jpg").write_bytes(encoded(picture(40, 40), "JPEG", exif=exif))
     code = (
         "import sys; from models.config import Transform; from models.transforms import evaluation_image;"
-        "print(evaluation_image(open(sys.argv[1], 'rb').read(), Transform(size=28, resize=32)).shape)"
+        "print(evaluation_image(open(sys.argv[1], 'rb').read(), Transform(size=28, resize=32)).shape, 'torch' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "image.jpg")],
@@ -215,7 +215,7 @@ def test_a_hostile_exif_says_nothing_on_the_terminal(tmp_path: Path) -> None:
         check=True,
         cwd=Path(__file__).parent.parent,
     )
-    assert (done.stdout, done.stderr) == ("(3, 28, 28)\n", "")
+    assert (done.stdout, done.stderr) == ("(3, 28, 28) False\n", "")
 
 
 @pytest.mark.parametrize("crop", ["random_resized", "pad", "none"])
