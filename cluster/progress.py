@@ -16,15 +16,12 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    ProgressColumn,
     SpinnerColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
 from rich.progress import Progress as RichProgress
-from rich.progress import Task as RichTask
-from rich.text import Text
 
 POLL_SECONDS = 0.5
 LINE_SECONDS = 10.0
@@ -87,19 +84,25 @@ class Progress:
 SILENT = Progress()
 
 
-class _Rate(ProgressColumn):
-    def render(self, task: RichTask) -> Text:
-        return Text(_rate_and_eta(task.completed, task.total, task.elapsed), style="cyan")
+class _Pace:
+    """How fast a task goes, counted from its first report: starting processes is not part of the rate."""
 
+    def __init__(self) -> None:
+        self._first: tuple[float, int] | None = None
 
-def _rate_and_eta(done: float, total: float | None, seconds: float | None) -> str:
-    if not seconds or not done:
-        return "starting"
-    rate = done / seconds
-    text = f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s"
-    if total and total > done:
-        text += f", {_clock((total - done) / rate)} left"
-    return text
+    def text(self, done: int, total: int | None) -> str:
+        """Rate and time left, as text."""
+        now = time.monotonic()
+        if done and self._first is None:
+            self._first = (now, done)
+        if self._first is None:
+            return "starting"
+        seconds, counted = now - self._first[0], done - self._first[1]
+        if not counted or not seconds:
+            return ""
+        rate = counted / seconds
+        text = f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s"
+        return f"{text}, {_clock((total - done) / rate)} left" if total and total > done else text
 
 
 def _clock(seconds: float) -> str:
@@ -167,35 +170,41 @@ class Display:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn(unit, markup=False),
-            _Rate(),
+            TextColumn("{task.fields[pace]}", markup=False, style="cyan"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}", markup=False),
         ]
         with RichProgress(*columns, console=self.console, refresh_per_second=4) as bars:
-            bar: TaskID = bars.add_task(name, total=total, note="")
+            bar: TaskID = bars.add_task(name, total=total, note="", pace="starting")
+            pace = _Pace()
             while True:
                 last = stop.wait(POLL_SECONDS)
                 if (state := self._read(handle)) is not None:
-                    bars.update(
-                        bar, completed=state.done + state.rejected, total=state.total or total, note=_note(state)
-                    )
+                    done, of = state.done + state.rejected, state.total or total
+                    bars.update(bar, completed=done, total=of, note=_note(state), pace=pace.text(done, of))
                 if last:
                     return
 
     def _draw_lines(self, name: str, total: int | None, unit: str, handle: Progress, stop: threading.Event) -> None:
-        started = time.monotonic()
-        while not stop.wait(LINE_SECONDS):
-            self._print_line(name, total, unit, self._read(handle), time.monotonic() - started)
-        self._print_line(name, total, unit, self._read(handle), time.monotonic() - started)
+        started, next_line, pace = time.monotonic(), LINE_SECONDS, _Pace()
+        while True:
+            last = stop.wait(POLL_SECONDS)
+            seconds = time.monotonic() - started
+            state = self._read(handle)
+            if state is not None:
+                text = pace.text(state.done + state.rejected, state.total or total)
+                if last or seconds >= next_line:
+                    self._print_line(name, total, unit, state, text, seconds)
+                    next_line = seconds + LINE_SECONDS
+            if last:
+                return
 
-    def _print_line(self, name: str, total: int | None, unit: str, state: State | None, seconds: float) -> None:
-        if state is None:
-            return
+    def _print_line(self, name: str, total: int | None, unit: str, state: State, pace: str, seconds: float) -> None:
         done = state.done + state.rejected
         total = state.total or total
         of = f" of {total:,}" if total else ""
-        line = f"{name}: {done:,}{of} {unit}, {_rate_and_eta(done, total, seconds)}, {_clock(seconds)} {_note(state)}"
-        self.console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
+        parts = [f"{name}: {done:,}{of} {unit}", pace, _clock(seconds), _note(state)]
+        self.console.print(", ".join(part for part in parts if part), markup=False, highlight=False, soft_wrap=True)
         sys.stdout.flush()
 
 

@@ -181,6 +181,11 @@ def _refusal(uri: str, code: str) -> StorageError:
     return StorageError("uri", uri, f"could not be used ({code})", "check the path, the endpoint and the store")
 
 
+def is_outage(error: OSError) -> bool:
+    """Whether an error of pyarrow's speaks of the store or the way to it, rather than of the content of a file."""
+    return any(name in str(error) for name in ("AWS Error", "google::cloud", "curlCode"))
+
+
 def exists(uri: str) -> bool:
     """Whether an object (or, on a local disk, a file or folder) is at `uri`."""
     scheme, path = _split(uri)

@@ -91,6 +91,8 @@ def _checked(reader: Reader, shard: Shard) -> Iterator[tuple[Row | None, Reject 
     try:
         for row in reader.read(shard):
             try:
+                if row.problem is not None:
+                    raise UndecodableImage("unreadable", row.problem)
                 evaluation_image(row.data, check)
             except UndecodableImage as error:
                 yield row, Reject(shard.name, row.index, error.reason, error.detail)

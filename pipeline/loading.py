@@ -254,6 +254,8 @@ def _decoded(row: Row, shard: Shard, decode: Callable[[bytes], npt.NDArray[np.ui
     from models.transforms import UndecodableImage
 
     try:
+        if row.problem is not None:
+            raise UndecodableImage("unreadable", row.problem)
         return decode(row.data)
     except UndecodableImage as error:
         raise StageError(

@@ -304,6 +304,8 @@ class _Decoded:
         self.stop = row.index + 1
         self.bytes += len(row.data)
         try:
+            if row.problem is not None:
+                raise UndecodableImage("unreadable", row.problem)
             self.images.append(evaluation_image(row.data, transform))
             self.indices.append(row.index)
         except UndecodableImage as error:

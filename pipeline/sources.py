@@ -8,13 +8,14 @@ import hashlib
 import json
 import re
 import tarfile
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Self
 
 from cluster import storage
-from cluster.errors import SourceError, TophatError, one_line
+from cluster.errors import SourceError, StorageError, TophatError, one_line
 from cluster.storage import FileEntry
 from pipeline import recipe
 
@@ -24,6 +25,7 @@ Label = int | str | None
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jpe", ".jfif")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 FILES_PER_SHARD = 256
+RETRY_SECONDS = (0.5, 2.0, 8.0)
 MAX_IMAGE_BYTES = 256 * 2**20
 CLASSES_FILE = "classes.json"
 INGEST_FILE = "ingest.json"
@@ -54,11 +56,13 @@ class Row:
         index: 0-based row in its shard.
         data: the encoded image; empty where there is none.
         label: the class's name or number, where the source has labels.
+        problem: why the image's bytes could not be had, although the shard is readable; None when they could.
     """
 
     index: int
     data: bytes
     label: Label = None
+    problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +103,38 @@ class Reader:
             shard: of this source.
             rows: only these indices, when given.
 
+        A store that fails for a moment is asked again, from the row that came last.
+
         Raises:
             ShardError: the shard vanished or is corrupt; rows that came before are good.
+            StorageError: the store is out of reach, or refuses; nothing is known about the shard.
         """
         wanted = None if rows is None else frozenset(rows)
         read = {"webdataset": self._read_tar, "parquet": self._read_parquet, "folder": self._read_files}[self.layout]
-        try:
-            for row in read(shard, wanted):
-                yield Row(row.index, row.data, self._named(row.label))
-        except (OSError, tarfile.TarError, EOFError, ValueError, TophatError) as error:
-            raise ShardError(one_line(f"{type(error).__name__}: {error}")) from None
+        last = -1
+        for pause in (*RETRY_SECONDS, None):
+            try:
+                for row in read(shard, wanted):
+                    if row.index > last:
+                        last = row.index
+                        yield replace(row, label=self._named(row.label))
+                return
+            except FileNotFoundError:
+                raise ShardError("the shard vanished since it was listed") from None
+            except (tarfile.TarError, EOFError, ValueError, SourceError) as error:
+                raise ShardError(one_line(f"{type(error).__name__}: {error}")) from None
+            except OSError as error:
+                if not storage.is_outage(error):
+                    raise ShardError(one_line(f"{type(error).__name__}: {error}")) from None
+                if pause is None:
+                    uri, times = storage.join(self.root, shard.name), len(RETRY_SECONDS) + 1
+                    rule = f"could not be read in {times} attempts ({error})"
+                    raise StorageError("source", uri, rule, "check the store, then go on") from None
+                time.sleep(pause)
+
+    def _open(self, name: str) -> Any:
+        filesystem, path = storage.filesystem(storage.join(self.root, name))
+        return filesystem.open_input_file(path)
 
     def _named(self, label: Label) -> Label:
         if isinstance(label, int) and self.class_names is not None and 0 <= label < len(self.class_names):
@@ -118,10 +144,10 @@ class Reader:
     def _read_tar(self, shard: Shard, wanted: frozenset[int] | None) -> Iterator[Row]:
         compressed = not shard.name.endswith(".tar")
         with (
-            storage.open_input(storage.join(self.root, shard.name)) as file,
+            self._open(shard.name) as file,
             tarfile.open(fileobj=file, mode="r|gz" if compressed else "r|", tarinfo=_Member) as archive,
         ):
-            index, key, data, label = -1, None, b"", None
+            index, key, data, label, problem = -1, None, b"", None, None
             for member in archive:
                 folder, _, base = member.name.rpartition("/")
                 stem, _, extension = base.partition(".")
@@ -129,26 +155,27 @@ class Reader:
                     continue
                 if (folder, stem) != key:
                     if key is not None and (wanted is None or index in wanted):
-                        yield Row(index, data, label)
-                    index, key, data, label = index + 1, (folder, stem), b"", None
+                        yield Row(index, data, label, problem)
+                    index, key, data, label, problem = index + 1, (folder, stem), b"", None, None
                 if wanted is not None and index not in wanted:
                     continue
                 plain = extension.lower().rpartition(".")[2]
-                if f".{plain}" in IMAGE_SUFFIXES and member.size <= MAX_IMAGE_BYTES:
-                    if (
-                        not data or plain == extension.lower()
-                    ):  # `x.jpg` is the image; `x.mask.png` only where it is alone
-                        data = _content(archive, member)
+                # `x.jpg` is the image; `x.mask.png` only where it is alone.
+                if f".{plain}" in IMAGE_SUFFIXES and (not data or plain == extension.lower()):
+                    if member.size > MAX_IMAGE_BYTES:
+                        problem = f"a file of {member.size} bytes"
+                    else:
+                        data, problem = _content(archive, member), None
                 elif extension in ("cls", "cls.txt") and member.size < 10_000:
                     label = _label(_content(archive, member).decode("utf-8", "replace"))
             if key is not None and (wanted is None or index in wanted):
-                yield Row(index, data, label)
+                yield Row(index, data, label, problem)
 
     def _read_parquet(self, shard: Shard, wanted: frozenset[int] | None) -> Iterator[Row]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with storage.open_input(storage.join(self.root, shard.name)) as file, pq.ParquetFile(file) as parquet:
+        with self._open(shard.name) as file, pq.ParquetFile(file) as parquet:
             names = parquet.schema_arrow.names
             if self.image_column not in names:
                 raise SourceError(
@@ -180,12 +207,11 @@ class Reader:
             if wanted is None or index in wanted:
                 folder = path.partition("/")[0] if "/" in path else None
                 try:
-                    data = storage.read_bytes(storage.join(self.root, path))
-                except TophatError:
-                    data = (
-                        b""  # the file vanished since it was listed: an image without bytes, which is rejected as such
-                    )
-                yield Row(index, data, folder)
+                    with self._open(path) as file:
+                        data, problem = file.read(), None
+                except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+                    data, problem = b"", one_line(f"{type(error).__name__}: {error.strerror or error}")
+                yield Row(index, data, folder, problem)
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
