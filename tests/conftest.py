@@ -2,30 +2,31 @@
 
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import cluster
+
+# A home folder of our own, before any test module can load Ray, which reads its token there once; and no credentials of the user's.
+HOME = Path(tempfile.mkdtemp(prefix="tophat-tests-"))
+for _name in [n for n in os.environ if n.startswith(("AWS_", "RAY_"))]:
+    del os.environ[_name]
+os.environ |= {"HOME": str(HOME), **cluster.ENVIRONMENT}
+
 
 @pytest.fixture(scope="session", autouse=True)
-def private_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A home folder of our own: Ray writes its token there, and no credentials of the user are read."""
-    home = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", str(home))
-        patch.setenv("RAY_AUTH_MODE", "token")
-        for name in [
-            n
-            for n in os.environ
-            if (n.startswith("AWS_") and "CHECKSUM" not in n) or n in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")
-        ]:
-            patch.delenv(name)
-        yield home
+def private_home() -> Iterator[Path]:
+    """The home folder of the tests."""
+    yield HOME
+    shutil.rmtree(HOME, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -112,7 +112,9 @@ def test_a_shard_that_vanished_stops_the_training(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(tiny.digits()["zero"][0])
     shards = (Shard("files-000000", 1, "x", ("a.png", "gone.png")),)
     data = TrainingSet(Reader(str(tmp_path), "folder"), shards, (np.arange(2),), {None: 0})
-    with pytest.raises(StageError, match=r"image 1 of files-000000 could be decoded before and cannot now: unreadable: FileNotFound"):
+    with pytest.raises(
+        StageError, match=r"image 1 of files-000000 could be decoded before and cannot now: unreadable: FileNotFound"
+    ):
         list(data.evaluation_batches(TRANSFORM, batch_size=4, rank=0, world=1))
 
 
