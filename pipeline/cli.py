@@ -255,7 +255,7 @@ def evaluate(
     from cluster import storage
     from cluster.progress import Display
     from models.card import read_card
-    from pipeline import evaluation, labeled, summary
+    from pipeline import evaluation, labeled, summary, text
 
     names = read_card(model).class_names
     images = _open("--source", source)
@@ -270,8 +270,8 @@ def evaluate(
             raise SourceError("--source", source, "holds no image that can be used", "look at the files")
         with display.task("evaluation", data.images) as progress:
             metrics = evaluation.evaluate({"model": storage.absolute(model)}, data, progress)["model"]
-    table = summary.table("Evaluation", "images", "rejected", "top-1 %", "top-5 %", "loss")
-    top = [summary.percent(metrics[name]) for name in ("top1", "top5")]
+    table = summary.table("Evaluation", "images", "rejected", "top-1", "top-5", "loss")
+    top = [text.percent(metrics[name]) for name in ("top1", "top5")]
     table.add_row(f"{data.images:,}", f"{len(found.rejects):,}", *top, f"{metrics['loss']:.4f}")
     out.print(table)
 

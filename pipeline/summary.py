@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster import storage
-from pipeline import report
+from pipeline import report, text
 from pipeline.recipe import Recipe
 from pipeline.rejects import read_rejects
 from pipeline.store import Finished, RunStore
@@ -32,44 +32,30 @@ def table(title: str, *columns: str) -> Table:
     return made
 
 
-def percent(value: float | None) -> str:
-    """A fraction as a percentage with one decimal."""
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
 def print_closing(console: Console, done: Mapping[str, Finished]) -> None:
     """The closing tables: accuracies as in Table 2, then what became of every image."""
     if "evaluation" in done:
         models = done["evaluation"].outputs["models"]
+        columns = ("", "Pre-trained", "Fine-tuned", "Fully supervised", "Gain")
         accuracy = table(
-            f"Top-1 / top-5 on {done['evaluation'].outputs['images']:,} test images, in %",
-            "",
-            "Pre-trained",
-            "Fine-tuned",
-            "Fully supervised",
-            "Gain",
+            f"Top-1 / top-5 on {text.thousands(done['evaluation'].outputs['images'])} test images", *columns
         )
-        student = done["student"].outputs
-        cells = [
-            f"{percent(models[n]['top1'])} / {percent(models[n]['top5'])}"
-            for n in ("pretrained", "student", "supervised")
-        ]
-        gain = 100 * (models["student"]["top1"] - models["supervised"]["top1"])
-        accuracy.add_row(
-            f"student {escape(student['architecture'])} ({_millions(student['parameters'])})", *cells, f"{gain:+.1f}"
-        )
-        teacher = done["teacher"].outputs
-        score = f"{percent(models['teacher']['top1'])} / {percent(models['teacher']['top5'])}"
-        accuracy.add_row(
-            f"teacher {escape(teacher['architecture'])} ({_millions(teacher['parameters'])})", "", "", score, ""
-        )
+        student, teacher = done["student"].outputs, done["teacher"].outputs
+        gain = models["student"]["top1"] - models["supervised"]["top1"]
+        cells = [_accuracy(models[name]) for name in ("pretrained", "student", "supervised")]
+        accuracy.add_row(f"student {_network(student)}", *cells, text.points(gain))
+        accuracy.add_row(f"teacher {_network(teacher)}", "", "", _accuracy(models["teacher"]), "")
         console.print(accuracy)
     for line in conservation_lines(done):
         console.print(line, highlight=False)
 
 
-def _millions(parameters: int | None) -> str:
-    return "?" if parameters is None else f"{parameters / 1e6:.2f}M" if parameters < 1e7 else f"{parameters / 1e6:.0f}M"
+def _accuracy(metrics: Mapping[str, float]) -> str:
+    return f"{text.percent(metrics['top1'])} / {text.percent(metrics['top5'])}"
+
+
+def _network(outputs: Mapping[str, Any]) -> str:
+    return f"{escape(text.plain(outputs['architecture']))} ({text.parameters(outputs['parameters'])} parameters)"
 
 
 def conservation_lines(done: Mapping[str, Finished]) -> list[str]:
@@ -138,7 +124,7 @@ def print_selection(console: Console, selection: Mapping[str, Any], class_names:
         )
         for number in short[:EXAMPLES]:
             count, low = counts[number]
-            name = escape(class_names[number]) if class_names else str(number)
+            name = escape(text.plain(class_names[number])) if class_names else str(number)
             made.add_row(name, f"{count:,}", "–" if low is None else f"{low:.4f}")
         console.print(made)
     for line in selection_lines(selection):

@@ -129,7 +129,7 @@ def test_the_closing_tables_add_up(local_run: tuple[str, dict[str, Finished]]) -
     assert "153 listed = 150 scored + 3 rejected" in text
     assert "300 = 90 selected + 210 unselected" in text
     models = done["evaluation"].outputs["models"]
-    assert f"{100 * models['student']['top1']:.1f} /" in text
+    assert f"{100 * models['student']['top1']:.1f}% /" in text
 
 
 def test_the_whole_pipeline_on_s3(folders: Path, s3: str, ray_local: None) -> None:
