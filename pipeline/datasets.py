@@ -89,8 +89,8 @@ def make(
         name: one of `NAMES`.
         out_uri: an empty or new folder.
         origin: the folder with the data set's files, for `fashion-mnist`.
-        train_per_class: labeled images of each class in D; by default 20 (digits) or 50 (fashion-mnist).
-        validation_per_class: likewise for the images that settings are chosen on.
+        train_per_class: labeled images of each class in D; by default 10 (digits) or 50 (fashion-mnist).
+        validation_per_class: likewise for the images that settings are chosen on; by default 20 or 50.
         seed: of the split, the distractors and the order.
         progress: gets the number of images written.
 
@@ -101,9 +101,9 @@ def make(
     """
     if name not in _LOADERS:
         raise SourceError("DATASET", name, "is not a known data set", f"use one of {', '.join(NAMES)}")
-    load, default = _LOADERS[name]
-    train = default if train_per_class is None else train_per_class
-    validation = default if validation_per_class is None else validation_per_class
+    load, default_train, default_validation = _LOADERS[name]
+    train = default_train if train_per_class is None else train_per_class
+    validation = default_validation if validation_per_class is None else validation_per_class
     out = storage.absolute(out_uri)
     identity = {"version": VERSION, "dataset": name, "train": train, "validation": validation, "seed": seed}
     done = writers.completed("--out", out, identity)
@@ -279,9 +279,9 @@ def _unpack(folder: Path, name: str, target: Path) -> None:
         raise SourceError("--from", str(packed), f"cannot be read ({error})", "copy it anew") from None
 
 
-_LOADERS: dict[str, tuple[Callable[[str | None, np.random.Generator], Pool], int]] = {
-    "digits": (_digits, 20),
-    "fashion-mnist": (_fashion_mnist, 50),
+_LOADERS: dict[str, tuple[Callable[[str | None, np.random.Generator], Pool], int, int]] = {
+    "digits": (_digits, 10, 20),
+    "fashion-mnist": (_fashion_mnist, 50, 50),
 }
 NAMES: tuple[str, ...] = tuple(_LOADERS)
 """The data sets that `make` knows."""
