@@ -44,8 +44,6 @@ class Session:
         """
         if self._started:
             return
-        if not self._verbose:
-            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         import ray
 
         if not ray.is_initialized():

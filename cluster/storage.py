@@ -59,6 +59,78 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     return _filesystem(scheme, tuple(sorted(_endpoint_environment().items()))), path
 
 
+def ray_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """`filesystem(uri)` for what Ray Train and Tune store: in an object store, it makes no folders.
+
+    pyarrow marks a folder with an empty object named `folder/`, which some S3-compatible stores refuse and none needs.
+    """
+    base, path = filesystem(uri)
+    return (base if isinstance(base, pafs.LocalFileSystem) else pafs.PyFileSystem(_WithoutFolders(base))), path
+
+
+class _WithoutFolders(pafs.FileSystemHandler):  # type: ignore[misc]
+    """Passes everything on to an object store's filesystem but the making of folders."""
+
+    def __init__(self, base: pafs.FileSystem) -> None:
+        self._base = base
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _WithoutFolders) and bool(self._base == other._base)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def __reduce__(self) -> tuple[type["_WithoutFolders"], tuple[pafs.FileSystem]]:
+        return type(self), (self._base,)
+
+    def get_type_name(self) -> str:
+        return f"{self._base.type_name}+no-folders"
+
+    def normalize_path(self, path: str) -> str:
+        return str(self._base.normalize_path(path))
+
+    def get_file_info(self, paths: list[str]) -> Any:
+        return self._base.get_file_info(paths)
+
+    def get_file_info_selector(self, selector: pafs.FileSelector) -> Any:
+        return self._base.get_file_info(selector)
+
+    def create_dir(self, path: str, recursive: bool) -> None:
+        pass
+
+    def delete_dir(self, path: str) -> None:
+        for info in self._base.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True)):
+            if info.type == pafs.FileType.File:
+                self._base.delete_file(info.path)
+
+    def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
+        self.delete_dir(path)
+
+    def delete_root_dir_contents(self) -> None:
+        raise NotImplementedError("a bucket is never emptied")
+
+    def delete_file(self, path: str) -> None:
+        self._base.delete_file(path)
+
+    def move(self, src: str, dest: str) -> None:
+        self._base.move(src, dest)
+
+    def copy_file(self, src: str, dest: str) -> None:
+        self._base.copy_file(src, dest)
+
+    def open_input_stream(self, path: str) -> pa.NativeFile:
+        return self._base.open_input_stream(path)
+
+    def open_input_file(self, path: str) -> pa.NativeFile:
+        return self._base.open_input_file(path)
+
+    def open_output_stream(self, path: str, metadata: Any) -> pa.NativeFile:
+        return self._base.open_output_stream(path, metadata=metadata)
+
+    def open_append_stream(self, path: str, metadata: Any) -> pa.NativeFile:
+        return self._base.open_append_stream(path, metadata=metadata)
+
+
 def _split(uri: str) -> tuple[str, str]:
     if not is_remote(uri):
         return "file", absolute(uri)

@@ -159,7 +159,7 @@ def _run_workers(job: Job, work: str, on_report: Any) -> dict[str, Any]:
     from ray.train.torch import TorchTrainer
 
     training = job.training
-    filesystem, path = storage.filesystem(work)
+    filesystem, path = storage.ray_filesystem(work)
     resources: dict[str, float] = {"CPU": training.cpus_per_worker}
     if training.gpus_per_worker:
         resources["GPU"] = training.gpus_per_worker

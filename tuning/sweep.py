@@ -60,7 +60,7 @@ def sweep(
         metrics = trial(config["learning_rate"], callback())
         tune.report({**metrics})
 
-    filesystem, path = storage.filesystem(work)
+    filesystem, path = storage.ray_filesystem(work)
     tuner = tune.Tuner(
         tune.with_resources(trainable, {"memory": 1}),
         param_space={"learning_rate": tune.grid_search(list(learning_rates))},
