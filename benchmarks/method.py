@@ -26,11 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 from pipeline import datasets  # noqa: E402 - found beside this folder
 
-DATA = {
-    "demo": ("digits", None, 10, 20),
-    "fashion-mnist": ("fashion-mnist", datasets.DEBIAN_FASHION_MNIST, 50, 50),
-}
-"""By recipe: the data set, where its files are, and the images of each class in D and in the validation set."""
+DATA = {"demo": "digits", "fashion-mnist": "fashion-mnist"}
+"""The known data set of each recipe."""
 COLUMNS = ("teacher", "pretrained", "student", "supervised", "gain", "purity", "seconds")
 HEADS = ("teacher", "pre-trained", "fine-tuned", "supervised", "gain", "purity", "seconds")
 
@@ -54,9 +51,8 @@ class Measured:
 
 def run_seed(recipe: str, seed: int, folder: Path) -> Measured:
     """Makes the data of a seed and runs the recipe on it, in `folder`."""
-    name, origin, train, validation = DATA[recipe]
     data, run = folder / f"data-{seed}", folder / f"run-{seed}"
-    datasets.make(name, str(data), origin=origin, train_per_class=train, validation_per_class=validation, seed=seed)
+    datasets.make(DATA[recipe], str(data), seed=seed)
     sets = [f"seed={seed}", f"unlabeled.uri={data / 'unlabeled'}"]
     sets += [f"labeled.{part}.uri={data / part}" for part in ("train", "validation", "test")]
     start = time.monotonic()

@@ -9,7 +9,8 @@ TophatError                   anything this project raises on purpose
 │   ├── ResourceError         the cluster cannot ever run what the recipe asks for
 │   ├── ClusterError          a cluster that cannot be reached, refuses the token, or does not have the job
 │   └── RunError              a run directory that cannot be used (it belongs to another recipe, ...)
-└── StageError                a stage that failed for a reason which is not the user's input
+├── StageError                a stage that failed for a reason which is not the user's input
+└── Interrupted               Ctrl-C
 """
 
 
@@ -68,6 +69,10 @@ class RunError(InputError):
 
 class StageError(TophatError):
     """A stage that failed although its input was sound."""
+
+
+class Interrupted(TophatError):  # noqa: N818 - no fault of anybody's
+    """The user pressed Ctrl-C."""
 
 
 def shown(value: object, limit: int = 120) -> str:

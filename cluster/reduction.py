@@ -5,9 +5,10 @@ an OSError (a store that failed for a moment), and raise what a task raised as i
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cluster.errors import StageError, one_line
+from cluster.errors import StageError, TophatError, one_line
 
 if TYPE_CHECKING:  # Ray reads its environment when it is imported, and a session sets that first
     import ray
@@ -183,3 +184,27 @@ def _original(error: BaseException) -> BaseException:
     while isinstance(cause := getattr(error, "cause", None), BaseException):
         error = cause
     return error
+
+
+@contextmanager
+def original_errors() -> Iterator[None]:
+    """Raises what work in other processes raised, out of whatever Ray Data wrapped around it.
+
+    Raises:
+        TophatError: the first of ours among the causes of an error; a StageError when there is none.
+    """
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except RayError as error:
+        causes: list[BaseException] = []
+        cause: BaseException | None = error
+        while cause is not None and cause not in causes:
+            causes.append(cause)
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        ours = next((c for c in causes if isinstance(c, TophatError)), None)
+        if ours is not None:
+            raise ours from None
+        last = str(causes[-1]).strip().rpartition("\n")[2] or str(error)
+        raise StageError(one_line(f"{type(causes[-1]).__name__}: {last}")[:500]) from error

@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster import ENVIRONMENT
 from cluster.config import Cluster
-from cluster.errors import ResourceError
+from cluster.errors import Interrupted, ResourceError
 
 ROOT = Path(__file__).resolve().parent.parent
 """The checkout: what workers import `pipeline`, `tuning`, `models` and `cluster` from."""
@@ -53,11 +53,13 @@ class Session:
         if self._on_start is not None:
             self._on_start()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._owned:
             import ray
 
             ray.shutdown()
+        if kind is KeyboardInterrupt:
+            raise Interrupted("interrupted; what is finished is kept: run the same command to go on") from None
 
 
 def _connect(cluster: Cluster, verbose: bool) -> None:

@@ -362,6 +362,14 @@ def _list_arrow(uri: str) -> Iterator[FileEntry]:
             yield FileEntry(info.path[len(path) :].lstrip("/"), info.size, f"{info.size}-{info.mtime_ns}")
 
 
+def list_folders(uri: str) -> list[str]:
+    """Names of the folders directly in a local folder, hidden ones left out; an object store has none but those of its objects."""
+    if is_remote(uri):
+        return []
+    with _reported(uri), os.scandir(absolute(uri)) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
 def delete_file(uri: str) -> None:
     """Removes the object at `uri`; nothing there is no error."""
     scheme, path = _split(uri)

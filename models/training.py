@@ -184,6 +184,8 @@ def _run_workers(job: Job, work: str, on_report: Any) -> dict[str, Any]:
             returned: dict[str, Any] = result.return_value
         except TrainingFailedError as error:
             raise _reported(job, error) from error
+        except SystemExit:  # what Ray Train makes of Ctrl-C
+            raise KeyboardInterrupt from None
     return returned
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from cluster.errors import InputError, RunError, SourceError, TophatError, one_line
+from cluster.errors import InputError, Interrupted, RunError, SourceError, TophatError, one_line
 
 if TYPE_CHECKING:
     from cluster.session import Session
@@ -78,16 +78,22 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
     from cluster.resources import check, cluster_shape
     from cluster.session import Session
     from pipeline import summary
-    from pipeline.run import STAGES, Run, demands
+    from pipeline.run import STAGES, Run, changed_sources, demands, open_sources
     from pipeline.run import run as run_pipeline
     from pipeline.store import RunStore
 
     if until is not None and until not in STAGES:
         raise InputError("--until", until, "is not a stage", f"use one of {', '.join(STAGES)}")
     store = RunStore(storage.absolute(run_dir))
+    sources = open_sources(recipe, store)
     store.claim(recipe.name, recipe.to_yaml())
     with Session(recipe.cluster, on_start=lambda: check(demands(recipe), cluster_shape()), verbose=verbose) as session:
-        done = run_pipeline(Run(recipe, store, session, Display(out)), until)
+        this = Run(recipe, store, session, Display(out), sources)
+        done = run_pipeline(this, until)
+    for name in changed_sources(this, done):
+        out.print(
+            f"note: {name} has changed since this run listed it; the run keeps what it listed. A new --run-dir takes the new."
+        )
     index = storage.join(store.uri, "report", "index.html")
     if any(stage.fresh for stage in done.values()) or not storage.exists(index):
         index = summary.write_run_report(recipe, store, done)
@@ -142,11 +148,9 @@ def ingest(
 
 
 def _pairs(title: str, values: dict[str, Any]) -> Any:
-    from rich.markup import escape
-
     from pipeline.summary import table
 
-    made = table(escape(title), "", "count")
+    made = table(title, "", "count")
     for name, value in values.items():
         made.add_row(name, f"{value:,}")
     return made
@@ -287,12 +291,13 @@ def status(run_dir: Annotated[str, typer.Argument(metavar="RUN", help="A run dir
     store = RunStore(storage.absolute(run_dir))
     if not storage.exists(storage.join(store.uri, "run.json")):
         raise RunError("RUN", run_dir, "is not a run directory", "give the --run-dir of a `tophat run`")
-    done = {name: stage for name in STAGES if (stage := store.finished(name)) is not None}
+    found = {name: stage for name in STAGES if (stage := store.finished(name)) is not None}
+    done = {name: stage for name, stage in found.items() if store.current(stage)}
     table = summary.table(f"Run {run_dir}", "stage", "state", "seconds", "images")
     for name in STAGES:
         stage = done.get(name)
         images = stage.outputs.get("images") if stage else None
-        state = "done" if stage else _unfinished(store, name, done.get("unlabeled"))
+        state = "done" if stage else "out of date" if name in found else _unfinished(store, name, done.get("unlabeled"))
         table.add_row(
             name, state, f"{stage.seconds:,.1f}" if stage else "", f"{images:,}" if images is not None else ""
         )
@@ -343,10 +348,10 @@ def main() -> None:
         app(standalone_mode=True)
     except InputError as error:
         _fail(str(error), 2)
+    except Interrupted as error:
+        _fail(str(error), 130)
     except TophatError as error:
         _fail(one_line(str(error)), 1)
-    except KeyboardInterrupt:
-        _fail("interrupted; what is finished is kept: run the same command to go on", 130)
 
 
 def _fail(message: str, code: int) -> None:

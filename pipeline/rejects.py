@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,25 +44,30 @@ def publish_rejects(uri: str, rejects: Sequence[Reject]) -> None:
     storage.publish(uri, sink.getvalue().to_pybytes())
 
 
-def read_rejects(uri: str, limit: int | None = None) -> tuple[Counter[str], list[Reject]]:
+def read_rejects(uri: str, *, limit: int = 0, wholes: bool = False) -> tuple[Counter[str], list[Reject]]:
     """All rejects under a folder.
 
     Args:
         uri: a folder of files that `publish_rejects` wrote.
         limit: how many rows to return; the counts are of all.
+        wholes: return instead the rows about whole shards, which have no index, and all of those.
 
     Returns:
-        How many there are of each reason, and the first rows.
+        How many there are of each reason, and the rows.
     """
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
+
+    def read(entry: storage.FileEntry) -> Any:
+        with storage.open_input(storage.join(uri, entry.path)) as file:
+            return pq.read_table(file)
 
     counts: Counter[str] = Counter()
     rows: list[Reject] = []
-    for entry in storage.list_files(uri, ".parquet"):
-        with storage.open_input(storage.join(uri, entry.path)) as file:
-            table = pq.read_table(file)
-        counts.update(table["reason"].to_pylist())
-        room = table.num_rows if limit is None else max(0, limit - len(rows))
-        content: list[dict[str, Any]] = table.slice(0, room).to_pylist()
-        rows.extend(Reject(**row) for row in content)
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        for table in pool.map(read, storage.list_files(uri, ".parquet")):
+            counts.update(table["reason"].to_pylist())
+            chosen = table.filter(pc.is_null(table["index"])) if wholes else table.slice(0, max(0, limit - len(rows)))
+            content: list[dict[str, Any]] = chosen.to_pylist()
+            rows.extend(Reject(**row) for row in content)
     return counts, rows

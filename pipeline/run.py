@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cluster import storage
+from cluster.errors import RecipeError, RunError, SourceError, StageError
 from cluster.progress import Display, Progress
 from cluster.resources import Bundle, Demand
 from cluster.session import Session
@@ -40,12 +41,17 @@ STAGES = (
 
 @dataclass(frozen=True)
 class Run:
-    """One run under way."""
+    """One run under way.
+
+    Attributes:
+        sources: what the recipe's sources hold now, by field (`labeled.train`, `unlabeled`, ...).
+    """
 
     recipe: Recipe
     store: RunStore
     session: Session
     display: Display
+    sources: Mapping[str, ImageSource]
 
     def once(
         self,
@@ -112,6 +118,30 @@ def run(this: Run, until: str | None = None) -> dict[str, Finished]:
     return done
 
 
+def open_sources(recipe: Recipe, store: RunStore) -> dict[str, ImageSource]:
+    """Lists every source of a recipe, before any work depends on one.
+
+    Raises:
+        SourceError: one that is missing or holds no images.
+        RunError: the run directory lies inside one, and would become a part of it.
+    """
+    labeled = recipe.labeled
+    fields = {"labeled.train": labeled.train, "labeled.validation": labeled.validation, "labeled.test": labeled.test}
+    given = {name: source for name, source in {**fields, "unlabeled": recipe.unlabeled}.items() if source is not None}
+    for name, source in given.items():
+        if storage.join(store.uri, "").startswith(storage.join(storage.absolute(source.uri), "")):
+            raise RunError("--run-dir", store.uri, f"lies inside {name}", "put it elsewhere")
+    return {name: open_source(name, source) for name, source in given.items()}
+
+
+def changed_sources(this: Run, done: Mapping[str, Finished]) -> list[str]:
+    """The sources that are not what they were when the run listed them; it goes on with what it listed."""
+    listed = {**done["labeled"].outputs["sources"]} if "labeled" in done else {}
+    if "unlabeled" in done:
+        listed["unlabeled"] = done["unlabeled"].outputs["source"]
+    return [name for name, found in this.sources.items() if name in listed and listed[name] != found.fingerprint()]
+
+
 def demands(recipe: Recipe) -> list[Demand]:
     """What each stage needs at once."""
 
@@ -138,7 +168,7 @@ def survey_labeled(this: Run) -> LabeledData:
     sets = {"train": recipe.labeled.train, "validation": recipe.labeled.validation, "test": recipe.labeled.test}
 
     def work(place: str) -> dict[str, Any]:
-        sources = {name: open_source(f"labeled.{name}", source) for name, source in sets.items() if source is not None}
+        sources = {name: this.sources[f"labeled.{name}"] for name, source in sets.items() if source is not None}
         surveys = {}
         with this.display.task("labeled", None) as progress:
             for name, source in sources.items():
@@ -149,16 +179,30 @@ def survey_labeled(this: Run) -> LabeledData:
             name: labeled_stage.number_labels(f"labeled.{name}", found, names, complete=name == "train")
             for name, found in surveys.items()
         }
+        for name in ("test", "validation"):
+            if name in labels and not labeled_stage.count_labels(labels[name], len(names)).any():
+                raise SourceError(
+                    f"labeled.{name}.uri",
+                    sources[name].reader.root,
+                    "holds no image that can be used",
+                    "look at the files",
+                )
         if "validation" not in labels:
             surveys["validation"] = surveys["train"]
             fraction = recipe.labeled.validation_fraction
             labels["train"], labels["validation"] = labeled_stage.hold_out(labels["train"], fraction, seed)
+            if not labeled_stage.count_labels(labels["validation"], len(names)).any():
+                rule = "can hold out no image, as every class of D has a single one"
+                raise RecipeError(
+                    "labeled.validation_fraction", fraction, rule, "add images, or name a labeled.validation source"
+                )
         counts = {}
         for name, found in surveys.items():
             target = storage.join(place, name)
             counts[name] = labeled_stage.save_labels(target, found.source, labels[name], found.rejects)
         per_class = labeled_stage.count_labels(labels["train"], len(names)).tolist()
-        return {"class_names": list(names), "per_class": per_class, **counts}
+        fingerprints = {f"labeled.{name}": source.fingerprint() for name, source in sources.items()}
+        return {"class_names": list(names), "per_class": per_class, "sources": fingerprints, **counts}
 
     stage = this.once("labeled", {"labeled": recipe.labeled, "seed": seed}, {}, work)
     names = tuple(stage.outputs["class_names"])
@@ -175,11 +219,11 @@ def list_unlabeled(this: Run) -> Finished:
     """U, listed once."""
 
     def work(place: str) -> dict[str, Any]:
-        source = open_source("unlabeled", this.recipe.unlabeled)
+        source = this.sources["unlabeled"]
         source.save(storage.join(place, "listing.parquet"))
         return {"shards": len(source.shards()), "bytes": source.bytes, "source": source.fingerprint()}
 
-    return this.once("unlabeled", {"unlabeled": this.recipe.unlabeled}, {}, work)
+    return this.store.once("unlabeled", {"unlabeled": this.recipe.unlabeled}, {}, work)
 
 
 def _unlabeled_source(stage: Finished) -> ImageSource:
@@ -204,7 +248,7 @@ def _fit(
             class_names=list(labeled.class_names),
             training=training,
             data=data,
-            validation=labeled.validation if labeled.validation.images else None,
+            validation=labeled.validation,
             initial=None if initial is None else initial.uri,
             work=storage.join(place, "work"),
             out=place,
@@ -280,6 +324,10 @@ def select_top_k(this: Run, labeled: LabeledData, scores: Finished) -> Finished:
                 num_classes=len(labeled.class_names),
                 min_score=this.recipe.select.min_score,
                 progress=progress,
+            )
+        if selected.images != scores.outputs["scored"]:
+            raise StageError(
+                f"{scores.outputs['scored']} images are scored, but the selection saw {selected.images}: score again"
             )
         return asdict(selected)
 
@@ -391,7 +439,7 @@ class _FineTuning:
         return Fitted(uri, history[-1], history)
 
     def _name(self, learning_rate: float) -> str:
-        return f"lr-{learning_rate:g}"
+        return f"lr-{learning_rate!r}"
 
     def _uri(self, learning_rate: float) -> str:
         return storage.join(self.place, "trials", self._name(learning_rate))

@@ -7,6 +7,7 @@ scored again, and nothing else keeps track.
 
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
 from urllib.parse import quote, unquote
@@ -19,11 +20,12 @@ import pyarrow.parquet as pq
 from cluster import storage
 from cluster.errors import RunError, StageError
 from cluster.progress import Progress
+from cluster.reduction import original_errors
 from cluster.resources import cluster_shape
 from models.config import Transform
 from pipeline.recipe import Score
 from pipeline.rejects import Reject, publish_rejects, read_rejects
-from pipeline.sources import ImageSource, Reader, Row, Shard, ShardError
+from pipeline.sources import ImageSource, MissingShardError, Reader, Row, Shard, ShardError
 from pipeline.store import publish_json, read_json
 
 OWNER = "_scoring.json"
@@ -32,7 +34,11 @@ REJECTS = "_rejects"
 
 MAX_RANGE_ROWS = 65_536
 READ_BLOCKS = 2_000
-_RANGE_FILE = re.compile(r"(?P<shard>.+)\.(?P<start>\d{8,})-(?P<stop>\d{8,})(?P<last>\.last)?\.parquet")
+EARLY_CHECK = 10_000
+"""Images after which too many rejects stop a scoring at once rather than at its end."""
+_RANGE_FILE = re.compile(r"(?P<shard>.+)/(?P<start>\d{8,})-(?P<stop>\d{8,})(?P<last>-last)?\.parquet", re.DOTALL)
+UNREADABLE, MISSING = "unreadable_shard", "missing_shard"
+"""Reasons of the rejects of whole shards: damaged from some row on, or not to be had. The rest are about images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +57,7 @@ class Range:
     @property
     def file(self) -> str:
         """Name of its file, under the folder of the score table."""
-        return f"{quote(self.shard, safe='/')}.{self.start:08d}-{self.stop:08d}{'.last' if self.last else ''}.parquet"
+        return f"{_folder(self.shard)}/{self.start:08d}-{self.stop:08d}{'-last' if self.last else ''}.parquet"
 
     @classmethod
     def of_file(cls, path: str) -> "Range | None":
@@ -59,7 +65,21 @@ class Range:
         match = _RANGE_FILE.fullmatch(path)
         if match is None:
             return None
-        return cls(unquote(match["shard"]), int(match["start"]), int(match["stop"]), match["last"] is not None)
+        return cls(
+            unquote(match["shard"], errors="surrogateescape"),
+            int(match["start"]),
+            int(match["stop"]),
+            match["last"] is not None,
+        )
+
+
+def _folder(shard: str) -> str:
+    """A folder's path for a shard's name: that name, with what a file system or a reader of folders would take amiss escaped."""
+    printable = "".join(
+        c if c.isprintable() and c != "%" else quote(c, safe="", errors="surrogateescape")
+        for c in shard.replace("//", "/\0/")
+    ).replace("/%00/", "/%2F")
+    return f"%5F{printable[1:]}" if printable.startswith("_") else printable
 
 
 @dataclass(frozen=True)
@@ -68,14 +88,16 @@ class Scored:
 
     Attributes:
         uri: the score table.
-        listed: images that the shards hold.
+        rejects_uri: the rejects.
+        listed: images that the shards hold, as far as they could be read.
         scored: images with a row in the table.
         rejected: images with a row in the rejects.
-        unreadable_shards: shards of which a part could not be read; each has a row in the rejects.
+        unreadable_shards: shards that could not be read, or not to their end; each has a row in the rejects.
         rejects: how many rejects there are of each reason.
     """
 
     uri: str
+    rejects_uri: str
     listed: int
     scored: int
     rejected: int
@@ -124,6 +146,7 @@ def claim(field: str, scores_uri: str, model_uri: str, source: ImageSource, sett
         "source": source.fingerprint(),
         "classes_per_image": settings.classes_per_image,
     }
+    storage.check_writable(field, scores_uri)
     owner = storage.join(scores_uri, OWNER)
     if storage.exists(owner):
         for name, value in read_json(owner).items():
@@ -157,11 +180,36 @@ def score(
     done = ledger(scores_uri)
     missing = [shard for shard in source.shards() if not complete(done.get(shard.name, ()))]
     if missing:
+        _forget_rejects(rejects_uri, done)
         job = _Job(
             source.reader, model_uri, scores_uri, rejects_uri, card.model.transform, len(card.class_names), settings
         )
-        _stream(job, missing, done, progress)
-    return prove(source, scores_uri, rejects_uri)
+        with original_errors():
+            _stream(job, missing, done, progress)
+    found = prove(source, scores_uri, rejects_uri)
+    progress.update(found.scored, found.rejected, total=found.listed)
+    _check_rejects(found, len(source.shards()), settings)
+    return found
+
+
+def _forget_rejects(rejects_uri: str, done: dict[str, list[Range]]) -> None:
+    """Removes the rejects of ranges that have no scores: those are tried again."""
+    kept = {published.file for ranges in done.values() for published in ranges}
+    for entry in storage.list_files(rejects_uri, ".parquet"):
+        if entry.path not in kept:
+            storage.delete_file(storage.join(rejects_uri, entry.path))
+
+
+def _check_rejects(found: Scored, shards: int, settings: Score) -> None:
+    limit = settings.max_reject_fraction
+    if found.rejected > limit * found.listed or found.unreadable_shards > limit * shards:
+        raise StageError(
+            f"{found.rejected} of {found.listed} images and {found.unreadable_shards} of {shards} shards could not be scored, "
+            f"more than score.max_reject_fraction = {limit:g} allows: look at the rejects in {found.rejects_uri}, "
+            "then raise it, or mend the source and score it in another folder"
+        )
+    if not found.scored:
+        raise StageError(f"no image could be scored: look at the rejects in {found.rejects_uri}")
 
 
 def prove(source: ImageSource, scores_uri: str, rejects_uri: str) -> Scored:
@@ -171,23 +219,29 @@ def prove(source: ImageSource, scores_uri: str, rejects_uri: str) -> Scored:
         StageError: they do not add up.
     """
     done = ledger(scores_uri)
-    listed = scored = 0
+    reasons, wholes = read_rejects(rejects_uri, wholes=True)
+    gone = {reject.shard for reject in wholes if reject.reason == MISSING}
+    listed, files = 0, []
     for shard in source.shards():
         ranges = done.get(shard.name, [])
-        if not complete(ranges):
+        if not complete(ranges) and shard.name not in gone:
             raise StageError(f"{shard.name} is not scored completely: run the same command again")
-        listed += ranges[-1].stop
-        for published in ranges:
-            with storage.open_input(storage.join(scores_uri, published.file)) as file:
-                scored += pq.read_metadata(file).num_rows
-    reasons, _ = read_rejects(rejects_uri, limit=0)
-    unreadable = reasons.get("unreadable_shard", 0)
-    rejected = sum(reasons.values()) - unreadable
+        listed += sum(r.stop - r.start for r in ranges)
+        files += [r.file for r in ranges]
+
+    def rows(file: str) -> int:
+        with storage.open_input(storage.join(scores_uri, file)) as source_file:
+            return int(pq.read_metadata(source_file).num_rows)
+
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        scored = sum(pool.map(rows, files))
+    rejected = sum(reasons.values()) - len(wholes)
     if listed != scored + rejected:
         raise StageError(
             f"{listed} images are listed, but {scored} are scored and {rejected} rejected: remove {scores_uri} and score again"
         )
-    return Scored(scores_uri, listed, scored, rejected, unreadable, dict(sorted(reasons.items())))
+    shards = len({reject.shard for reject in wholes})
+    return Scored(scores_uri, rejects_uri, listed, scored, rejected, shards, dict(sorted(reasons.items())))
 
 
 @dataclass(frozen=True)
@@ -220,25 +274,26 @@ def _stream(job: _Job, missing: Sequence[Shard], done: dict[str, list[Range]], p
         num_cpus=settings.cpus_per_actor,
         num_gpus=settings.gpus_per_actor,
     )
-    total_bytes, seen_bytes, images, rejects = sum(s.size for s in missing), 0, 0, 0
+    sizes = {shard.name: shard.size for shard in missing}
+    before = sum(r.stop - r.start for ranges in done.values() for r in ranges)  # of earlier attempts
+    images = rejects = ended_images = ended_bytes = 0
+    waiting: dict[str, int] = {}  # images of shards that have not ended
     for batch in scored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        rows: list[dict[str, int]] = cast("pa.Table", batch).to_pylist()
+        rows: list[dict[str, Any]] = cast("pa.Table", batch).to_pylist()
         for row in rows:
             images, rejects = images + row["scored"], rejects + row["rejected"]
-            seen_bytes += row["bytes"]
-            expected = (images + rejects) * total_bytes // seen_bytes if seen_bytes else None
-            progress.update(images, rejects, total=expected)
-        if images + rejects >= 1000 and rejects > settings.max_reject_fraction * (images + rejects):
-            raise _too_many(rejects, images + rejects, settings)
-    if rejects > settings.max_reject_fraction * (images + rejects):
-        raise _too_many(rejects, images + rejects, settings)
-
-
-def _too_many(rejects: int, images: int, settings: Score) -> StageError:
-    return StageError(
-        f"{rejects} of {images} images could not be scored, more than score.max_reject_fraction = "
-        f"{settings.max_reject_fraction:g} allows: look at the rejects, then raise it or mend the source"
-    )
+            waiting[row["shard"]] = waiting.get(row["shard"], 0) + row["scored"] + row["rejected"]
+            if row["last"]:
+                ended_images += waiting.pop(row["shard"])
+                ended_bytes += sizes[row["shard"]]
+        expected = before + ended_images * sum(sizes.values()) // ended_bytes if ended_bytes and ended_images else None
+        progress.update(before + images, rejects, total=expected and max(expected, before + images + rejects))
+        if images + rejects >= EARLY_CHECK and rejects > settings.max_reject_fraction * (images + rejects):
+            raise StageError(
+                f"{rejects} of the first {images + rejects} images could not be scored, more than score.max_reject_fraction = "
+                f"{settings.max_reject_fraction:g} allows: look at the rejects in {job.rejects_uri}, "
+                "then raise it, or mend the source and score it in another folder"
+            )
 
 
 def default_actors(settings: Score) -> int:
@@ -263,7 +318,7 @@ class _RangeReader:
     def _ranges(self, shard: Shard, covered: Sequence[Range]) -> Iterator[pa.Table]:
         rows = range_rows(self._job.transform, self._job.settings.range_mib)
         pending: _Decoded | None = None
-        position, problem = 0, None
+        position, problem, missing = 0, None, False
         try:
             for row in self._job.reader.read(shard):
                 position = row.index + 1
@@ -276,13 +331,16 @@ class _RangeReader:
                     pending = _Decoded(shard, row.index)
                 pending.add(row, self._job.transform)
         except ShardError as error:
-            problem = str(error)
+            problem, missing = str(error), isinstance(error, MissingShardError)
         # What comes last is published as such, even when it is empty: only then the shard is complete.
+        # A shard that is missing is not: the next attempt reads it again.
         ended = any(done.last for done in covered)
-        if pending is not None and (ended or pending.stop != position):
+        if pending is not None and (ended or missing or pending.stop != position):
             yield pending.table(last=False)
             pending = None
-        if not ended:
+        if missing:
+            yield _Decoded(shard, position).table(last=False, problem=problem, missing=True)
+        elif not ended:
             yield (pending or _Decoded(shard, position)).table(last=True, problem=problem)
 
 
@@ -293,7 +351,6 @@ class _Decoded:
         self.shard = shard
         self.start = start
         self.stop = start
-        self.bytes = 0
         self.indices: list[int] = []
         self.images: list[npt.NDArray[np.uint8]] = []
         self.rejects: list[dict[str, Any]] = []
@@ -302,7 +359,6 @@ class _Decoded:
         from models.transforms import UndecodableImage, evaluation_image
 
         self.stop = row.index + 1
-        self.bytes += len(row.data)
         try:
             if row.problem is not None:
                 raise UndecodableImage("unreadable", row.problem)
@@ -311,11 +367,11 @@ class _Decoded:
         except UndecodableImage as error:
             self.rejects.append({"index": row.index, "reason": error.reason, "error": error.detail})
 
-    def table(self, *, last: bool, problem: str | None = None) -> pa.Table:
+    def table(self, *, last: bool, problem: str | None = None, missing: bool = False) -> pa.Table:
         """One row. The images are one binary value, so that Ray never splits a range over blocks."""
         rejects = list(self.rejects)
         if problem is not None:
-            rejects.append({"index": None, "reason": "unreadable_shard", "error": problem})
+            rejects.append({"index": None, "reason": MISSING if missing else UNREADABLE, "error": problem})
         content = np.stack(self.images).tobytes() if self.images else b""
         return pa.table(
             {
@@ -323,7 +379,7 @@ class _Decoded:
                 "start": pa.array([self.start], pa.int64()),
                 "stop": pa.array([self.stop], pa.int64()),
                 "last": pa.array([last], pa.bool_()),
-                "bytes": pa.array([self.bytes], pa.int64()),
+                "missing": pa.array([missing], pa.bool_()),
                 "indices": pa.array([self.indices], pa.list_(pa.uint32())),
                 "images": pa.array([content], pa.large_binary()),
                 "rejects": pa.array([rejects], pa.list_(_REJECT)),
@@ -351,9 +407,9 @@ class _RangeScorer:
 
     def __call__(self, batch: pa.Table) -> dict[str, Any]:
         counts = [self._publish(row) for row in batch.to_pylist()]
-        return {name: [count[name] for count in counts] for name in ("scored", "rejected", "bytes")}
+        return {name: [count[name] for count in counts] for name in ("shard", "last", "scored", "rejected")}
 
-    def _publish(self, row: dict[str, Any]) -> dict[str, int]:
+    def _publish(self, row: dict[str, Any]) -> dict[str, Any]:
         job, published = self._job, Range(row["shard"], row["start"], row["stop"], row["last"])
         side = job.transform.size
         images = np.frombuffer(row["images"], np.uint8).reshape(-1, 3, side, side)
@@ -362,12 +418,15 @@ class _RangeScorer:
             # Before the scores: where those exist, the range is complete.
             rejects = [Reject(published.shard, r["index"], r["reason"], r["error"]) for r in row["rejects"]]
             publish_rejects(storage.join(job.rejects_uri, published.file), rejects)
+        answer = {"shard": published.shard, "last": published.last, "scored": len(images)}
+        answer["rejected"] = sum(r["index"] is not None for r in row["rejects"])
+        if row["missing"]:
+            return answer
         table = score_table(published.shard, row["indices"], class_ids, scores, job.classes)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         storage.publish(storage.join(job.scores_uri, published.file), sink.getvalue().to_pybytes())
-        rejected = sum(r["index"] is not None for r in row["rejects"])
-        return {"scored": len(images), "rejected": rejected, "bytes": row["bytes"]}
+        return answer
 
     def _top(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """The P best classes of each image: int32 [N, P] and their softmax float32 [N, P], best first."""

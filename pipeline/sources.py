@@ -32,7 +32,11 @@ INGEST_FILE = "ingest.json"
 
 
 class ShardError(TophatError):
-    """A shard that cannot be read any further; the rows before it are good."""
+    """A shard whose content is damaged: it cannot be read any further; the rows before the damage are good."""
+
+
+class MissingShardError(ShardError):
+    """A shard that is not there, or cannot be had now; reading it again later may go better."""
 
 
 class _Member(tarfile.TarInfo):
@@ -106,7 +110,8 @@ class Reader:
         A store that fails for a moment is asked again, from the row that came last.
 
         Raises:
-            ShardError: the shard vanished or is corrupt; rows that came before are good.
+            ShardError: the shard is damaged; rows that came before are good.
+            MissingShardError: it vanished, or the disk fails.
             StorageError: the store is out of reach, or refuses; nothing is known about the shard.
         """
         wanted = None if rows is None else frozenset(rows)
@@ -120,12 +125,15 @@ class Reader:
                         yield replace(row, label=self._named(row.label))
                 return
             except FileNotFoundError:
-                raise ShardError("the shard vanished since it was listed") from None
+                raise MissingShardError("the shard vanished since it was listed") from None
             except (tarfile.TarError, EOFError, ValueError, SourceError) as error:
                 raise ShardError(one_line(f"{type(error).__name__}: {error}")) from None
             except OSError as error:
                 if not storage.is_outage(error):
-                    raise ShardError(one_line(f"{type(error).__name__}: {error}")) from None
+                    kind = (
+                        MissingShardError if error.errno is not None else ShardError
+                    )  # Arrow speaks of content without a number
+                    raise kind(one_line(f"{type(error).__name__}: {error}")) from None
                 if pause is None:
                     uri, times = storage.join(self.root, shard.name), len(RETRY_SECONDS) + 1
                     rule = f"could not be read in {times} attempts ({error})"
@@ -151,7 +159,7 @@ class Reader:
             for member in archive:
                 folder, _, base = member.name.rpartition("/")
                 stem, _, extension = base.partition(".")
-                if not member.isfile() or not stem:
+                if not (member.isfile() or member.islnk() or member.issym()) or not stem:
                     continue
                 if (folder, stem) != key:
                     if key is not None and (wanted is None or index in wanted):
@@ -162,11 +170,13 @@ class Reader:
                 plain = extension.lower().rpartition(".")[2]
                 # `x.jpg` is the image; `x.mask.png` only where it is alone.
                 if f".{plain}" in IMAGE_SUFFIXES and (not data or plain == extension.lower()):
-                    if member.size > MAX_IMAGE_BYTES:
+                    if not member.isfile():
+                        problem = "a link"
+                    elif member.size > MAX_IMAGE_BYTES:
                         problem = f"a file of {member.size} bytes"
                     else:
                         data, problem = _content(archive, member), None
-                elif extension in ("cls", "cls.txt") and member.size < 10_000:
+                elif extension in ("cls", "cls.txt") and member.isfile() and member.size < 10_000:
                     label = _label(_content(archive, member).decode("utf-8", "replace"))
             if key is not None and (wanted is None or index in wanted):
                 yield Row(index, data, label, problem)
@@ -372,7 +382,8 @@ def _class_names(
             raise SourceError(f"{field}.uri", uri, "must be a JSON list of class names", "correct or remove the file")
         return tuple(names)
     if layout == "folder":
-        folders = {f.path.partition("/")[0] for f in shards if "/" in f.path}
+        # A folder without images is a class without images, which a labeled set must not have.
+        folders = {f.path.partition("/")[0] for f in files if "/" in f.path} | set(storage.list_folders(root))
         return tuple(sorted(folders)) or None
     if layout == "parquet":
         return _parquet_names(field, storage.join(root, shards[0].path), source)

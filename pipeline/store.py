@@ -32,6 +32,7 @@ class Finished:
         uri: the folder of its outputs.
         outputs: what it said of them (counts, metrics): plain JSON data.
         seconds: how long it took when it ran.
+        inputs: fingerprints of the stages that it was made from, by name.
         fresh: whether this process ran it (False: it was found finished).
     """
 
@@ -40,6 +41,7 @@ class Finished:
     uri: str
     outputs: dict[str, Any]
     seconds: float
+    inputs: dict[str, str] = field(default_factory=dict)
     fresh: bool = field(default=False, compare=False)
 
 
@@ -67,6 +69,7 @@ class RunStore:
             RunError: it belongs to a recipe of another name, or holds something that is no run.
             StorageError: it cannot be written.
         """
+        storage.check_writable("--run-dir", self.uri)
         target = storage.join(self.uri, "recipe.yaml")
         owner = storage.join(self.uri, "run.json")
         if storage.exists(owner):
@@ -81,7 +84,6 @@ class RunStore:
         else:
             if storage.list_files(self.uri):
                 raise RunError("--run-dir", self.uri, "holds files that are no run", "give an empty or new folder")
-            storage.check_writable("--run-dir", self.uri)
             publish_json(owner, {"recipe": recipe_name, "format": 1})
         storage.publish(target, recipe_yaml.encode())
 
@@ -91,7 +93,16 @@ class RunStore:
         if not storage.exists(uri):
             return None
         content = read_json(uri)
-        return Finished(name, content["fingerprint"], self.place(name), content["outputs"], content["seconds"])
+        inputs = content["inputs"]
+        return Finished(name, content["fingerprint"], self.place(name), content["outputs"], content["seconds"], inputs)
+
+    def current(self, stage: Finished) -> bool:
+        """Whether what a stage was made from is finished and still the same, all the way up."""
+        found = {name: self.finished(name) for name in stage.inputs}
+        return all(
+            parent is not None and parent.fingerprint == stage.inputs[name] and self.current(parent)
+            for name, parent in found.items()
+        )
 
     def once(
         self,
@@ -110,7 +121,7 @@ class RunStore:
         Args:
             name: the stage's name and folder.
             sections: the parts of the recipe that decide its outputs.
-            inputs: fingerprints of what it reads, by name.
+            inputs: fingerprints of the stages that it reads, by name.
             work: gets the stage's folder; returns plain JSON data about what it made.
             version: of the code's meaning; raised when the same inputs would give other outputs.
         """
@@ -142,7 +153,7 @@ class RunStore:
         }
         publish_json(self._record(name, METRICS), outputs)
         publish_json(self._record(name, MANIFEST), content)
-        return Finished(name, print_of, place, outputs, seconds, fresh=True)
+        return Finished(name, print_of, place, outputs, seconds, dict(inputs), fresh=True)
 
 
 def fingerprint(content: Any) -> str:

@@ -14,6 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from cluster import storage
 from pipeline import report, text
@@ -26,7 +27,7 @@ EXAMPLES = 20
 
 def table(title: str, *columns: str) -> Table:
     """An empty table; every column but the first is right-aligned."""
-    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    made = Table(title=Text(text.plain(title)), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
         made.add_column(column, justify="left" if number == 0 else "right")
     return made
@@ -61,13 +62,22 @@ def _network(outputs: Mapping[str, Any]) -> str:
 def conservation_lines(done: Mapping[str, Finished]) -> list[str]:
     """One line for images and one for candidates."""
     lines = []
+    if "labeled" in done:
+        for name in ("train", "validation", "test"):
+            counts = done["labeled"].outputs[name]
+            lines.append(
+                f"labeled.{name}: {counts['images']:,} used"
+                + (f", {counts['rejected']:,} rejected" if counts["rejected"] else "")
+            )
     if "scores" in done:
         scores = done["scores"].outputs
         lines.append(
             f"images: {scores['listed']:,} listed = {scores['scored']:,} scored + {scores['rejected']:,} rejected"
         )
         if scores["unreadable_shards"]:
-            lines.append(f"  {scores['unreadable_shards']:,} shards could not be read to their end: see the rejects")
+            lines.append(
+                f"  {scores['unreadable_shards']:,} shards could not be read, or not to their end: see the rejects"
+            )
     if "selection" in done:
         lines += selection_lines(done["selection"].outputs)
     return lines

@@ -16,7 +16,7 @@ from pipeline import summary
 from pipeline.ingest import ingest
 from pipeline.recipe import Recipe, Source, validate
 from pipeline.rejects import read_rejects
-from pipeline.run import STAGES, Run, run
+from pipeline.run import STAGES, Run, open_sources, run
 from pipeline.sources import open_source
 from pipeline.store import Finished, RunStore
 
@@ -27,7 +27,9 @@ def execute(recipe: Recipe, uri: str, until: str | None = None) -> dict[str, Fin
     store = RunStore(uri)
     store.claim(recipe.name, recipe.to_yaml())
     with Session(recipe.cluster) as session:
-        return run(Run(recipe, store, session, Display(Console(quiet=True), enabled=False)), until)
+        return run(
+            Run(recipe, store, session, Display(Console(quiet=True), enabled=False), open_sources(recipe, store)), until
+        )
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def test_every_image_is_accounted_for(local_run: tuple[str, dict[str, Finished]]
     scores = done["scores"].outputs
     assert scores["listed"] == tiny.UNLABELED + len(tiny.BROKEN)
     assert scores["scored"] == tiny.UNLABELED
-    reasons, rows = read_rejects(storage.join(uri, "rejects"))
+    reasons, rows = read_rejects(storage.join(uri, "rejects"), limit=9)
     assert sum(reasons.values()) == scores["rejected"] == len(tiny.BROKEN)
     assert {row.reason for row in rows} <= {"empty", "not_an_image", "truncated", "decode_error"}
     assert reasons["empty"] == 1
