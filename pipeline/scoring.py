@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from cluster import storage
 from cluster.errors import RunError, StageError
 from cluster.progress import Progress
-from cluster.reduction import original_errors
+from cluster.reduction import original_errors, run_task
 from cluster.resources import cluster_shape
 from models.config import Transform
 from pipeline.recipe import Score
@@ -184,12 +184,24 @@ def score(
         job = _Job(
             source.reader, model_uri, scores_uri, rejects_uri, card.model.transform, len(card.class_names), settings
         )
-        with original_errors():
-            _stream(job, missing, done, progress)
+        try:
+            with original_errors():
+                _stream(job, missing, done, progress)
+        except StageError:
+            run_task(
+                _check_model, model_uri
+            )  # where the model is at fault, its own error says more than a lost actor's
+            raise
     found = prove(source, scores_uri, rejects_uri)
     progress.update(found.scored, found.rejected, total=found.listed)
     _check_rejects(found, len(source.shards()), settings)
     return found
+
+
+def _check_model(uri: str) -> None:
+    from models.checkpoint import load
+
+    load(uri)
 
 
 def _forget_rejects(rejects_uri: str, done: dict[str, list[Range]]) -> None:

@@ -95,14 +95,27 @@ def test_unknown_and_wrong_fields(tophat: Callable[..., Answer], recipe: Callabl
     assert not Path(run).exists()
 
 
-def test_a_missing_source(
-    tophat: Callable[..., Answer], recipe: Callable[..., str], tmp_path: Path, ray_local: None
-) -> None:
+def test_a_missing_source(tophat: Callable[..., Answer], recipe: Callable[..., str], tmp_path: Path) -> None:
     path = recipe(unlabeled={"uri": str(tmp_path / "nowhere")})
     answer = tophat("run", path, "--run-dir", str(tmp_path / "run"), "--until", "unlabeled")
     refused(answer, f"unlabeled.uri = '{tmp_path}/nowhere': does not exist or holds no files")
-    # What was finished before stays finished.
-    assert (tmp_path / "run" / "stages" / "labeled" / "manifest.json").exists()
+    assert not (tmp_path / "run").exists()  # sources are looked at before anything is written
+
+
+def test_a_run_inside_a_source(tophat: Callable[..., Answer], recipe: Callable[..., str], folders: Path) -> None:
+    run = folders / "unlabeled" / "run"
+    refused(tophat("run", recipe(), "--run-dir", str(run)), "--run-dir", "lies inside unlabeled; put it elsewhere")
+    assert not run.exists()
+
+
+def test_a_class_folder_without_images(
+    tophat: Callable[..., Answer], recipe: Callable[..., str], tmp_path: Path, ray_local: None
+) -> None:
+    tiny.write_folders(tmp_path / "data")
+    (tmp_path / "data" / "train" / "three").mkdir()
+    labeled = {part: {"uri": str(tmp_path / "data" / part)} for part in ("train", "validation", "test")}
+    answer = tophat("run", recipe(labeled=labeled), "--run-dir", str(tmp_path / "run"))
+    refused(answer, "labeled.train.uri", "no usable images of 1 of its 4 classes ('three')")
 
 
 def test_a_class_without_images(
@@ -153,6 +166,7 @@ def test_no_model_and_no_run(tophat: Callable[..., Answer], folders: Path, tmp_p
         tophat("score", "--model", str(tmp_path), "--source", source, "--out", str(tmp_path / "s")), "has no model.json"
     )
     refused(tophat("status", str(tmp_path)), "is not a run directory")
+    refused(tophat("status", f"{tmp_path}[/red]"), "is not a run directory")
 
 
 def test_ingest_score_select_evaluate_and_status(

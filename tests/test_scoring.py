@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import tiny
 from cluster import storage
-from cluster.errors import RunError, StageError
+from cluster.errors import ModelError, RunError, StageError
 from cluster.progress import SILENT
 from models.config import ModelConfig, Transform
 from pipeline.recipe import Score, Source
@@ -181,6 +181,42 @@ def test_too_many_rejects_stop_the_run(source: ImageSource, model: str, tmp_path
     strict = SETTINGS.model_copy(update={"max_reject_fraction": 0.001})
     with pytest.raises(StageError, match=r"could not be scored, more than score\.max_reject_fraction = 0\.001"):
         score(source, model, str(tmp_path / "s"), str(tmp_path / "r"), strict, SILENT)
+
+
+def test_a_missing_shard_is_read_again_and_odd_names_are_kept(model: str, tmp_path: Path, ray_local: None) -> None:
+    from pipeline.selection import select
+
+    images = tiny.digits()["one"]
+    names = ["_a.tar", "b c\nd.tar", f"{'猫' * 60}.tar", "sub/100%.tar"]
+    (tmp_path / "u" / "sub").mkdir(parents=True)
+    for number, name in enumerate(names):
+        write_tar(tmp_path / "u" / name, images[10 * number : 10 * number + 10])
+    source = open_source("U", Source(uri=str(tmp_path / "u")))
+    scores, rejects = str(tmp_path / "scores"), str(tmp_path / "rejects")
+    (tmp_path / "u" / "_a.tar").rename(tmp_path / "away")
+    found = score(source, model, scores, rejects, SETTINGS, SILENT)
+    assert (found.listed, found.scored, found.unreadable_shards, found.rejects) == (30, 30, 1, {"missing_shard": 1})
+    strict = SETTINGS.model_copy(update={"max_reject_fraction": 0.1})
+    for _ in range(2):  # running the same command again does not get around the limit
+        with pytest.raises(StageError, match="0 of 30 images and 1 of 4 shards could not be scored"):
+            score(source, model, scores, rejects, strict, SILENT)
+    (tmp_path / "away").rename(tmp_path / "u" / "_a.tar")
+    found = score(source, model, scores, rejects, strict, SILENT)
+    assert (found.listed, found.scored, found.unreadable_shards, found.rejects) == (40, 40, 0, {})
+    assert set(read_scores(scores)["shard"].to_pylist()) == set(names)
+    assert select(scores, str(tmp_path / "selection"), images_per_class=5).images == 40
+
+
+def test_an_error_of_ours_comes_back_as_it_was(
+    source: ImageSource, model: str, tmp_path: Path, ray_local: None
+) -> None:
+    import shutil
+
+    shutil.copytree(model, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
+        score(source, str(tmp_path / "model"), str(tmp_path / "s"), str(tmp_path / "r"), SETTINGS, SILENT)
 
 
 def test_a_folder_of_scores_belongs_to_one_scoring(source: ImageSource, model: str, tmp_path: Path) -> None:
