@@ -19,7 +19,7 @@ from cluster import storage
 from cluster.errors import InputError, SourceError, StorageError
 from pipeline import top as top_module
 from pipeline.selection import Selected, read_selection, select
-from pipeline.top import Scored, Top, merge, top_of
+from pipeline.top import Int64, Scored, Sieve, Top, merge
 
 Row = tuple[str, int, list[int], list[float]]  # shard, index, class ids, scores
 Chosen = tuple[int, int, float, str, int]  # class, rank, score, shard, index
@@ -59,7 +59,19 @@ def scored(rows: Sequence[Row], classes_per_image: int | None = None) -> Scored:
     ids = np.array([row[2] for row in rows], np.int32).reshape(-1, P)[:, :classes_per_image]
     scores = np.array([row[3] for row in rows], np.float32).reshape(-1, P)[:, :classes_per_image]
     shard = table["shard"].chunk(0)
-    return Scored(shard, table["index"].to_numpy(), ids, scores)
+    return Scored(shard, table["index"].to_numpy(), ids, scores, images=len(rows))
+
+
+def quota(K: int, classes: int = 6) -> Int64:
+    return np.full(classes, K, np.int64)
+
+
+def top_of(batches: Sequence[Scored], quotas: Int64, min_score: float | None = None, thresholds: Any = None) -> Top:
+    floor = np.full(len(quotas), -np.inf if min_score is None else min_score, np.float32)
+    sieve = Sieve(quotas, floor if thresholds is None else thresholds)
+    for batch in batches:
+        sieve.add(batch)
+    return merge([sieve.top()], quotas)
 
 
 def brute_force(rows: Sequence[Row], K: int, P: int | None = None, min_score: float | None = None) -> list[Chosen]:
@@ -113,18 +125,18 @@ def test_any_split_and_any_merge_tree_equal_a_sort(rows: list[Row], K: int, data
     shuffled = data.draw(st.permutations(rows))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(rows)), max_size=5)))
     parts = [shuffled[a:b] for a, b in zip([0, *cuts], [*cuts, len(rows)], strict=True)]
-    tops = [top_of([scored(part, P)] if part else [], K, min_score=floor) for part in parts]
+    tops = [top_of([scored(part, P)] if part else [], quota(K), floor) for part in parts]
     while len(tops) > 1:
         taken = data.draw(st.integers(2, len(tops)))
         order = data.draw(st.permutations(range(len(tops))))
-        tops = [merge([tops[i] for i in order[:taken]], K), *(tops[i] for i in order[taken:])]
+        tops = [merge([tops[i] for i in order[:taken]], quota(K)), *(tops[i] for i in order[taken:])]
     expected = brute_force(rows, K, P, floor)
     assert chosen(tops[0]) == expected
     assert not np.signbit(tops[0].score[tops[0].score == 0]).any()
-    assert tops[0].images == len(rows)
-    assert tops[0].candidates == len(rows) * P
-    assert tops[0].nonfinite == sum(not np.isfinite(score) for row in rows for score in row[3][:P])
-    assert tops[0].candidates == len(expected) + tops[0].unselected + tops[0].nonfinite
+    assert tops[0].account.images == len(rows)
+    assert tops[0].account.candidates == len(rows) * P
+    assert tops[0].account.nonfinite == sum(not np.isfinite(score) for row in rows for score in row[3][:P])
+    assert tops[0].account.candidates == len(expected) + tops[0].account.unselected + tops[0].account.nonfinite
 
 
 @pytest.mark.parametrize(("levels", "K"), [(8, 15), (1 << 20, 15), (1 << 20, 2)])
@@ -145,12 +157,12 @@ def test_thresholds_prune_and_keep_ties(levels: int, K: int, monkeypatch: pytest
     seen: list[int] = []
     real = top_module.merge
 
-    def counted(tops: Sequence[Top], images_per_class: int) -> Top:
+    def counted(tops: Sequence[Top], quotas: Int64) -> Top:
         seen.append(sum(map(len, tops)))
-        return real(tops, images_per_class)
+        return real(tops, quotas)
 
     monkeypatch.setattr(top_module, "merge", counted)
-    result = top_of(batches, K, num_classes=6)
+    result = top_of(batches, quota(K))
     assert chosen(result) == brute_force(rows, K)
     assert len(seen) > 1
     assert max(seen) < 2 * 6 * K + 200 + 50  # bounded by classes x K, a batch and the buffer, not by 8000 candidates
@@ -158,20 +170,11 @@ def test_thresholds_prune_and_keep_ties(levels: int, K: int, monkeypatch: pytest
 
 def test_shards_are_ordered_by_bytes_not_by_locale_or_code_unit() -> None:
     rows: list[Row] = [(name, 0, [0], [0.5]) for name in reversed(HOSTILE)]
-    result = top_of([scored(rows)], len(rows))
+    result = top_of([scored(rows)], quota(len(rows)))
     assert [row[3] for row in chosen(result)] == sorted(HOSTILE, key=lambda name: name.encode())
-    assert [row[3] for row in chosen(top_of([scored(rows)], 3))] == sorted(HOSTILE, key=lambda name: name.encode())[:3]
-
-
-@pytest.mark.parametrize("class_id", [-1, 4, 2**31 - 1])
-def test_class_ids_out_of_range_are_refused(class_id: int) -> None:
-    with pytest.raises(ValueError, match=f"holds class id {class_id}"):
-        top_of([scored([("a", 0, [class_id], [0.5])])], 2, num_classes=4)
-
-
-def test_an_absurd_class_id_does_not_take_the_memory() -> None:
-    with pytest.raises(ValueError, match="holds class id 2147483647"):
-        top_of([scored([("a", 0, [2**31 - 1], [0.5])])], 2)
+    assert [row[3] for row in chosen(top_of([scored(rows)], quota(3)))] == sorted(
+        HOSTILE, key=lambda name: name.encode()
+    )[:3]
 
 
 # On Ray
@@ -207,6 +210,19 @@ def rows_of(uri: str) -> list[Chosen]:
     table = read_selection(uri)
     names = ("class_id", "rank", "score", "shard", "index")
     return list(zip(*(table[name].to_pylist() for name in names), strict=True))
+
+
+def in_process(fn: Any, items: Any, *, values: int) -> Any:
+    """`scatter` here, so that what a test changes in a module is in force."""
+    import ray
+
+    def value(item: Any) -> Any:
+        return ray.get(item) if isinstance(item, ray.ObjectRef) else item
+
+    for item in items:
+        note, *rest = fn(*map(value, item))
+        assert len(rest) == values
+        yield note, [ray.put(one) for one in rest]
 
 
 @pytest.fixture(scope="module")
@@ -265,9 +281,11 @@ class TestSelect:
             candidates=8,
             selected=4,
             unselected=2,
+            excluded=0,
             nonfinite=2,
             distinct_images=2,
             classes_short=2,
+            quotas=(2, 2, 2, 2),
             counts=(2, 0, 2, 0),
             lowest_scores=(float(np.float32(0.8)), None, float(np.float32(0.1)), None),
         )
@@ -294,12 +312,10 @@ class TestSelect:
     def test_large_selections_are_split_between_classes_and_stale_parts_go(
         self, rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        import ray
-
-        from pipeline import selection
+        from pipeline import reducer, selection
 
         write_scores(str(tmp_path / "scores"), rows, 3, num_classes=9)
-        monkeypatch.setattr(selection, "run_task", lambda fn, top: fn(ray.get(top)))  # here, where parts are small
+        monkeypatch.setattr(reducer, "scatter", in_process)  # where parts are small
         monkeypatch.setattr(selection, "PART_ROWS", 100)
         monkeypatch.setattr(selection, "ROW_GROUP_ROWS", 30)
         out = str(tmp_path / "out")
