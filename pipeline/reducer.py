@@ -25,8 +25,9 @@ Files = Sequence[tuple[str, int]]  # URIs and sizes
 
 TASK_BYTES = (32 << 20, 1 << 30)  # of score files that one task reads, at least and at most
 TASKS_PER_CPU = 4
-SAMPLE_ROWS = (1 << 18, 1 << 21)
-SAMPLE_SLICES = 32
+SAMPLE_ROWS = (1 << 17, 1 << 21)  # at least and at most; between them, a share of the table
+SAMPLE_SHARE = 1 / 80
+SAMPLE_SLICES = 16
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class Reduction:
         Of a sample of the fraction f, the place f K holds the K-th score, give or take its Poisson error. Five times
         that error lower, the K-th score of nearly every class is above.
         """
-        rows = int(min(max(self._rows / 40, SAMPLE_ROWS[0]), SAMPLE_ROWS[1]))
+        rows = int(min(max(self._rows * SAMPLE_SHARE, SAMPLE_ROWS[0]), SAMPLE_ROWS[1]))
         if self._rows < 8 * rows:
             return floors
         places = []

@@ -27,6 +27,7 @@ COLUMNS = ["shard", "index", "class_ids", "scores"]
 CLASSES_METADATA = b"tophat.num_classes"
 MAX_CLASSES = 1 << 24  # thresholds are a dense array over the classes
 BATCH_ROWS = 1 << 15
+READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,9 @@ def read(piece: Slice, layout: Layout, exclusions: Exclusions | None = None) -> 
     tags = layout.seed is not None
     columns = COLUMNS[:3] if tags else COLUMNS
     with storage.open_input(piece.uri) as file:
-        table = pq.ParquetFile(file, read_dictionary=["shard"], pre_buffer=storage.is_remote(piece.uri))
+        remote = storage.is_remote(piece.uri)
+        buffer = 0 if remote else READ_BYTES
+        table = pq.ParquetFile(file, read_dictionary=["shard"], pre_buffer=remote, buffer_size=buffer)
         stored = _check(piece.uri, table.schema_arrow, layout)
         groups = table.num_row_groups
         left = piece.rows

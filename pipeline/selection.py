@@ -5,6 +5,7 @@ selection is the same bytes under any split, order, number of workers, memory li
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -230,14 +231,11 @@ class _Plan:
     quotas: Int64
 
     def parts(self) -> list[int]:
-        """Class ids where the files begin, and C: at most PART_ROWS in a file unless a single class has more."""
-        edges, rows = [0], 0
-        for class_id, quota in enumerate(self.quotas.tolist()):
-            if rows + quota > PART_ROWS and class_id > edges[-1]:
-                edges.append(class_id)
-                rows = 0
-            rows += quota
-        return [*edges, max(len(self.quotas), 1)]
+        """Class ids where the files begin, and C: files of about equal rows, at most about PART_ROWS."""
+        before = np.concatenate([[0.0], np.cumsum(self.quotas, dtype=np.float64)])
+        files = min(max(1, math.ceil(before[-1] / PART_ROWS)), max(1, len(self.quotas)))
+        edges = np.unique(np.searchsorted(before, before[-1] * np.arange(files) / files))
+        return [*edges[edges < max(1, len(self.quotas))].tolist(), max(1, len(self.quotas))]
 
     def request(self) -> Request:
         edges = self.parts()

@@ -240,11 +240,10 @@ class Sieve:
     def _pass(self, batch: Scored) -> Top:
         per_image = batch.scores.shape[1]
         score, class_id = batch.scores.ravel(), batch.class_ids.ravel()
-        # mode="wrap" spares NumPy a check and a copy; no id is out of range
-        passing = score >= self.thresholds.take(class_id, mode="wrap")  # never true of NaN
+        chosen = np.flatnonzero(score >= self.thresholds.min(initial=np.inf))  # never true of NaN
+        chosen = chosen[score[chosen] >= self.thresholds[class_id[chosen]]]
         if self._below is not None:
-            passing &= score < self._below.take(class_id, mode="wrap")
-        chosen = np.flatnonzero(passing)
+            chosen = chosen[score[chosen] < self._below[class_id[chosen]]]
         finite = np.isfinite(batch.scores)
         excluded, nonfinite = 0, score.size - int(np.count_nonzero(finite))
         if nonfinite:

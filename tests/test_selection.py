@@ -321,7 +321,7 @@ class TestSelect:
         out = str(tmp_path / "out")
         select(str(tmp_path / "scores"), out, images_per_class=40)
         parts = sorted((tmp_path / "out").glob("*.parquet"))
-        assert [pq.ParquetFile(part).metadata.num_rows for part in parts] == [80, 80, 80, 80, 40]
+        assert [pq.ParquetFile(part).metadata.num_rows for part in parts] == [120, 80, 80, 80]
         assert rows_of(out) == brute_force(rows, 40)
         parts[2].unlink()
         with pytest.raises(SourceError, match="is not a complete selection; select again"):
