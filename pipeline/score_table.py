@@ -4,7 +4,6 @@ A table of tags (weak labels) is read in the same way: `shard`, `index` and `cla
 scores are random draws (supplement 2, "balanced-with-tags").
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -84,26 +83,25 @@ class Exclusions:
         found = (self.images[place] == image) & (ordinal >= 0)
         return found if found.any() else None
 
-    def fingerprint(self) -> str:
-        """Changes when the set of images does."""
-        names = hashlib.sha256("\0".join(self.shards.to_pylist()).encode())
-        return hashlib.sha256(names.digest() + self.images.tobytes()).hexdigest()[:16]
-
 
 def read_exclusions(uris: Sequence[str]) -> Exclusions | None:
     """The images that Parquet files list by their columns `shard` and `index`; None when there are none.
 
     Args:
-        uris: files, or folders of files.
+        uris: files (their names end in .parquet), or folders of files.
 
     Raises:
         SourceError: one holds no Parquet file, or its columns are not these.
     """
     found: dict[str, list[Any]] = {}
+    fix = "give files with the columns shard and index"
     for uri in map(storage.absolute, uris):
-        names = [storage.join(uri, file.path) for file in storage.list_files(uri, ".parquet")]
-        for name in names if names or not storage.exists(uri) else [uri]:
-            with storage.open_input(name) as file, blamed("exclude", lambda name=name: name, "list shard and index"):  # type: ignore[misc]
+        single = uri.endswith(".parquet")
+        names = [uri] if single else [storage.join(uri, f.path) for f in storage.list_files(uri, ".parquet")]
+        if not names or (single and not storage.exists(uri)):
+            raise SourceError("exclude", uri, "holds no Parquet files", fix)
+        for name in names:
+            with storage.open_input(name) as file, blamed("exclude", lambda name=name: name, fix):  # type: ignore[misc]
                 table = pq.read_table(file, columns=["shard", "index"])
                 if table["index"].null_count or table["shard"].null_count:
                     raise ValueError("has null values")
@@ -113,8 +111,6 @@ def read_exclusions(uris: Sequence[str]) -> Exclusions | None:
             codes = encoded.indices.to_numpy()
             for code, text in enumerate(encoded.dictionary.to_pylist()):
                 found.setdefault(text, []).append(index[codes == code])
-        if not names and not storage.exists(uri):
-            raise SourceError("exclude", uri, "holds no Parquet files", "give files with the columns shard and index")
     if not found:
         return None
     order = sorted(found, key=str.encode)

@@ -4,6 +4,7 @@ Ray tasks stream the files of a score table (`pipeline.reducer`), and each range
 selection is the same bytes under any split, order, number of workers, memory limit and retry.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -198,6 +199,12 @@ def _checked_out(scores_uri: str, one: Wanted, tags: bool) -> str:
         raise StorageError("out", out_uri, "is inside the score table", "give a folder elsewhere")
     _former_parts(out_uri)
     return out_uri
+
+
+def listing(uri: str) -> str:
+    """A fingerprint of a Parquet file, or of the names, sizes and etags of those in a folder."""
+    content = storage.read_bytes(uri) if uri.endswith(".parquet") else repr(storage.list_files(uri)).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _score_files(scores_uri: str) -> Files:
