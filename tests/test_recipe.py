@@ -28,7 +28,7 @@ def test_every_shipped_recipe_loads(name: str, tmp_path: Path) -> None:
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(recipe.to_yaml())
     assert load(str(resolved)) == recipe
-    assert recipe.teacher.model.transform == recipe.student.model.transform
+    assert recipe.teacher.model.transform.size == recipe.student.model.transform.size
 
 
 @pytest.mark.parametrize("name", ["demo", "fashion-mnist"])
