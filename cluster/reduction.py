@@ -1,10 +1,10 @@
-"""Many tasks over Ray with few in flight: a parallel map, and a tree reduction that merges results as they arrive.
+"""Many tasks over Ray with few in flight: a parallel map, and a scatter whose results stay where they were made.
 
-Both keep the number of unfinished and of unmerged results bounded, retry a task whose worker or node died or that met
-an OSError (a store that failed for a moment), and raise what a task raised as it was, without Ray's wrapping.
+Both keep the number of unfinished tasks bounded, retry a task whose worker or node died or that met an OSError (a store
+that failed for a moment), and raise what a task raised as it was, without Ray's wrapping.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -38,67 +38,50 @@ def parallel_map(
     with _Flight(in_flight, num_cpus) as flight:
         for item in items:
             while flight.full:
-                yield from (ray.get(result) for result in flight.land())
+                yield from (ray.get(result) for (result,) in flight.land())
             flight.launch(fn, item)
         while flight.busy:
-            yield from (ray.get(result) for result in flight.land())
+            yield from (ray.get(result) for (result,) in flight.land())
 
 
-def tree_reduce(
-    map_fn: Callable[[T], R],
-    items: Iterable[T],
-    merge_fn: Callable[[Sequence[R]], R],
+def scatter(
+    fn: Callable[..., tuple[Any, ...]],
+    items: Iterable[tuple[object, ...]],
     *,
-    fan_in: int = 4,
+    values: int,
     in_flight: int | None = None,
     num_cpus: float = 1.0,
-) -> "ray.ObjectRef[R]":
-    """Maps every item and merges the results to one, in Ray tasks.
+) -> "Iterator[tuple[Any, list[ray.ObjectRef[Any]]]]":
+    """`fn(*item)` for every item, each in its own Ray task, where most of what it returns stays in the object store.
 
-    Results merge in any order and any grouping: the answer is the same in every run only if `merge_fn` is associative
-    and commutative. They stay in the object store, none passes through the caller, and there are never more of them
-    than tasks in flight times `fan_in`.
+    So results go to the tasks that need them without passing through the caller: `values` is usually the number of
+    those, and each gets its own share of every result.
 
     Args:
-        map_fn: an item to a result; picklable.
-        items: at least one; drawn from lazily.
-        merge_fn: 2 to `fan_in` results to one; picklable.
-        fan_in: how many results are merged at once, at least 2.
+        fn: picklable; returns a note, which should be small, and then `values` objects.
+        items: arguments; references among them are resolved. Drawn from lazily, after earlier results were yielded.
+        values: how many objects follow the note.
         in_flight: unfinished tasks at most; by default twice what the cluster's CPUs run at once.
         num_cpus: what each task reserves.
 
     Returns:
-        A reference to the result.
+        Notes, and references to the objects that came with each, in the order in which they arrive.
 
     Raises:
-        ValueError: there are no items, or `fan_in` is below 2.
-        whatever a function raised, after the remaining tasks were canceled.
+        whatever `fn` raised, after the remaining tasks were canceled.
     """
-    if fan_in < 2:
-        raise ValueError(f"fan_in = {fan_in}: must be at least 2")
-    unmerged: list[Any] = []
+    import ray
 
-    def merge(*results: R) -> R:
-        return merge_fn(results)
-
-    with _Flight(in_flight, num_cpus) as flight:
-
-        def land() -> None:
-            unmerged.extend(flight.land())
-            while len(unmerged) >= fan_in:
-                flight.launch(merge, *(unmerged.pop(0) for _ in range(fan_in)))
-
-        for item in items:
+    with _Flight(in_flight, num_cpus, values + 1) as flight:
+        drawn = iter(items)
+        while True:
             while flight.full:
-                land()
-            flight.launch(map_fn, item)
+                yield from ((ray.get(note), rest) for note, *rest in flight.land())
+            if (item := next(drawn, None)) is None:
+                break
+            flight.launch(fn, *item)
         while flight.busy:
-            land()
-            if not flight.busy and len(unmerged) > 1:
-                flight.launch(merge, *(unmerged.pop(0) for _ in range(len(unmerged))))
-    if not unmerged:
-        raise ValueError("items: must not be empty")
-    return unmerged[0]  # type: ignore[no-any-return]
+            yield from ((ray.get(note), rest) for note, *rest in flight.land())
 
 
 def run_task(fn: Callable[..., R], *args: object, num_cpus: float = 1.0) -> R:
@@ -107,12 +90,13 @@ def run_task(fn: Callable[..., R], *args: object, num_cpus: float = 1.0) -> R:
 
     with _Flight(1, num_cpus) as flight:
         flight.launch(fn, *args)
-        result: R = ray.get(flight.land()[0])
+        result: R = ray.get(flight.land()[0][0])
     return result
 
 
-def _run(fn: Callable[..., R], *args: object) -> tuple[None, R]:
-    return None, fn(*args)
+def _run(fn: Callable[..., Any], several: bool, *args: object) -> tuple[Any, ...]:
+    found = fn(*args)
+    return (None, *found) if several else (None, found)
 
 
 def cpus() -> float:
@@ -126,17 +110,19 @@ def cpus() -> float:
 class _Flight:
     """The unfinished tasks.
 
-    A task has two results: a marker, which tells the caller that it succeeded, and its value, which stays where it is.
+    A task has a marker, which tells the caller that it succeeded, and results, which stay where they are.
     """
 
-    def __init__(self, limit: int | None, num_cpus: float) -> None:
+    def __init__(self, limit: int | None, num_cpus: float, results: int | None = None) -> None:
         import ray
 
         self._limit = limit or max(2, int(2 * cpus() / num_cpus))
         remote: Any = ray.remote
-        self._task = remote(num_cpus=num_cpus, num_returns=2, max_retries=RETRIES, retry_exceptions=[OSError])(_run)
+        options = {"num_cpus": num_cpus, "max_retries": RETRIES, "retry_exceptions": [OSError]}
+        self._task = remote(num_returns=1 + (results or 1), **options)(_run)
+        self._several = results is not None
         self._functions: dict[Callable[..., Any], Any] = {}
-        self._values: dict[Any, Any] = {}
+        self._values: dict[Any, list[Any]] = {}
 
     def __enter__(self) -> "_Flight":
         return self
@@ -160,11 +146,11 @@ class _Flight:
 
         if fn not in self._functions:
             self._functions[fn] = ray.put(fn)  # shipped once, whatever it carries
-        marker, value = self._task.remote(self._functions[fn], *args)
-        self._values[marker] = value
+        marker, *values = self._task.remote(self._functions[fn], self._several, *args)
+        self._values[marker] = values
 
-    def land(self) -> list[Any]:
-        """Waits until a task is finished; the values (references) of all that are."""
+    def land(self) -> list[list[Any]]:
+        """Waits until a task is finished; the results (references) of all that are."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 

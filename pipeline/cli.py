@@ -217,35 +217,63 @@ def score(
 @app.command()
 def select(
     scores: Annotated[str, typer.Option("--scores", metavar="URI", help="A score table: a folder of Parquet files.")],
-    to: Annotated[str, typer.Option("--out", metavar="URI", help="Folder of the selection.")],
-    images_per_class: Annotated[int, typer.Option("--images-per-class", metavar="K", min=1)],
-    classes_per_image: ClassesPerImage = None,
+    to: Annotated[
+        str, typer.Option("--out", metavar="URI", help="Folder of the selection (of several, their folders).")
+    ],
+    images_per_class: Annotated[list[int], typer.Option("--images-per-class", metavar="K", min=1, help="Repeatable.")],
+    classes_per_image: Annotated[
+        list[int] | None, typer.Option("--classes-per-image", metavar="P", min=1, help="Repeatable; by default all.")
+    ] = None,
     min_score: Annotated[
         float | None, typer.Option("--min-score", help="Candidates below it are never selected.")
     ] = None,
+    zipf_exponent: Annotated[
+        float | None, typer.Option("--zipf-exponent", metavar="S", min=0.0, help="Quotas by Zipf's law, K their mean.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", metavar="URI", help="Parquet: shard, index of images to leave out.")
+    ] = None,
+    tags: Annotated[
+        bool, typer.Option("--tags", help="The table has tags and no scores: select at random among them.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of --tags and --zipf-exponent.")] = 0,
+    memory_mib: Annotated[int, typer.Option("--memory-mib", min=64, help="For each scanning task.")] = 2048,
     address: Address = "local",
     verbose: Verbose = False,
 ) -> None:
-    """Select the K best-scored images of each class out of any score table."""
+    """Select the K best-scored images of each class out of any score table.
+
+    Several K or P make a selection of each pair, in one pass over the scores, in folders named by them, P10-K16000.
+    """
     from dataclasses import asdict
 
     from cluster import storage
     from cluster.progress import Display
     from pipeline import selection, summary
 
+    ps: list[int | None] = list(classes_per_image) if classes_per_image else [None]
+    pairs = [(p, k) for p in dict.fromkeys(ps) for k in dict.fromkeys(images_per_class)]
+    wanted = [selection.Wanted(to if len(pairs) == 1 else storage.join(to, f"P{p or ''}-K{k}"), k, p) for p, k in pairs]
     with _session(address, verbose) as session:
         session.start()
         with Display(out).task("selection", None) as progress:
-            selected = selection.select(
+            selected = selection.select_several(
                 storage.absolute(scores),
-                storage.absolute(to),
-                images_per_class=images_per_class,
-                classes_per_image=classes_per_image,
+                wanted,
+                zipf_exponent=zipf_exponent,
                 min_score=min_score,
+                exclude=exclude or (),
+                tags=tags,
+                seed=seed,
+                memory_mib=memory_mib,
                 progress=progress,
             )
-    summary.print_selection(out, asdict(selected))
-    out.print(f"selection: {selected.uri}", markup=False)
+    if len(selected) == 1:
+        summary.print_selection(out, asdict(selected[0]))
+    else:
+        summary.print_selections(out, [asdict(one) for one in selected])
+    for one in selected:
+        out.print(f"selection: {one.uri}", markup=False)
 
 
 @app.command()

@@ -90,11 +90,29 @@ class Select(Section):
     """Stage (2), second half: the K best images of each class."""
 
     images_per_class: int = Field(default=16_000, ge=1, le=10**9)
-    """K."""
+    """K; with a class distribution, its mean: the total stays K x the number of classes."""
+    zipf_exponent: float | None = Field(default=None, ge=0.0, le=10.0)
+    """Unbalanced: classes in a seeded order get images in proportion to 1, 1/2^s, 1/3^s, and so on (section 4.4)."""
+    class_weights: tuple[Annotated[float, Field(ge=0.0)], ...] | None = None
+    """Unbalanced: classes get images in proportion to these, one for each class in the order of the classes."""
     classes_per_image: int | None = Field(default=None, ge=1, le=1000)
     """P to select with, at most the P that was stored; by default that one."""
     min_score: float | None = Field(default=None, ge=0.0, le=1.0)
     """Candidates below it are never selected."""
+    tags: Uri | None = None
+    """Parquet files of weak labels (shard, index, class_ids: a list of any length). Then each class gets images at random among those tagged with it, and not the best-scored (section 4.4, "balanced-with-tags")."""
+    exclude: tuple[Uri, ...] = ()
+    """Parquet files, or folders of them, with columns `shard` and `index`: images that are never selected."""
+    memory_mib: int = Field(default=2048, ge=64, le=1_000_000)
+    """What each scanning task may hold; with more classes x K, the scores are read once for each range of classes that fits. It decides nothing about the result."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.zipf_exponent is not None and self.class_weights is not None:
+            raise ValueError("zipf_exponent and class_weights exclude each other: both say how large each class is")
+        if self.tags is not None and (self.min_score is not None or self.classes_per_image is not None):
+            raise ValueError("tags have no scores: leave out min_score and classes_per_image")
+        return self
 
 
 class Dhat(Section):

@@ -312,26 +312,35 @@ def score_unlabeled(this: Run, unlabeled: Finished, teacher: Finished) -> Finish
 
 
 def select_top_k(this: Run, labeled: LabeledData, scores: Finished) -> Finished:
-    """(2) For each class the K best-scored images."""
+    """(2) For each class the K best-scored images; or, with tags, K at random among those tagged with it."""
+    settings, seed = this.recipe.select, this.recipe.seed
 
     def work(place: str) -> dict[str, Any]:
-        with this.display.task("selection", scores.outputs["scored"]) as progress:
+        with this.display.task("selection", None if settings.tags else scores.outputs["scored"]) as progress:
             selected = selection.select(
-                scores.uri,
+                settings.tags or scores.uri,
                 place,
-                images_per_class=this.recipe.select.images_per_class,
-                classes_per_image=this.recipe.select.classes_per_image,
+                images_per_class=settings.images_per_class,
+                classes_per_image=settings.classes_per_image,
                 num_classes=len(labeled.class_names),
-                min_score=this.recipe.select.min_score,
+                zipf_exponent=settings.zipf_exponent,
+                class_weights=settings.class_weights,
+                min_score=settings.min_score,
+                exclude=settings.exclude,
+                tags=settings.tags is not None,
+                seed=seed,
+                memory_mib=settings.memory_mib,
                 progress=progress,
             )
-        if selected.images != scores.outputs["scored"]:
+        if settings.tags is None and selected.images != scores.outputs["scored"]:
             raise StageError(
                 f"{scores.outputs['scored']} images are scored, but the selection saw {selected.images}: score again"
             )
         return asdict(selected)
 
-    return this.once("selection", {"select": this.recipe.select}, {"scores": scores.fingerprint}, work)
+    sections = {"select": settings.model_dump(mode="json", exclude={"memory_mib"}), "seed": seed}
+    lists = {uri: selection.listing(uri) for uri in (*settings.exclude, *filter(None, [settings.tags]))}
+    return this.once("selection", sections, {"scores": scores.fingerprint, **lists}, work, version=2)
 
 
 def materialize_dhat(this: Run, labeled: LabeledData, unlabeled: Finished, chosen: Finished) -> Finished:

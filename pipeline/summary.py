@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -87,13 +87,14 @@ def selection_lines(selection: Mapping[str, Any]) -> list[str]:
     """What was selected, in words."""
     candidates, selected = selection["candidates"], selection["selected"]
     lines = [f"candidates: {candidates:,} = {selected:,} selected + {selection['unselected']:,} unselected"]
+    if selection["excluded"]:
+        lines[0] += f" + {selection['excluded']:,} of excluded images"
     if selection["nonfinite"]:
         lines[0] += f" (and {selection['nonfinite']:,} non-finite scores, left out)"
     short, classes = selection["classes_short"], selection["num_classes"]
-    lines.append(
-        f"classes short of K = {selection['images_per_class']:,}: {short:,} of {classes:,}"
-        + ("; they keep what they have" if short else "")
-    )
+    least, most = min(selection["quotas"], default=0), max(selection["quotas"], default=0)
+    k = f"K = {most:,}" if least == most else f"their quotas of {least:,} to {most:,} images"
+    lines.append(f"classes short of {k}: {short:,} of {classes:,}" + ("; they keep what they have" if short else ""))
     return lines
 
 
@@ -112,17 +113,23 @@ def print_stages(console: Console, done: Mapping[str, Finished]) -> None:
     console.print(stages)
 
 
-def print_selection(console: Console, selection: Mapping[str, Any], class_names: tuple[str, ...] | None = None) -> None:
-    """Table 9's columns for one selection, and the classes that are short of K."""
-    lowest = sorted(score for score in selection["lowest_scores"] if score is not None)
+def print_selections(console: Console, selections: Sequence[Mapping[str, Any]]) -> None:
+    """Table 9's columns, a row for each selection."""
     columns = ("P", "K", "|U|", "|D-hat|", "classes short of K", "lowest score: least", "median", "greatest")
     made = table("Selection", *columns)
-    spread = [f"{lowest[i]:.4f}" for i in (0, len(lowest) // 2, -1)] if lowest else ["–"] * 3
-    numbers = ("classes_per_image", "images_per_class", "images", "selected", "classes_short")
-    made.add_row(*(f"{selection[name]:,}" for name in numbers), *spread)
+    for selection in selections:
+        lowest = sorted(score for score in selection["lowest_scores"] if score is not None)
+        spread = [f"{lowest[i]:.4f}" for i in (0, len(lowest) // 2, -1)] if lowest else ["–"] * 3
+        numbers = ("classes_per_image", "images_per_class", "images", "selected", "classes_short")
+        made.add_row(*("–" if selection[name] is None else f"{selection[name]:,}" for name in numbers), *spread)
     console.print(made)
+
+
+def print_selection(console: Console, selection: Mapping[str, Any], class_names: tuple[str, ...] | None = None) -> None:
+    """Table 9's columns for one selection, and the classes that are short of K."""
+    print_selections(console, [selection])
     counts = list(zip(selection["counts"], selection["lowest_scores"], strict=True))
-    short = [n for n, (count, _) in enumerate(counts) if count < selection["images_per_class"]]
+    short = [n for n, (count, _) in enumerate(counts) if count < selection["quotas"][n]]
     if short:
         made = table(
             f"Classes short of K (first {EXAMPLES} of {len(short):,})"

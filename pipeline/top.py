@@ -1,11 +1,13 @@
 """Tops: the K best candidates of each class, and how they merge. Pure NumPy and PyArrow.
 
 `merge` keeps the first K of each class, by the total order (score descending, shard ascending by UTF-8 bytes, index
-ascending), of whatever it is given: so it is associative and commutative, ties at the K-th place included.
+ascending), of whatever it is given: so it is associative and commutative, ties at the K-th place included. K is a quota
+of each class. A `Sieve` holds back what cannot be among them while candidates stream by.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,13 +15,36 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+Bool = NDArray[np.bool_]
 Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
 UInt32 = NDArray[np.uint32]
-UInt64 = NDArray[np.uint64]
 Float32 = NDArray[np.float32]
 
-MAX_CLASSES = 1 << 24  # thresholds are a dense array over the classes
-PENDING = 1 << 20  # candidates that wait for a merge, at least
+PENDING = 1 << 16  # candidates that wait for a merge, at least
+BYTES_PER_CANDIDATE = 96  # of memory at most, for each of the first K: twice its 16 bytes, and a merge's temporaries
+
+
+@dataclass(frozen=True)
+class Account:
+    """How many were scanned, and why candidates were left out.
+
+    Attributes:
+        images: rows of the score table.
+        candidates: (image, class, score) among them, those that were left out included.
+        excluded: of `candidates`, those of images that are excluded.
+        nonfinite: of the other `candidates`, those whose score is NaN or infinite.
+        unselected: of the other `candidates`, those that lost to others of their class, or are below the minimum score.
+    """
+
+    images: int = 0
+    candidates: int = 0
+    excluded: int = 0
+    nonfinite: int = 0
+    unselected: int = 0
+
+    def __add__(self, other: "Account") -> "Account":
+        return Account(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -35,10 +60,7 @@ class Top:
         shard: int32 [N], ordinals in `shards`.
         index: uint32 [N], the image's row in its shard.
         shards: pyarrow string array.
-        images: rows of the score table that were scanned for this.
-        candidates: (image, class, score) among them, those that were left out included.
-        nonfinite: of `candidates`, those whose score is NaN or infinite.
-        unselected: of `candidates`, those that lost to others of their class, or are below the minimum score.
+        account: of the rows that were scanned for this.
     """
 
     class_id: Int32
@@ -46,42 +68,60 @@ class Top:
     shard: Int32
     index: UInt32
     shards: pa.StringArray
-    images: int = 0
-    candidates: int = 0
-    nonfinite: int = 0
-    unselected: int = 0
+    account: Account = Account()
 
     def __len__(self) -> int:
         return len(self.class_id)
 
 
-def merge(tops: Sequence[Top], images_per_class: int) -> Top:
+def merge(tops: Sequence[Top], quotas: Int64) -> Top:
     """The first K of each class among all of `tops` together, by the total order.
 
     Args:
         tops: at least one; sorted or not.
-        images_per_class: K.
+        quotas: int64 [C], K of each class.
     """
+    every = concatenate(tops)
+    kept = _first(every, quotas)
+    shard = every.shard[kept]
+    used = np.bincount(shard, minlength=len(every.shards)) > 0
+    return Top(
+        every.class_id[kept],
+        every.score[kept],
+        (np.cumsum(used, dtype=np.int32) - np.int32(1))[shard],
+        every.index[kept],
+        every.shards.filter(pa.array(used)),
+        every.account + Account(unselected=len(every) - len(kept)),
+    )
+
+
+def concatenate(tops: Sequence[Top]) -> Top:
+    """All candidates of `tops`, at least one, as they stand; their shards in the order of their names."""
     shards, ordinals = _unify([top.shards for top in tops])
     bases = np.cumsum([0] + [len(top.shards) for top in tops[:-1]])
-    class_id = np.concatenate([top.class_id for top in tops])
-    score = np.concatenate([top.score for top in tops])
-    index = np.concatenate([top.index for top in tops])
-    shard = ordinals[np.concatenate([top.shard + base for top, base in zip(tops, bases, strict=True)])]
-    kept = _first(class_id, score, shard, index, images_per_class)
-    shard = shard[kept]
-    used = np.bincount(shard, minlength=len(shards)) > 0
     return Top(
-        class_id[kept],
-        score[kept],
-        (np.cumsum(used, dtype=np.int32) - np.int32(1))[shard],
-        index[kept],
-        shards.filter(pa.array(used)),
-        images=sum(top.images for top in tops),
-        candidates=sum(top.candidates for top in tops),
-        nonfinite=sum(top.nonfinite for top in tops),
-        unselected=sum(top.unselected for top in tops) + len(class_id) - len(kept),
+        np.concatenate([top.class_id for top in tops]),
+        np.concatenate([top.score for top in tops]),
+        np.concatenate([ordinals[base:][top.shard] for top, base in zip(tops, bases.tolist(), strict=True)]),
+        np.concatenate([top.index for top in tops]),
+        shards,
+        sum((top.account for top in tops), Account()),
     )
+
+
+def split(top: Top, edges: Sequence[int]) -> list[Top]:
+    """The candidates of `top` by ranges of classes, without its account.
+
+    Args:
+        edges: at most 65,536 class ids, ascending: range i has the classes from edges[i] up to edges[i + 1].
+    """
+    ranges = np.searchsorted(edges, np.arange(edges[-1]), side="right").astype(np.uint16) - np.uint16(1)
+    number = ranges[top.class_id]
+    order = np.argsort(number, kind="stable")  # a radix sort
+    ends = np.cumsum(np.bincount(number, minlength=len(edges) - 1)).tolist()
+    class_id, score, shard, index = top.class_id[order], top.score[order], top.shard[order], top.index[order]
+    places = [slice(start, end) for start, end in pairwise([0, *ends])]
+    return [Top(class_id[i], score[i], shard[i], index[i], top.shards) for i in places]
 
 
 def _unify(dictionaries: Sequence[pa.StringArray]) -> tuple[pa.StringArray, Int32]:
@@ -92,35 +132,43 @@ def _unify(dictionaries: Sequence[pa.StringArray]) -> tuple[pa.StringArray, Int3
     return distinct, pc.index_in(every, distinct).to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
 
 
-def _first(class_id: Int32, score: Float32, shard: Int32, index: UInt32, images_per_class: int) -> NDArray[np.int64]:
+def _first(top: Top, quotas: Int64) -> Int64:
     """Where the first K candidates of each class are (int64), by class and then by the total order."""
-    key = (class_id.astype(np.uint64) << np.uint64(32)) | _descending(score)
-    order = np.argsort(key)
-    key = key[order]
-    equal = key[1:] == key[:-1]
+    falling = _descending(top.score)
+    order = sort_order(top.class_id.view(np.uint32), falling)
+    class_id, falling = top.class_id[order], falling[order]
+    equal = (class_id[1:] == class_id[:-1]) & (falling[1:] == falling[:-1])
     if equal.any():
-        tied = np.zeros(len(key), np.bool_)
+        tied = np.zeros(len(order), np.bool_)
         tied[1:] |= equal
         tied[:-1] |= equal
         places = np.flatnonzero(tied)
         rows = order[places]
-        order[places] = rows[np.lexsort((image_key(shard[rows], index[rows]), key[places]))]
-    return order[ranks(key >> np.uint64(32)) < images_per_class]
+        runs = np.cumsum(np.concatenate([[True], ~equal]), dtype=np.uint32)[places]
+        order[places] = rows[sort_order(runs, top.shard[rows].view(np.uint32), top.index[rows])]
+    return order[ranks(class_id) < quotas[class_id]]
 
 
-def _descending(score: Float32) -> UInt64:
+def sort_order(*keys: UInt32) -> Int64:
+    """The stable order of rows by `keys` (uint32 [N] each), the most significant first.
+
+    By digits of 16 bits, which NumPy sorts by radix: about three times as fast as `argsort` of 64-bit keys.
+    """
+    digits: list[NDArray[np.uint16]] = []
+    for key in reversed(keys):
+        digits.append(key.astype(np.uint16))
+        if len(key) and int(key.max()) >> 16:
+            digits.append((key >> np.uint32(16)).astype(np.uint16))
+    return np.lexsort(digits)
+
+
+def _descending(score: Float32) -> UInt32:
     """A number that falls as `score` rises: the bits of an IEEE float, ordered (finite scores, no negative zero)."""
     bits = score.view(np.uint32)
-    negative = (bits >> np.uint32(31)).astype(np.bool_)
-    return np.where(negative, bits, ~bits & np.uint32(0x7FFFFFFF)).astype(np.uint64)
+    return np.where(bits >> np.uint32(31), bits, ~bits & np.uint32(0x7FFFFFFF))
 
 
-def image_key(shard: Int32, index: UInt32) -> UInt64:
-    """One number for (shard, index), in their order."""
-    return (shard.astype(np.uint64) << np.uint64(32)) | index
-
-
-def ranks(classes: NDArray[Any]) -> NDArray[np.int64]:
+def ranks(classes: NDArray[Any]) -> Int64:
     """The 0-based place of every element in its run of equal `classes`."""
     starts = np.flatnonzero(np.concatenate([[True], classes[1:] != classes[:-1]])[: len(classes)])
     lengths = np.diff(starts, append=len(classes))
@@ -129,51 +177,97 @@ def ranks(classes: NDArray[Any]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Scored:
-    """Some rows of a score table: N images with their P best classes.
+    """Some rows of a score table: N images with P classes each.
 
     Attributes:
         shard: dictionary array of strings [N].
         index: uint32 [N].
         class_ids: int32 [N, P].
         scores: float32 [N, P].
+        excluded: bool [N], images that must not be selected; None if there are none.
+        images: how many images the rows are of: N, but for rows that are single tags of images.
     """
 
     shard: pa.DictionaryArray
     index: UInt32
     class_ids: Int32
     scores: Float32
+    images: int
+    excluded: Bool | None = None
 
 
-def top_of(
-    batches: Iterable[Scored], images_per_class: int, *, num_classes: int | None = None, min_score: float | None = None
-) -> Top:
-    """The first K candidates of each class among `batches`, in memory bounded by classes x K.
+class Sieve:
+    """Holds the candidates that can be among the first K of their class, in memory bounded by classes x K.
 
-    A candidate passes if it reaches its class's threshold: the score of the K-th best so far. Candidates equal to it
-    pass, because their shard and index decide. What passes waits until a merge cuts it back and raises the thresholds.
+    A candidate passes if it reaches its class's threshold: where the caller starts it, later the score of the K-th best
+    so far. Candidates equal to it pass, because their shard and index decide. What passes waits until a merge cuts it
+    back and raises the thresholds.
 
     Args:
-        batches: drawn from one at a time.
-        images_per_class: K.
-        num_classes: how many classes there are; unknown, as many as are seen.
-        min_score: candidates below it (as float32) are never selected.
-
-    Raises:
-        ValueError: a class id is negative, not below `num_classes`, or above 2**24.
+        quotas: int64 [C], K of each class.
+        thresholds: float32 [C], what candidates must reach from the start; not NaN.
+        below: float32 [C], what candidates must not reach; None for no such limit. With it this sieve takes what
+            another, with these as thresholds, held back.
+        supplement: whether the candidates were counted by another sieve, whose account this one corrects.
     """
-    floor = np.float32(-np.inf if min_score is None else min_score)
-    thresholds = np.full(num_classes or 0, floor, np.float32)
-    top, pending, waiting = _nothing(), [], 0
-    for batch in batches:
-        thresholds = _cover(thresholds, batch.class_ids, num_classes, floor)
-        passed = _pass(batch, thresholds)
-        pending.append(passed)
-        waiting += len(passed)
-        if waiting > max(PENDING, len(top)):
-            top = merge([top, *pending], images_per_class)
-            pending, waiting = [], 0
-            thresholds = _raised(thresholds, top, images_per_class)
-    return merge([top, *pending], images_per_class)
+
+    def __init__(
+        self, quotas: Int64, thresholds: Float32, *, below: Float32 | None = None, supplement: bool = False
+    ) -> None:
+        self.thresholds = np.where(quotas > 0, thresholds, np.float32(np.inf))
+        self._quotas = quotas
+        self._below = below
+        self._supplement = supplement
+        self._top = _nothing()
+        self._pending: list[Top] = []
+        self._waiting = 0
+        self._patience = max(PENDING, int(quotas.sum()))  # a merge of less would cut back little
+
+    def add(self, batch: Scored) -> None:
+        """Passes the candidates of some rows, all of whose class ids are from 0 to C - 1."""
+        passed = self._pass(batch)
+        self._pending.append(passed)
+        self._waiting += len(passed)
+        if self._waiting > self._patience:
+            self._top = merge([self._top, *self._pending], self._quotas)
+            self._pending, self._waiting = [], 0
+            self.thresholds = _raised(self.thresholds, self._top, self._quotas)
+
+    def top(self) -> Top:
+        """What passed so far, in no order; all of the first K of each class that reach the starting thresholds."""
+        return concatenate([self._top, *self._pending])
+
+    def _pass(self, batch: Scored) -> Top:
+        per_image = batch.scores.shape[1]
+        score, class_id = batch.scores.ravel(), batch.class_ids.ravel()
+        chosen = np.flatnonzero(score >= self.thresholds.min(initial=np.inf))  # never true of NaN
+        chosen = chosen[score[chosen] >= self.thresholds[class_id[chosen]]]
+        if self._below is not None:
+            chosen = chosen[score[chosen] < self._below[class_id[chosen]]]
+        finite = np.isfinite(batch.scores)
+        excluded, nonfinite = 0, score.size - int(np.count_nonzero(finite))
+        if nonfinite:
+            chosen = chosen[np.isfinite(score[chosen])]
+        rows = chosen // max(per_image, 1)
+        if batch.excluded is not None:
+            excluded = int(np.count_nonzero(batch.excluded)) * per_image
+            nonfinite -= int(np.count_nonzero(~finite[batch.excluded]))
+            chosen = chosen[~batch.excluded[rows]]
+            rows = chosen // max(per_image, 1)
+        codes = batch.shard.indices.to_numpy(zero_copy_only=False)[rows]
+        used = np.bincount(codes, minlength=len(batch.shard.dictionary)) > 0
+        shards = batch.shard.dictionary.filter(pa.array(used)).cast(pa.string())
+        shards.validate(full=True)  # that it is UTF-8, which its order rests on
+        held_back = score.size - excluded - nonfinite - len(chosen)
+        account = Account(batch.images, score.size, excluded, nonfinite, held_back)
+        return Top(
+            class_id[chosen],
+            score[chosen] + np.float32(0),  # no negative zero: it equals zero, and its bits do not
+            (np.cumsum(used, dtype=np.int32) - np.int32(1))[codes],
+            batch.index[rows],
+            shards,
+            Account(unselected=-len(chosen)) if self._supplement else account,
+        )
 
 
 def _nothing() -> Top:
@@ -181,50 +275,13 @@ def _nothing() -> Top:
     return Top(no, no.astype(np.float32), no, no.astype(np.uint32), pa.array([], pa.string()))
 
 
-def _cover(thresholds: Float32, class_ids: Int32, num_classes: int | None, floor: np.float32) -> Float32:
-    """`thresholds` with a place for every class in `class_ids`."""
-    if not class_ids.size:
-        return thresholds
-    least, most = int(class_ids.min()), int(class_ids.max())
-    limit = MAX_CLASSES if num_classes is None else num_classes
-    if least < 0 or most >= limit:
-        raise ValueError(f"holds class id {least if least < 0 else most}, and ids must be from 0 to {limit - 1}")
-    if most < len(thresholds):
-        return thresholds
-    return np.concatenate([thresholds, np.full(most + 1 - len(thresholds), floor, np.float32)])
+def kth_scores(top: Top, quotas: Int64, otherwise: Float32) -> Float32:
+    """float32 [C]: the K-th score of every class of which the sorted `top` has K candidates, else `otherwise` [C]."""
+    last = np.flatnonzero(ranks(top.class_id) == quotas[top.class_id] - 1)
+    scores = otherwise.copy()
+    scores[top.class_id[last]] = top.score[last]
+    return scores
 
 
-def _pass(batch: Scored, thresholds: Float32) -> Top:
-    """The candidates of `batch` that reach their class's threshold, in no order."""
-    images, per_image = batch.scores.shape
-    score, class_id = batch.scores.ravel(), batch.class_ids.ravel()
-    passing = score >= thresholds[class_id]  # never true of NaN
-    finite = np.isfinite(score)
-    nonfinite = score.size - int(np.count_nonzero(finite))
-    if nonfinite:
-        passing &= finite
-    chosen = np.flatnonzero(passing)
-    rows = chosen // max(per_image, 1)
-    local = batch.shard.indices.to_numpy(zero_copy_only=False)[rows]
-    names, local = np.unique(local, return_inverse=True)
-    shards = batch.shard.dictionary.take(pa.array(names)).cast(pa.string())
-    shards.validate(full=True)  # that it is UTF-8, which its order rests on
-    return Top(
-        class_id[chosen],
-        score[chosen] + np.float32(0),  # no negative zero: it equals zero, and its bits do not
-        local.astype(np.int32),
-        batch.index[rows],
-        shards,
-        images=images,
-        candidates=score.size,
-        nonfinite=nonfinite,
-        unselected=score.size - nonfinite - len(chosen),
-    )
-
-
-def _raised(thresholds: Float32, top: Top, images_per_class: int) -> Float32:
-    """`thresholds`, raised to the K-th score of every class that has K candidates in the sorted `top`."""
-    last = np.flatnonzero(ranks(top.class_id) == images_per_class - 1)
-    raised = thresholds.copy()
-    raised[top.class_id[last]] = top.score[last]
-    return raised
+def _raised(thresholds: Float32, top: Top, quotas: Int64) -> Float32:
+    return np.maximum(thresholds, kth_scores(top, quotas, thresholds))

@@ -1,4 +1,4 @@
-"""The parallel map and the tree reduction: right under any grouping, bounded, retrying, honest about errors."""
+"""The parallel map and the scatter: complete, bounded, retrying, honest about errors."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import SourceError
-from cluster.reduction import parallel_map, tree_reduce
+from cluster.reduction import parallel_map, scatter
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -27,41 +27,39 @@ def functions_travel_by_value() -> Iterator[None]:
     cloudpickle.unregister_pickle_by_value(module)  # type: ignore[no-untyped-call]
 
 
-def _words(numbers: Sequence[frozenset[int]]) -> frozenset[int]:
-    assert 2 <= len(numbers) <= 3
-    return frozenset().union(*numbers)
+def _digits(number: int, bases: Sequence[int]) -> tuple[int, ...]:
+    return number, *(number % base for base in bases)
 
 
-def _single(number: int) -> frozenset[int]:
-    return frozenset([number])
+def _sum(*numbers: int) -> tuple[int, int]:
+    return sum(numbers), len(numbers)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 10, 23])
-def test_every_item_is_merged_once_whatever_the_count(count: int) -> None:
+@pytest.mark.parametrize("count", [1, 2, 10, 23])
+def test_notes_arrive_and_shares_go_on_to_other_tasks(count: int) -> None:
     import ray
 
-    result = ray.get(tree_reduce(_single, range(count), _words, fan_in=3, in_flight=3))
-    assert result == frozenset(range(count))
+    notes, shares = [], []
+    for note, rest in scatter(_digits, ((number, [3, 5, 7]) for number in range(count)), values=3, in_flight=3):
+        notes.append(note)
+        shares.append(rest)
+    assert sorted(notes) == list(range(count))
+    for base, column in zip([3, 5, 7], zip(*shares, strict=True), strict=True):
+        ((total, (number,)),) = scatter(_sum, [column], values=1)
+        assert total == sum(n % base for n in range(count))
+        assert ray.get(number) == count
 
 
-def _sum(numbers: Sequence[int]) -> int:
-    return sum(numbers)
+def test_a_later_item_can_depend_on_earlier_notes() -> None:
+    seen: list[int] = []
 
+    def items() -> Iterator[tuple[int, list[int]]]:
+        for _ in range(6):
+            yield max(seen, default=0) + 1, []
 
-def test_sum_counts_nothing_twice() -> None:
-    import ray
-
-    assert ray.get(tree_reduce(abs, range(-30, 1), _sum, fan_in=4)) == sum(range(31))
-
-
-def test_no_items_is_an_error() -> None:
-    with pytest.raises(ValueError, match="must not be empty"):
-        tree_reduce(_single, [], _words)
-
-
-def test_fan_in_below_two_is_an_error() -> None:
-    with pytest.raises(ValueError, match="at least 2"):
-        tree_reduce(_single, [1], _words, fan_in=1)
+    for note, _ in scatter(_digits, items(), values=0, in_flight=1):
+        seen.append(note)
+    assert seen == [1, 2, 3, 4, 5, 6]
 
 
 def test_items_are_drawn_only_as_tasks_finish() -> None:
@@ -94,9 +92,13 @@ def test_an_error_arrives_as_it_was_raised() -> None:
     assert caught.value.value == "file-5"
 
 
-def test_an_error_in_a_map_of_a_reduction_arrives_as_it_was_raised() -> None:
+def _refuse_some(number: int) -> tuple[int]:
+    return (_refuse(number),)
+
+
+def test_an_error_in_a_scatter_arrives_as_it_was_raised() -> None:
     with pytest.raises(SourceError, match="'file-5'"):
-        tree_reduce(_refuse, range(8), _sum)
+        list(scatter(_refuse_some, ((number,) for number in range(8)), values=0))
 
 
 def _fails_at_first(path: str) -> int:

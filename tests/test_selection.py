@@ -1,7 +1,11 @@
 """Selection against a plain sort and against DuckDB, and its invariants under any split, order and grouping."""
 
+import contextlib
 import json
+import os
 import random
+import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,9 +21,11 @@ from hypothesis import strategies as st
 
 from cluster import storage
 from cluster.errors import InputError, SourceError, StorageError
+from cluster.reduction import scatter
 from pipeline import top as top_module
-from pipeline.selection import Selected, read_selection, select
-from pipeline.top import Scored, Top, merge, top_of
+from pipeline.quotas import quotas
+from pipeline.selection import Selected, Wanted, read_selection, select, select_several
+from pipeline.top import Int64, Scored, Sieve, Top, merge
 
 Row = tuple[str, int, list[int], list[float]]  # shard, index, class ids, scores
 Chosen = tuple[int, int, float, str, int]  # class, rank, score, shard, index
@@ -59,7 +65,19 @@ def scored(rows: Sequence[Row], classes_per_image: int | None = None) -> Scored:
     ids = np.array([row[2] for row in rows], np.int32).reshape(-1, P)[:, :classes_per_image]
     scores = np.array([row[3] for row in rows], np.float32).reshape(-1, P)[:, :classes_per_image]
     shard = table["shard"].chunk(0)
-    return Scored(shard, table["index"].to_numpy(), ids, scores)
+    return Scored(shard, table["index"].to_numpy(), ids, scores, images=len(rows))
+
+
+def quota(K: int, classes: int = 6) -> Int64:
+    return np.full(classes, K, np.int64)
+
+
+def top_of(batches: Sequence[Scored], quotas: Int64, min_score: float | None = None, thresholds: Any = None) -> Top:
+    floor = np.full(len(quotas), -np.inf if min_score is None else min_score, np.float32)
+    sieve = Sieve(quotas, floor if thresholds is None else thresholds)
+    for batch in batches:
+        sieve.add(batch)
+    return merge([sieve.top()], quotas)
 
 
 def brute_force(rows: Sequence[Row], K: int, P: int | None = None, min_score: float | None = None) -> list[Chosen]:
@@ -113,18 +131,18 @@ def test_any_split_and_any_merge_tree_equal_a_sort(rows: list[Row], K: int, data
     shuffled = data.draw(st.permutations(rows))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(rows)), max_size=5)))
     parts = [shuffled[a:b] for a, b in zip([0, *cuts], [*cuts, len(rows)], strict=True)]
-    tops = [top_of([scored(part, P)] if part else [], K, min_score=floor) for part in parts]
+    tops = [top_of([scored(part, P)] if part else [], quota(K), floor) for part in parts]
     while len(tops) > 1:
         taken = data.draw(st.integers(2, len(tops)))
         order = data.draw(st.permutations(range(len(tops))))
-        tops = [merge([tops[i] for i in order[:taken]], K), *(tops[i] for i in order[taken:])]
+        tops = [merge([tops[i] for i in order[:taken]], quota(K)), *(tops[i] for i in order[taken:])]
     expected = brute_force(rows, K, P, floor)
     assert chosen(tops[0]) == expected
     assert not np.signbit(tops[0].score[tops[0].score == 0]).any()
-    assert tops[0].images == len(rows)
-    assert tops[0].candidates == len(rows) * P
-    assert tops[0].nonfinite == sum(not np.isfinite(score) for row in rows for score in row[3][:P])
-    assert tops[0].candidates == len(expected) + tops[0].unselected + tops[0].nonfinite
+    assert tops[0].account.images == len(rows)
+    assert tops[0].account.candidates == len(rows) * P
+    assert tops[0].account.nonfinite == sum(not np.isfinite(score) for row in rows for score in row[3][:P])
+    assert tops[0].account.candidates == len(expected) + tops[0].account.unselected + tops[0].account.nonfinite
 
 
 @pytest.mark.parametrize(("levels", "K"), [(8, 15), (1 << 20, 15), (1 << 20, 2)])
@@ -145,12 +163,12 @@ def test_thresholds_prune_and_keep_ties(levels: int, K: int, monkeypatch: pytest
     seen: list[int] = []
     real = top_module.merge
 
-    def counted(tops: Sequence[Top], images_per_class: int) -> Top:
+    def counted(tops: Sequence[Top], quotas: Int64) -> Top:
         seen.append(sum(map(len, tops)))
-        return real(tops, images_per_class)
+        return real(tops, quotas)
 
     monkeypatch.setattr(top_module, "merge", counted)
-    result = top_of(batches, K, num_classes=6)
+    result = top_of(batches, quota(K))
     assert chosen(result) == brute_force(rows, K)
     assert len(seen) > 1
     assert max(seen) < 2 * 6 * K + 200 + 50  # bounded by classes x K, a batch and the buffer, not by 8000 candidates
@@ -158,20 +176,11 @@ def test_thresholds_prune_and_keep_ties(levels: int, K: int, monkeypatch: pytest
 
 def test_shards_are_ordered_by_bytes_not_by_locale_or_code_unit() -> None:
     rows: list[Row] = [(name, 0, [0], [0.5]) for name in reversed(HOSTILE)]
-    result = top_of([scored(rows)], len(rows))
+    result = top_of([scored(rows)], quota(len(rows)))
     assert [row[3] for row in chosen(result)] == sorted(HOSTILE, key=lambda name: name.encode())
-    assert [row[3] for row in chosen(top_of([scored(rows)], 3))] == sorted(HOSTILE, key=lambda name: name.encode())[:3]
-
-
-@pytest.mark.parametrize("class_id", [-1, 4, 2**31 - 1])
-def test_class_ids_out_of_range_are_refused(class_id: int) -> None:
-    with pytest.raises(ValueError, match=f"holds class id {class_id}"):
-        top_of([scored([("a", 0, [class_id], [0.5])])], 2, num_classes=4)
-
-
-def test_an_absurd_class_id_does_not_take_the_memory() -> None:
-    with pytest.raises(ValueError, match="holds class id 2147483647"):
-        top_of([scored([("a", 0, [2**31 - 1], [0.5])])], 2)
+    assert [row[3] for row in chosen(top_of([scored(rows)], quota(3)))] == sorted(
+        HOSTILE, key=lambda name: name.encode()
+    )[:3]
 
 
 # On Ray
@@ -207,6 +216,19 @@ def rows_of(uri: str) -> list[Chosen]:
     table = read_selection(uri)
     names = ("class_id", "rank", "score", "shard", "index")
     return list(zip(*(table[name].to_pylist() for name in names), strict=True))
+
+
+def in_process(fn: Any, items: Any, *, values: int) -> Any:
+    """`scatter` here, so that what a test changes in a module is in force."""
+    import ray
+
+    def value(item: Any) -> Any:
+        return ray.get(item) if isinstance(item, ray.ObjectRef) else item
+
+    for item in items:
+        note, *rest = fn(*map(value, item))
+        assert len(rest) == values
+        yield note, [ray.put(one) for one in rest]
 
 
 @pytest.fixture(scope="module")
@@ -265,9 +287,11 @@ class TestSelect:
             candidates=8,
             selected=4,
             unselected=2,
+            excluded=0,
             nonfinite=2,
             distinct_images=2,
             classes_short=2,
+            quotas=(2, 2, 2, 2),
             counts=(2, 0, 2, 0),
             lowest_scores=(float(np.float32(0.8)), None, float(np.float32(0.1)), None),
         )
@@ -294,18 +318,16 @@ class TestSelect:
     def test_large_selections_are_split_between_classes_and_stale_parts_go(
         self, rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        import ray
-
-        from pipeline import selection
+        from pipeline import reducer, selection
 
         write_scores(str(tmp_path / "scores"), rows, 3, num_classes=9)
-        monkeypatch.setattr(selection, "run_task", lambda fn, top: fn(ray.get(top)))  # here, where parts are small
+        monkeypatch.setattr(reducer, "scatter", in_process)  # where parts are small
         monkeypatch.setattr(selection, "PART_ROWS", 100)
         monkeypatch.setattr(selection, "ROW_GROUP_ROWS", 30)
         out = str(tmp_path / "out")
         select(str(tmp_path / "scores"), out, images_per_class=40)
         parts = sorted((tmp_path / "out").glob("*.parquet"))
-        assert [pq.ParquetFile(part).metadata.num_rows for part in parts] == [80, 80, 80, 80, 40]
+        assert [pq.ParquetFile(part).metadata.num_rows for part in parts] == [120, 80, 80, 80]
         assert rows_of(out) == brute_force(rows, 40)
         parts[2].unlink()
         with pytest.raises(SourceError, match="is not a complete selection; select again"):
@@ -413,3 +435,193 @@ class TestBadInput:
 def test_no_selection_to_read(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="is not a complete selection"):
         read_selection(str(tmp_path))
+
+
+def test_a_sieve_and_its_supplement_together_lose_nothing() -> None:
+    rows = generated(400, 3, 6, seed=5)
+    first = Sieve(quota(30), guess := np.full(6, 0.9, np.float32))
+    rest = Sieve(quota(30), np.full(6, -np.inf, np.float32), below=guess, supplement=True)
+    for sieve in (first, rest):
+        sieve.add(scored(rows))
+    found = merge([first.top(), rest.top()], quota(30))
+    assert chosen(found) == brute_force(rows, 30)
+    assert found.account.candidates == 1200 == len(found) + found.account.unselected
+
+
+class TestQuotas:
+    def test_equal_without_a_distribution(self) -> None:
+        assert quotas(7, 4).tolist() == [7] * 4
+
+    @pytest.mark.parametrize("exponent", [0.0, 0.7, 1.0, 2.0])
+    def test_zipf_keeps_the_total_and_its_law(self, exponent: float) -> None:
+        found = quotas(1000, 50, zipf_exponent=exponent, seed=3)
+        assert found.sum() == 50_000
+        falling = np.sort(found)[::-1]
+        expected = np.arange(1, 51) ** -exponent
+        np.testing.assert_allclose(falling, expected / expected.sum() * 50_000, atol=1)
+        assert quotas(1000, 50, zipf_exponent=exponent, seed=3).tolist() == found.tolist()
+
+    def test_weights_are_shares_of_the_total(self) -> None:
+        assert quotas(10, 3, class_weights=[3, 0, 1]).tolist() == [23, 0, 7]  # 22.5 and 7.5: the first gets the rest
+
+    @pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [0.0, 0.0], [1.0, float("nan")]])
+    def test_bad_weights_are_refused(self, weights: list[float]) -> None:
+        with pytest.raises(InputError, match="class_weights"):
+            quotas(10, 2, class_weights=weights)
+
+
+def by_quota(rows: Sequence[Row], K: Int64) -> list[Chosen]:
+    return [row for row in brute_force(rows, int(K.max())) if row[1] < K[row[0]]]
+
+
+def busy_workers() -> list[int]:
+    """Process ids of this session's Ray workers that run a task: grandchildren of ours, which Ray names by it."""
+    parents, names = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            pid = int(folder.name)
+            parents[pid] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            names[pid] = (folder / "cmdline").read_bytes()
+    ours = [pid for pid, parent in parents.items() if parents.get(parent) == os.getpid()]
+    return [pid for pid in ours if names[pid].startswith(b"ray::_run")]
+
+
+@pytest.mark.usefixtures("ray_local")
+class TestVariants:
+    def test_several_selections_in_one_pass_equal_single_ones(self, rows: list[Row], tmp_path: Path) -> None:
+        write_scores(str(tmp_path / "scores"), rows, 4, num_classes=9)
+        wanted = [Wanted(str(tmp_path / f"{P}-{K}"), K, P) for P in (1, 3, None) for K in (5, 60)]
+        for one, selected in zip(wanted, select_several(str(tmp_path / "scores"), wanted), strict=True):
+            assert rows_of(one.out_uri) == brute_force(rows, one.images_per_class, one.classes_per_image)
+            assert selected.candidates == 1200 * (one.classes_per_image or 4)
+            assert selected.candidates == selected.selected + selected.unselected
+
+    def test_unbalanced_quotas(self, rows: list[Row], tmp_path: Path) -> None:
+        write_scores(str(tmp_path / "scores"), rows, 4, num_classes=9)
+        out = str(tmp_path / "out")
+        selected = select(str(tmp_path / "scores"), out, images_per_class=40, zipf_exponent=1.0, seed=2)
+        K = quotas(40, 9, zipf_exponent=1.0, seed=2)
+        assert selected.quotas == tuple(K.tolist())
+        assert selected.counts == selected.quotas
+        assert selected.selected == 360
+        assert rows_of(out) == by_quota(rows, K)
+
+    def test_excluded_images_are_passed_over_and_counted(self, rows: list[Row], tmp_path: Path) -> None:
+        write_scores(str(tmp_path / "scores"), rows, 4, num_classes=9)
+        vetoed = [(shard, index) for shard, index, _, _ in rows[::3]]
+        listed = [*vetoed, ("elsewhere.tar", 1), vetoed[0]]
+        columns = {"shard": [s for s, _ in listed], "index": pa.array([i for _, i in listed], pa.int64())}
+        pq.write_table(pa.table(columns), tmp_path / "near.parquet")
+        out = str(tmp_path / "out")
+        selected = select(str(tmp_path / "scores"), out, images_per_class=50, exclude=[str(tmp_path / "near.parquet")])
+        assert rows_of(out) == brute_force([row for row in rows if row[:2] not in set(vetoed)], 50)
+        assert selected.excluded == 400 * 4
+        assert selected.candidates == selected.selected + selected.unselected + selected.excluded
+
+    def test_no_exclusion_list(self, rows: list[Row], tmp_path: Path) -> None:
+        write_scores(str(tmp_path / "scores"), rows, 1)
+        with pytest.raises(SourceError, match=r"exclude = .*holds no Parquet files"):
+            select(str(tmp_path / "scores"), str(tmp_path / "o"), images_per_class=1, exclude=[str(tmp_path / "no")])
+
+    def test_tags_at_random_whatever_the_split(self, tmp_path: Path) -> None:
+        rng = random.Random(0)
+        tagged = [("a.tar" if n % 2 else "é.tar", n, rng.choices(range(5), k=rng.randrange(4))) for n in range(3000)]
+        found = []
+        for number, files in enumerate((1, 3)):
+            (tmp_path / f"tags-{number}").mkdir()
+            for file in range(files):
+                part = tagged[file::files]
+                kind = pa.list_(pa.int32())
+                columns = [
+                    pa.array(c, k) for c, k in zip(zip(*part, strict=True), [None, pa.uint32(), kind], strict=True)
+                ]
+                pq.write_table(
+                    pa.table(columns, ["shard", "index", "class_ids"]), tmp_path / f"tags-{number}/{file}.parquet"
+                )
+            out = str(tmp_path / f"out-{number}")
+            selected = select(
+                str(tmp_path / f"tags-{number}"), out, images_per_class=100, tags=True, seed=7, tasks=files
+            )
+            found.append(bytes_of(out))
+        assert found[0] == found[1]
+        assert selected.images == 3000
+        assert selected.candidates == sum(len(set(tags)) for _, _, tags in tagged)
+        has = {(shard, index): set(tags) for shard, index, tags in tagged}
+        picked = rows_of(out)
+        assert len(picked) == 500
+        assert all(class_id in has[shard, index] for class_id, _, _, shard, index in picked)
+        assert 1200 < np.mean([row[4] for row in picked]) < 1800  # from everywhere, not the first or the last
+        select(str(tmp_path / "tags-0"), str(tmp_path / "other"), images_per_class=100, tags=True, seed=8)
+        assert rows_of(str(tmp_path / "other")) != picked
+
+    @pytest.mark.parametrize("fair", [True, False])
+    def test_a_sample_decides_nothing(self, fair: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its thresholds are guesses; here one is right, and one is far too high because the sample is of the best."""
+        from pipeline import reducer
+
+        rows = generated(4000, 3, 6, seed=9, levels=1000)
+        if not fair:
+            rows.sort(key=lambda row: -row[3][0])
+        passed: list[int] = []
+        real = scatter
+
+        def counted(*args: Any, **options: Any) -> Any:
+            for note, rest in real(*args, **options):
+                if isinstance(note, list):
+                    passed.append(int(note[0].counts.sum()))
+                yield note, rest
+
+        monkeypatch.setattr(reducer, "scatter", counted)
+        monkeypatch.setattr(reducer, "SAMPLE_ROWS", (200, 200))
+        monkeypatch.setattr(reducer, "SAMPLE_SLICES", 4 if fair else 1)
+        (tmp_path / "scores").mkdir()
+        for number in range(8):
+            part = rows[number::8] if fair else rows[number * 500 : number * 500 + 500]
+            pq.write_table(table_of(part, 6), tmp_path / f"scores/{number}.parquet", row_group_size=50)
+        selected = select(str(tmp_path / "scores"), str(tmp_path / "out"), images_per_class=300, tasks=8)
+        assert rows_of(str(tmp_path / "out")) == brute_force(rows, 300)
+        assert selected.candidates == 12_000 == selected.selected + selected.unselected
+        assert (len(passed) > 10) is not fair  # a second scan
+        if fair:
+            assert sum(passed[2:]) < 6000
+
+    def test_a_memory_limit_takes_several_passes_and_gives_the_same_bytes(
+        self, rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from pipeline import reducer, selection
+
+        monkeypatch.setattr(reducer, "scatter", in_process)
+        monkeypatch.setattr(selection, "PART_ROWS", 100)
+        write_scores(str(tmp_path / "scores"), rows, 3, num_classes=9)
+        found = []
+        for number, unit in enumerate((1, 64 << 20)):  # bytes of a candidate
+            monkeypatch.setattr(reducer, "BYTES_PER_CANDIDATE", unit)
+            select(str(tmp_path / "scores"), out := str(tmp_path / f"{number}"), images_per_class=40, memory_mib=4096)
+            found.append(bytes_of(out))
+        assert found[0] == found[1]
+        assert rows_of(out) == brute_force(rows, 40)
+
+    def test_workers_killed_in_mid_reduction_change_nothing(self, tmp_path: Path) -> None:
+        rows = generated(20_000, 4, 9, seed=4)
+        write_scores(str(tmp_path / "scores"), rows, 16, num_classes=9)
+        scores, out = str(tmp_path / "scores"), str(tmp_path / "out")
+        select(scores, out, images_per_class=300, tasks=16)
+        expected, killed = bytes_of(out), 0
+        stop = threading.Event()
+
+        def kill() -> None:
+            nonlocal killed
+            while not stop.wait(0.02) and killed < 3:
+                for worker in busy_workers()[:1]:
+                    os.kill(worker, signal.SIGKILL)
+                    killed += 1
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            select(scores, str(tmp_path / "again"), images_per_class=300, tasks=16)
+        finally:
+            stop.set()
+            killer.join()
+        assert killed > 0
+        assert bytes_of(str(tmp_path / "again")) == expected
