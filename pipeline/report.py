@@ -48,7 +48,7 @@ class ModelFacts:
 class Conservation:
     """The counts which prove that nothing was dropped in silence.
 
-    It holds when `listed == scored + rejected` (images) and `candidates == selected + unselected` (candidates).
+    It holds when `listed == scored + rejected` (images) and `candidates == selected + unselected + excluded + nonfinite` (candidates).
     """
 
     listed: int
@@ -57,6 +57,8 @@ class Conservation:
     candidates: int
     selected: int
     unselected: int
+    excluded: int = 0
+    nonfinite: int = 0
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def selection_lines(selection: Mapping[str, Any]) -> list[str]:
     if selection["excluded"]:
         lines[0] += f" + {selection['excluded']:,} of excluded images"
     if selection["nonfinite"]:
-        lines[0] += f" (and {selection['nonfinite']:,} non-finite scores, left out)"
+        lines[0] += f" + {selection['nonfinite']:,} with a score that is no number"
     short, classes = selection["classes_short"], selection["num_classes"]
     least, most = min(selection["quotas"], default=0), max(selection["quotas"], default=0)
     k = f"K = {most:,}" if least == most else f"their quotas of {least:,} to {most:,} images"
@@ -218,6 +218,8 @@ def _selection_fields(recipe: Recipe, done: Mapping[str, Finished]) -> dict[str,
             candidates=selection["candidates"],
             selected=selection["selected"],
             unselected=selection["unselected"],
+            excluded=selection["excluded"],
+            nonfinite=selection["nonfinite"],
         ),
         "images_per_class": selection["images_per_class"],
         "classes": [
