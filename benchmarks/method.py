@@ -2,7 +2,7 @@
 
     python benchmarks/method.py demo --seeds 5 --data runs/method
 
-Every seed draws D, the validation set, U, the initial weights and the order of the images anew, and runs the whole recipe with
+Every seed draws D, the validation set, U, the initial weights and the order of the images anew (the test set stays), and runs the whole recipe with
 `tophat run` in a process of its own. The two students of a seed share all but the method, so that their difference is a paired one.
 """
 
