@@ -32,6 +32,8 @@ import pyarrow.parquet as pq
 
 STAGES = ("embeddings", "pairs", "copies", "excluded")
 """In order; those that the settings do not ask for are not run."""
+EXCLUDED = pa.schema([("shard", pa.string()), ("index", pa.uint32()), ("reason", pa.string())])
+"""Columns of an exclusion list."""
 PAIRS_FILE = "pairs.parquet"
 REVIEW = "review"
 CLAIM = "tophat-duplicates"
@@ -173,7 +175,7 @@ def exclude(once: Once, found: Mapping[str, Finished], decisions_uri: str | None
 
     def work(place: str) -> dict[str, Any]:
         outputs = {"near": 0, "copies": 0, "decided": 0}
-        near = pa.schema([("shard", pa.string()), ("index", pa.uint32())]).empty_table()
+        near = EXCLUDED.empty_table()
         if "pairs" in found:
             pairs = found["pairs"]
             ranked = read_pairs(storage.join(pairs.uri, PAIRS_FILE))
@@ -181,11 +183,9 @@ def exclude(once: Once, found: Mapping[str, Finished], decisions_uri: str | None
             if decisions is not None and decisions_uri is not None:
                 outputs["decided"] = len(decisions.remove) + len(decisions.keep)
                 out = decided(field, decisions_uri, decisions, ranked, pairs.outputs["finding"], out)
-            near = ranked.select(["shard", "index", "distance", "rank"]).filter(pa.array(out))
+            near = ranked.filter(pa.array(out))
         outputs["near"] = len(near)
-        sink = pa.BufferOutputStream()
-        pq.write_table(near, sink)
-        storage.publish(storage.join(place, "near.parquet"), sink.getvalue().to_pybytes())
+        _publish_excluded(storage.join(place, "near.parquet"), near, "near-duplicate")
         if "copies" in found:
             outputs["copies"] = found["copies"].outputs["copies"]
             _copy_parts(found["copies"].uri, place)
@@ -197,11 +197,18 @@ def exclude(once: Once, found: Mapping[str, Finished], decisions_uri: str | None
 
 def _copy_parts(source: str, target: str) -> None:
     def copy(entry: storage.FileEntry) -> None:
-        with storage.local_copy(storage.join(source, entry.path)) as local:
-            storage.publish(storage.join(target, entry.path), local)
+        with storage.open_input(storage.join(source, entry.path)) as file:
+            _publish_excluded(storage.join(target, entry.path), pq.read_table(file), "copy")
 
     with ThreadPoolExecutor(max_workers=8) as pool:
         list(pool.map(copy, storage.list_files(source, ".parquet")))
+
+
+def _publish_excluded(uri: str, images: pa.Table, reason: str) -> None:
+    columns = [images["shard"], images["index"], pa.repeat(reason, len(images))]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns, schema=EXCLUDED), sink)
+    storage.publish(uri, sink.getvalue().to_pybytes())
 
 
 # Without a run

@@ -322,8 +322,9 @@ def rank(batches: Iterator[Embedded], side: Side, keep: int) -> Ranked:
     waiting = 0
     for batch in batches:
         if batch.vectors.shape[1] != side.vectors.shape[1]:
-            widths = f"{batch.vectors.shape[1]} features, and the labeled images {side.vectors.shape[1]}"
-            raise SourceError("embeddings", f"{widths}", "must be as many", "embed both with one model")
+            rule = f"must have {side.vectors.shape[1]} features, as those of the labeled images have"
+            fix = "embed both with one model"
+            raise SourceError("embeddings", f"{batch.vectors.shape[1]} features", rule, fix)
         distance, which = nearest(batch.vectors, side, search, bound)
         passing = np.isfinite(distance) & (distance <= bound)
         table = _pairs_table(

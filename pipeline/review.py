@@ -77,7 +77,14 @@ def write_review(out_uri: str, review: Review, progress: Progress = SILENT) -> s
     for (name, shard, index), number in labeled.items():
         wanted.setdefault((name, shard), {}).setdefault(index, []).append(f"l-{number:05d}.jpg")
     shown: set[str] = set()
-    jobs = [_job(review, name, shard, files) for (name, shard), files in wanted.items()]
+    sources: dict[str | None, ImageSource] = {None: review.unlabeled, **review.sets}
+    shards = {name: {shard.name: shard for shard in source.shards()} for name, source in sources.items()}
+    jobs = []
+    for (owner, shard), files in wanted.items():
+        if shard not in shards[owner]:
+            rule = f"has no shard {shard}, which the pairs name"
+            raise SourceError("source", sources[owner].reader.root, rule, "give the source that was embedded")
+        jobs.append(_Job(sources[owner].reader, shards[owner][shard], files))
     for made in parallel_map(partial(_thumbnails, storage.join(out_uri, "assets")), jobs):
         shown.update(made)
         progress.add(done=len(made))
@@ -97,15 +104,6 @@ class _Job:
     reader: Reader
     shard: Shard
     files: dict[int, list[str]]
-
-
-def _job(review: Review, name: str | None, shard: str, files: dict[int, list[str]]) -> _Job:
-    source = review.unlabeled if name is None else review.sets[name]
-    found = next((known for known in source.shards() if known.name == shard), None)
-    if found is None:
-        rule = f"has no shard {shard}, which the pairs name"
-        raise SourceError("source", source.reader.root, rule, "give the source that was embedded")
-    return _Job(source.reader, found, files)
 
 
 def _thumbnails(out_uri: str, job: _Job) -> list[str]:
