@@ -77,7 +77,8 @@ def write_review(out_uri: str, review: Review, progress: Progress = SILENT) -> s
     for (name, shard, index), number in labeled.items():
         wanted.setdefault((name, shard), {}).setdefault(index, []).append(f"l-{number:05d}.jpg")
     shown: set[str] = set()
-    sources: dict[str | None, ImageSource] = {None: review.unlabeled, **review.sets}
+    sources: dict[str | None, ImageSource] = {None: review.unlabeled}
+    sources.update(review.sets.items())
     shards = {name: {shard.name: shard for shard in source.shards()} for name, source in sources.items()}
     jobs = []
     for (owner, shard), files in wanted.items():

@@ -304,7 +304,7 @@ def deduplicate(
 
 def select_top_k(this: Run, labeled: LabeledData, scores: Finished, excluded: Finished | None = None) -> Finished:
     """(2) For each class the K best-scored images, of those that are not excluded."""
-    without: dict[str, Any] = {} if excluded is None else {"exclude": excluded.uri}
+    without: dict[str, Any] = {} if excluded is None else {"exclude": (excluded.uri,)}
 
     def work(place: str) -> dict[str, Any]:
         with this.display.task("selection", scores.outputs["scored"]) as progress:
