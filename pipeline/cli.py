@@ -78,12 +78,12 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
     from cluster.resources import check, cluster_shape
     from cluster.session import Session
     from pipeline import summary
-    from pipeline.run import STAGES, Run, changed_sources, demands, open_sources
+    from pipeline.run import Run, changed_sources, demands, open_sources, stages_of
     from pipeline.run import run as run_pipeline
     from pipeline.store import RunStore
 
-    if until is not None and until not in STAGES:
-        raise InputError("--until", until, "is not a stage", f"use one of {', '.join(STAGES)}")
+    if until is not None and until not in stages_of(recipe):
+        raise InputError("--until", until, "is not a stage", f"use one of {', '.join(stages_of(recipe))}")
     store = RunStore(storage.absolute(run_dir))
     sources = open_sources(recipe, store)
     store.claim(recipe.name, recipe.to_yaml())
@@ -277,6 +277,67 @@ def select(
 
 
 @app.command()
+def duplicates(
+    to: Annotated[str, typer.Option("--out", metavar="URI", help="Folder of the pairs, the review and the list.")],
+    source: Annotated[str | None, typer.Option("--source", metavar="URI", help="U: images, in any layout.")] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option("--against", metavar="URI", help="Labeled images that must not be in U. Repeatable."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="DIR", help="Whose features are compared: a model directory.")
+    ] = None,
+    scores: Annotated[
+        str | None,
+        typer.Option("--scores", metavar="URI", help="U's score table by that model, made with score.embedding."),
+    ] = None,
+    nearest: Annotated[int | None, typer.Option("--nearest", metavar="N", help="Leave out the N nearest.")] = None,
+    within: Annotated[
+        float | None, typer.Option("--within", metavar="D", help="Leave out what is at most so far.")
+    ] = None,
+    copies: Annotated[bool, typer.Option("--copies", help="Leave out all but the first of equal files in U.")] = False,
+    decisions: Annotated[
+        str | None, typer.Option("--decisions", metavar="FILE", help="What the review page saved.")
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A field of deduplicate, or score.FIELD. Repeatable."),
+    ] = None,
+    address: Address = "local",
+    verbose: Verbose = False,
+) -> None:
+    """Find images of U that are near-duplicates of evaluation images, or copies; review them; list what to leave out.
+
+    First with --source and --against; then look at the review page, and give its file: --out URI --decisions FILE.
+    """
+    from pipeline import deduplication
+
+    if source is None:
+        if decisions is None:
+            raise InputError("--source", "nothing", "must be given", "add --source URI, or --decisions FILE to decide")
+        if against or model or scores or nearest or within or copies or sets:
+            rule = "must be given with the other options"
+            raise InputError("--source", "nothing", rule, "add it, or give --out and --decisions alone")
+        done = deduplication.decide(to, decisions)
+    else:
+        from cluster.progress import Display
+        from pipeline.recipe import deduplicate_settings
+
+        options = {"nearest": nearest, "within": within, "copies": copies, "decisions": decisions, "model": model}
+        settings, score = deduplicate_settings(sets or [], **options)
+        subject = deduplication.subject(_open("--source", source), against or [], settings, scores)
+        with _session(address, verbose) as session:
+            done = deduplication.find(to, subject, settings, score, session.start, Display(out))
+    title = f"Left out of U: {done['excluded'].uri}"
+    counts = {"near-duplicates": done["excluded"].outputs["near"], "copies": done["excluded"].outputs["copies"]}
+    out.print(_pairs(title, counts | {"decided in the review": done["excluded"].outputs["decided"]}))
+    if "pairs" in done:
+        found = done["pairs"].outputs
+        out.print(f"compared: {found['images']:,} images of U with {found['labeled']:,}; {found['pairs']:,} pairs kept")
+        out.print(f"review: {found['review']}", markup=False)
+
+
+@app.command()
 def evaluate(
     model: Model,
     source: Annotated[str, typer.Option("--source", metavar="URI", help="Labeled images.")],
@@ -312,17 +373,20 @@ def evaluate(
 def status(run_dir: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
     """What of a run is finished."""
     from cluster import storage
-    from pipeline import summary
+    from pipeline import deduplication, summary
     from pipeline.run import STAGES
     from pipeline.store import RunStore
 
     store = RunStore(storage.absolute(run_dir))
     if not storage.exists(storage.join(store.uri, "run.json")):
         raise RunError("RUN", run_dir, "is not a run directory", "give the --run-dir of a `tophat run`")
-    found = {name: stage for name in STAGES if (stage := store.finished(name)) is not None}
+    more = tuple(name for name in deduplication.STAGES if store.started(name))
+    place = STAGES.index("selection")
+    names = (*STAGES[:place], *more, *STAGES[place:])
+    found = {name: stage for name in names if (stage := store.finished(name)) is not None}
     done = {name: stage for name, stage in found.items() if store.current(stage)}
     table = summary.table(f"Run {run_dir}", "stage", "state", "seconds", "images")
-    for name in STAGES:
+    for name in names:
         stage = done.get(name)
         images = stage.outputs.get("images") if stage else None
         state = "done" if stage else "out of date" if name in found else _unfinished(store, name, done.get("unlabeled"))

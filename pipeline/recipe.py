@@ -84,6 +84,49 @@ class Score(Section):
     """Decoded images that travel together, in MiB; a larger shard is scored in several row ranges, one file each."""
     max_reject_fraction: float = Field(default=1.0, ge=0.0, le=1.0)
     """The run stops when a larger share of U could not be scored."""
+    embedding: bool = False
+    """Whether each image's pooled features, the input of the teacher's last linear layer, are kept beside its scores (float16)."""
+
+
+class Deduplicate(Section):
+    """What of U is left out before selection: near-duplicates of evaluation images (supplement 5) and copies inside U. Off by default."""
+
+    nearest: int | None = Field(default=None, ge=1, le=10**6)
+    """So many images of U, the nearest to any validation or test image, are left out; 5000 in the paper."""
+    within: float | None = Field(default=None, ge=0.0, le=2.0)
+    """Images of U at most so far from a validation or test image are left out: Euclidean, between L2-normalized features."""
+    copies: bool = False
+    """Of images of U with the same bytes only the first, by shard and index, stays."""
+    model: Uri | None = None
+    """Directory of the model whose features are compared; by default the teacher, whose features `score.embedding` keeps."""
+    pairs: int = Field(default=10_000, ge=1, le=10**6)
+    """Nearest pairs that are ranked and shown for review: at least as many as are left out."""
+    index: Literal["exact", "ivf", "hnsw"] = "exact"
+    """How the nearest evaluation image is searched (Faiss): by brute force, or approximately in inverted lists or a graph, for large evaluation sets."""
+    probes: int = Field(default=32, ge=1, le=65_536)
+    """Of `ivf`, the lists that are searched; of `hnsw`, the breadth of the search. More finds more and takes longer."""
+    decisions: Uri | None = None
+    """The decision file of a review, which overrides `nearest` and `within` for the pairs that it names."""
+
+    @property
+    def near(self) -> bool:
+        """Whether near-duplicates are looked for."""
+        return self.nearest is not None or self.within is not None
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is left out."""
+        return self.near or self.copies
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.nearest is not None and self.nearest > self.pairs:
+            raise ValueError(
+                f"pairs = {self.pairs} must be at least nearest = {self.nearest}: only ranked pairs can be left out"
+            )
+        if self.decisions is not None and not self.near:
+            raise ValueError("decisions needs nearest or within: the pairs that it was made on are ranked again")
+        return self
 
 
 class Select(Section):
@@ -159,6 +202,8 @@ class Recipe(Section):
     """Stage (1)."""
     score: Score = Score()
     """Stage (2): ranking."""
+    deduplicate: Deduplicate = Deduplicate()
+    """What of U is left out before selection."""
     select: Select = Select()
     """Stage (2): picking."""
     dhat: Dhat = Dhat()
@@ -188,6 +233,11 @@ class Recipe(Section):
             raise ValueError(
                 f"select.classes_per_image = {wanted} must be at most score.classes_per_image = {stored}: "
                 "only the stored classes can be selected"
+            )
+        if self.deduplicate.near and self.deduplicate.model is None and not self.score.embedding:
+            raise ValueError(
+                "deduplicate compares the teacher's features, which score.embedding = false does not keep: "
+                "set it to true, or give deduplicate.model"
             )
         return self
 
@@ -256,6 +306,27 @@ def score_settings(overrides: Sequence[str], classes_per_image: int | None, clas
         rule = f"must be at most {classes}, the number of classes of the model"
         raise RecipeError("--classes-per-image", settings.classes_per_image, rule, f"set it to {classes} or less")
     return settings
+
+
+def deduplicate_settings(overrides: Sequence[str], **options: Any) -> tuple[Deduplicate, Score]:
+    """The section `deduplicate`, and `score` for its embeddings, without a recipe.
+
+    Args:
+        overrides: `field=value` of the section `deduplicate`, or `score.field=value`.
+        options: fields of `deduplicate`; None leaves the default.
+
+    Raises:
+        RecipeError: a field is wrong.
+    """
+    documents: tuple[dict[str, Any], dict[str, Any]] = ({k: v for k, v in options.items() if v is not None}, {})
+    for override in overrides:
+        to_score = override.startswith("score.")
+        _override(documents[to_score], override.removeprefix("score.").removeprefix("deduplicate."))
+    try:
+        return Deduplicate.model_validate(documents[0]), Score.model_validate(documents[1])
+    except ValidationError as error:
+        section = Deduplicate if error.title == Deduplicate.__name__ else Score
+        raise _first_error(error, section) from None
 
 
 def shipped() -> dict[str, Path]:

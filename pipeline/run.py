@@ -1,6 +1,6 @@
 """The paper's pipeline, section 3.2, from a recipe to a student and its report."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ from cluster.resources import Bundle, Demand
 from cluster.session import Session
 from models.config import ModelConfig, Training
 from models.training import Fitted, fit
+from pipeline import deduplication, scoring, selection
 from pipeline import dhat as dhat_stage
 from pipeline import labeled as labeled_stage
-from pipeline import scoring, selection
 from pipeline.evaluation import evaluate
 from pipeline.loading import TrainingSet, dhat_training_set
 from pipeline.recipe import Recipe
@@ -37,6 +37,14 @@ STAGES = (
     "evaluation",
 )
 """Every stage, in order: the name of its folder in the run, and what `--until` takes."""
+
+
+def stages_of(recipe: Recipe) -> tuple[str, ...]:
+    """The stages of a run of this recipe, in order: with those of the deduplication, before the selection, where it is on."""
+    wanted = (recipe.deduplicate.near, recipe.deduplicate.near, recipe.deduplicate.copies, recipe.deduplicate.on)
+    more = [name for name, on in zip(deduplication.STAGES, wanted, strict=True) if on]
+    place = STAGES.index("selection")
+    return (*STAGES[:place], *more, *STAGES[place:])
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,12 @@ def run(this: Run, until: str | None = None) -> dict[str, Finished]:
         return done
     if reached(scores := score_unlabeled(this, unlabeled, teacher)):  # (2), ranking
         return done
-    if reached(chosen := select_top_k(this, labeled, scores)):  # (2), picking
+    excluded = None
+    if this.recipe.deduplicate.on:
+        for excluded in deduplicate(this, labeled, unlabeled, teacher, scores):
+            if reached(excluded):
+                return done
+    if reached(chosen := select_top_k(this, labeled, scores, excluded)):  # (2), picking
         return done
     if reached(dhat := materialize_dhat(this, labeled, unlabeled, chosen)):
         return done
@@ -305,15 +318,38 @@ def score_unlabeled(this: Run, unlabeled: Finished, teacher: Finished) -> Finish
 
     return this.once(
         "scores",
-        {"classes_per_image": this.recipe.score.classes_per_image},
+        {"classes_per_image": this.recipe.score.classes_per_image}
+        | ({"embedding": True} if this.recipe.score.embedding else {}),
         {"teacher": teacher.fingerprint, "unlabeled": unlabeled.fingerprint},
         work,
     )
 
 
-def select_top_k(this: Run, labeled: LabeledData, scores: Finished) -> Finished:
-    """(2) For each class the K best-scored images; or, with tags, K at random among those tagged with it."""
+def deduplicate(
+    this: Run, labeled: LabeledData, unlabeled: Finished, teacher: Finished, scores: Finished
+) -> Iterator[Finished]:
+    """What of U is left out (supplement 5): its stages as they are finished, the exclusion list last."""
+    from models.card import read_card
+
+    settings = this.recipe.deduplicate
+    model = teacher.uri if settings.model is None else settings.model
+    inputs = {
+        "unlabeled": unlabeled.fingerprint,
+        "labeled": labeled.stage.fingerprint,
+        "model": read_card(model).weights.sha256 if settings.near else "",
+        "embeddings": scores.fingerprint,
+    }
+    sets = deduplication.surveyed_sets(labeled.stage.uri, ("validation", "test"))
+    embeddings = scores.uri if settings.model is None else None
+    subject = deduplication.Subject(_unlabeled_source(unlabeled), sets, model, embeddings, inputs)
+    field = "deduplicate.decisions"
+    return deduplication.deduplicate(this.once, this.display, subject, settings, this.recipe.score, field)
+
+
+def select_top_k(this: Run, labeled: LabeledData, scores: Finished, excluded: Finished | None = None) -> Finished:
+    """(2) For each class the K best-scored images; or, with tags, K at random among those tagged with it; without the excluded."""
     settings, seed = this.recipe.select, this.recipe.seed
+    found = () if excluded is None else (excluded.uri,)
 
     def work(place: str) -> dict[str, Any]:
         with this.display.task("selection", None if settings.tags else scores.outputs["scored"]) as progress:
@@ -326,7 +362,7 @@ def select_top_k(this: Run, labeled: LabeledData, scores: Finished) -> Finished:
                 zipf_exponent=settings.zipf_exponent,
                 class_weights=settings.class_weights,
                 min_score=settings.min_score,
-                exclude=settings.exclude,
+                exclude=(*settings.exclude, *found),
                 tags=settings.tags is not None,
                 seed=seed,
                 memory_mib=settings.memory_mib,
@@ -340,6 +376,8 @@ def select_top_k(this: Run, labeled: LabeledData, scores: Finished) -> Finished:
 
     sections = {"select": settings.model_dump(mode="json", exclude={"memory_mib"}), "seed": seed}
     lists = {uri: selection.listing(uri) for uri in (*settings.exclude, *filter(None, [settings.tags]))}
+    if excluded is not None:
+        lists["excluded"] = excluded.fingerprint
     return this.once("selection", sections, {"scores": scores.fingerprint, **lists}, work, version=2)
 
 

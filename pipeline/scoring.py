@@ -136,7 +136,7 @@ def claim(field: str, scores_uri: str, model_uri: str, source: ImageSource, sett
     """Makes a folder this scoring's, so that the same command goes on in it and another one is refused.
 
     Raises:
-        RunError: it holds the scores of another model, source or P.
+        RunError: it holds the scores of another model, source or P, or is with embeddings and this one without.
         StorageError: it cannot be written.
     """
     from models.card import read_card
@@ -145,11 +145,12 @@ def claim(field: str, scores_uri: str, model_uri: str, source: ImageSource, sett
         "model": read_card(model_uri).weights.sha256,
         "source": source.fingerprint(),
         "classes_per_image": settings.classes_per_image,
+        "embedding": settings.embedding,
     }
     storage.check_writable(field, scores_uri)
     owner = storage.join(scores_uri, OWNER)
     if storage.exists(owner):
-        for name, value in read_json(owner).items():
+        for name, value in {"embedding": False, **read_json(owner)}.items():
             if wanted.get(name) != value:
                 raise RunError(field, scores_uri, f"holds scores made with another {name}", "give another folder")
     elif storage.list_files(scores_uri):
@@ -409,6 +410,7 @@ class _RangeScorer:
         import torch
 
         from models.checkpoint import load
+        from models.features import Features
 
         self._job = job
         self._device = torch.device("cuda" if job.settings.gpus_per_actor > 0 and torch.cuda.is_available() else "cpu")
@@ -416,6 +418,7 @@ class _RangeScorer:
             torch.set_num_threads(max(1, int(job.settings.cpus_per_actor)))
         model = load(job.model_uri).model.to(self._device)
         self._model = model.to(memory_format=torch.channels_last)
+        self._features = Features(job.model_uri, self._model) if job.settings.embedding else None
 
     def __call__(self, batch: pa.Table) -> dict[str, Any]:
         counts = [self._publish(row) for row in batch.to_pylist()]
@@ -425,7 +428,7 @@ class _RangeScorer:
         job, published = self._job, Range(row["shard"], row["start"], row["stop"], row["last"])
         side = job.transform.size
         images = np.frombuffer(row["images"], np.uint8).reshape(-1, 3, side, side)
-        class_ids, scores = self._top(images)
+        class_ids, scores, embedding = self._forward(images)
         if row["rejects"]:
             # Before the scores: where those exist, the range is complete.
             rejects = [Reject(published.shard, r["index"], r["reason"], r["error"]) for r in row["rejects"]]
@@ -434,28 +437,33 @@ class _RangeScorer:
         answer["rejected"] = sum(r["index"] is not None for r in row["rejects"])
         if row["missing"]:
             return answer
-        table = score_table(published.shard, row["indices"], class_ids, scores, job.classes)
+        table = score_table(published.shard, row["indices"], class_ids, scores, job.classes, embedding)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         storage.publish(storage.join(job.scores_uri, published.file), sink.getvalue().to_pybytes())
         return answer
 
-    def _top(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """The P best classes of each image: int32 [N, P] and their softmax float32 [N, P], best first."""
+    def _forward(
+        self, images: npt.NDArray[np.uint8]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float16] | None]:
+        """The P best classes of each image, int32 [N, P], their softmax, float32 [N, P], best first, and its embedding."""
         import torch
 
         from models.transforms import normalize
 
-        settings = self._job.settings
+        settings, features = self._job.settings, self._features
         size = (len(images), settings.classes_per_image)
         class_ids, scores = np.empty(size, np.int32), np.empty(size, np.float32)
+        embedding = None if features is None else np.empty((len(images), features.width), np.float16)
         with torch.inference_mode():
             for start in range(0, len(images), settings.batch_size):
                 part = slice(start, start + settings.batch_size)
                 batch = normalize(torch.from_numpy(images[part].copy()), self._job.transform, self._device)
                 top = self._model(batch).float().softmax(dim=1).topk(settings.classes_per_image, dim=1)
                 class_ids[part], scores[part] = top.indices.cpu().numpy(), top.values.cpu().numpy()
-        return class_ids, scores
+                if features is not None and embedding is not None:
+                    embedding[part] = features.take()
+        return class_ids, scores, embedding
 
 
 def score_table(
@@ -464,6 +472,7 @@ def score_table(
     class_ids: npt.NDArray[np.int32],
     scores: npt.NDArray[np.float32],
     classes: int,
+    embedding: npt.NDArray[np.float16] | None = None,
 ) -> pa.Table:
     """Rows of a score table.
 
@@ -473,15 +482,21 @@ def score_table(
         class_ids: int32 [N, P], in score order.
         scores: float32 [N, P], descending.
         classes: how many classes there are, for the schema's metadata.
+        embedding: float16 [N, d], for a column `embedding` of fixed-size lists.
     """
-    width = class_ids.shape[1]
+
+    def lists(values: npt.NDArray[Any]) -> pa.FixedSizeListArray:
+        return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+
+    more = {} if embedding is None else {"embedding": lists(embedding)}
     return pa.table(
         {
             "shard": pa.DictionaryArray.from_arrays(
                 pa.array(np.zeros(len(indices), np.int32)), pa.array([shard], pa.string())
             ),
             "index": pa.array(indices, pa.uint32()),
-            "class_ids": pa.FixedSizeListArray.from_arrays(pa.array(class_ids.reshape(-1)), width),
-            "scores": pa.FixedSizeListArray.from_arrays(pa.array(scores.reshape(-1)), width),
+            "class_ids": lists(class_ids),
+            "scores": lists(scores),
+            **more,
         }
     ).replace_schema_metadata({"tophat.num_classes": str(classes)})
