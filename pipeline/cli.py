@@ -3,6 +3,7 @@
 Loads nothing heavy: each command imports what it needs, so that help and a mistyped option answer at once.
 """
 
+import json
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,8 +54,9 @@ def demo(
     from pipeline.datasets import make
     from pipeline.recipe import load
 
-    places = [f"labeled.{name}.uri={data}/{name}" for name in ("train", "validation", "test")]
-    recipe = load("demo", [*places, f"unlabeled.uri={data}/unlabeled", *(sets or [])])
+    fields = {f"labeled.{name}.uri": name for name in ("train", "validation", "test")} | {"unlabeled.uri": "unlabeled"}
+    places = [f"{field}={json.dumps(f'{data}/{name}')}" for field, name in fields.items()]  # quoted, as YAML wants it
+    recipe = load("demo", [*places, *(sets or [])])
     made = make("digits", data)
     counts = ", ".join(f"{count:,} {name}" for name, count in made.counts.items())
     out.print(f"{'Made' if made.fresh else 'Found'} {made.uri}: {counts}", markup=False)
@@ -78,12 +80,11 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
     from cluster.resources import check, cluster_shape
     from cluster.session import Session
     from pipeline import summary
-    from pipeline.run import Run, changed_sources, demands, open_sources, stages_of
+    from pipeline.run import Run, changed_sources, demands, open_sources
     from pipeline.run import run as run_pipeline
     from pipeline.store import RunStore
 
-    if until is not None and until not in stages_of(recipe):
-        raise InputError("--until", until, "is not a stage", f"use one of {', '.join(stages_of(recipe))}")
+    _check_until(recipe, until)
     store = RunStore(storage.absolute(run_dir))
     sources = open_sources(recipe, store)
     store.claim(recipe.name, recipe.to_yaml())
@@ -100,6 +101,13 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
     summary.print_stages(out, done)
     summary.print_closing(out, done)
     out.print(f"report: {index}", markup=False)
+
+
+def _check_until(recipe: "Recipe", until: str | None) -> None:
+    from pipeline.run import stages_of
+
+    if until is not None and until not in stages_of(recipe):
+        raise InputError("--until", until, "is not a stage", f"use one of {', '.join(stages_of(recipe))}")
 
 
 @app.command()
@@ -425,6 +433,7 @@ def submit(
     from pipeline.recipe import load, shipped
 
     loaded = load(recipe, sets or [])
+    _check_until(loaded, until)
     where = recipe if recipe in shipped() else jobs.path_in_job("RECIPE", recipe, ROOT)
     words = ["python", "-m", "pipeline", "run", where, *(["--run-dir", run_dir] if run_dir else [])]
     words += [word for item in sets or [] for word in ("--set", item)] + (["--until", until] if until else [])

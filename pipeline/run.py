@@ -39,6 +39,10 @@ STAGES = (
 """Every stage, in order: the name of its folder in the run, and what `--until` takes."""
 
 
+WORK = "work"
+"""Folder of a stage that holds what it needs only while it is under way."""
+
+
 def stages_of(recipe: Recipe) -> tuple[str, ...]:
     """The stages of a run of this recipe, in order: with those of the deduplication, before the selection, where it is on."""
     wanted = (recipe.deduplicate.near, recipe.deduplicate.near, recipe.deduplicate.copies, recipe.deduplicate.on)
@@ -73,7 +77,9 @@ class Run:
 
         def with_ray(place: str) -> dict[str, Any]:
             self.session.start()
-            return work(place)
+            outputs = work(place)
+            storage.delete_tree(storage.join(place, WORK))
+            return outputs
 
         return self.store.once(name, sections, inputs, with_ray, version=version)
 
@@ -263,7 +269,7 @@ def _fit(
             data=data,
             validation=labeled.validation,
             initial=None if initial is None else initial.uri,
-            work=storage.join(place, "work"),
+            work=storage.join(place, WORK),
             out=place,
             seed=this.recipe.seed,
             provenance=_provenance(this, stage),
@@ -424,7 +430,7 @@ def fine_tune_student(this: Run, labeled: LabeledData, pretrained: Finished) -> 
         with this.display.task("student", total * len(rates)) as progress:
             tune_one = _FineTuning(this.recipe, labeled, pretrained.uri, place, _provenance(this, "student"), progress)
             trials = sweep(
-                "sweep", rates, tune_one, concurrent=settings.sweep.concurrent, work=storage.join(place, "work")
+                "sweep", rates, tune_one, concurrent=settings.sweep.concurrent, work=storage.join(place, WORK)
             )
         chosen = best(trials)
         fitted = tune_one.finished(chosen.learning_rate)
@@ -467,7 +473,7 @@ class _FineTuning:
                 data=self.labeled.train,
                 validation=self.labeled.validation,
                 initial=self.initial,
-                work=storage.join(self.place, "work"),
+                work=storage.join(self.place, WORK),
                 out=self._uri(learning_rate),
                 seed=self.recipe.seed,
                 provenance={**self.provenance, "learning_rate": learning_rate},

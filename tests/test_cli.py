@@ -152,6 +152,19 @@ def test_a_run_of_another_recipe(tophat: Callable[..., Answer], recipe: Callable
     assert [p.name for p in run.iterdir()] == ["run.json"]
 
 
+def test_the_demo_puts_its_images_where_it_is_told(tophat: Callable[..., Answer], tmp_path: Path) -> None:
+    data, run = tmp_path / "a #b: c", tmp_path / "run"
+    run.mkdir()
+    (run / "file").write_text("")
+    refused(tophat("demo", "--data", str(data), "--run-dir", str(run)), "--run-dir", "holds files that are no run")
+    assert (data / "unlabeled").is_dir()
+
+
+def test_a_stage_is_checked_before_a_job_is_submitted(tophat: Callable[..., Answer]) -> None:
+    answer = tophat("submit", "demo", "--address", "http://127.0.0.1:1", "--until", "the-end")
+    refused(answer, "--until = 'the-end': is not a stage")
+
+
 def test_wrong_credentials(
     tophat: Callable[..., Answer], recipe: Callable[..., str], s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

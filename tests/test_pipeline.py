@@ -92,6 +92,11 @@ def test_models_load_and_the_teacher_has_learned(local_run: tuple[str, dict[str,
     assert done["evaluation"].outputs["models"]["teacher"]["top1"] > 0.6
 
 
+def test_nothing_of_the_work_is_left(local_run: tuple[str, dict[str, Finished]]) -> None:
+    uri, _ = local_run
+    assert list(Path(uri).rglob("work")) == []
+
+
 def test_the_sweep_takes_the_best_trial_on_validation(local_run: tuple[str, dict[str, Finished]]) -> None:
     _, done = local_run
     student = done["student"].outputs
