@@ -100,6 +100,8 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
         index = summary.write_run_report(recipe, store, done)
     summary.print_stages(out, done)
     summary.print_closing(out, done)
+    if "gallery" in done:
+        out.print(f"gallery: {storage.join(done['gallery'].uri, 'index.html')}", markup=False)
     out.print(f"report: {index}", markup=False)
 
 

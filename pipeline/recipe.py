@@ -175,10 +175,10 @@ class FineTune(Section):
 
 
 class Report(Section):
-    """The pictures at the end."""
+    """The report, and the gallery of D-hat's images that it links to."""
 
-    classes: int = Field(default=40, ge=1, le=1000)
-    """Classes shown with rows of ranked images."""
+    classes: int = Field(default=10, ge=1, le=1000)
+    """Classes whose ranked images are in the report itself; the gallery has those of every class."""
     first_ranks: int = Field(default=6, ge=1, le=50)
     """Images per row from the first rank on."""
     strided_ranks: int = Field(default=10, ge=0, le=50)

@@ -2,29 +2,24 @@
 
 `ReportContent` is plain data, filled in by the pipeline; `write_report` renders it with the templates beside this
 module and publishes the page with its assets. What came from outside (class names, file names, errors, image bytes) is
-hostile: text is escaped for HTML and for plotly, images are decoded here and written anew as thumbnails.
+hostile: text is escaped for HTML and for plotly; the images are those of the gallery, which were decoded and written anew.
 """
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from cluster import storage
-from models.config import Transform
-from models.transforms import UndecodableImage, evaluation_image
+from pipeline import pages
+from pipeline.gallery import ClassCount, ClassRow
 from pipeline.rejects import Reject
-from pipeline.text import duration, finite, parameters, percent, plain, plotly_text, points, score, short, thousands
+from pipeline.text import finite, percent, plotly_text, score, short
 
 MANY_CLASSES = 40
 """Up to so many classes are charted by name; more are in falling order. Most classes short of K that are listed."""
-TILE = 96
-"""Side of a thumbnail, in pixels."""
-MAX_PIXELS = 64_000_000
-"""An image of more pixels than this is not decoded for its thumbnail."""
-_TEMPLATES = Path(__file__).parent / "templates"
+NAME_LETTERS = 16
+"""Letters of a class's name in a chart."""
 
 
 @dataclass(frozen=True)
@@ -83,37 +78,6 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class ClassCount:
-    """What D-hat holds of one class."""
-
-    class_id: int
-    name: str
-    count: int
-    lowest_score: float | None
-    """The score of the last selected image; None when there is none."""
-
-
-@dataclass(frozen=True)
-class RankedImage:
-    """A selected image: where it stands in its class, and its original encoded bytes."""
-
-    rank: int
-    score: float
-    shard: str
-    index: int
-    image: bytes
-
-
-@dataclass(frozen=True)
-class ClassRow:
-    """Images of one class at chosen ranks (see `figure_ranks`), by ascending rank."""
-
-    class_id: int
-    name: str
-    images: Sequence[RankedImage]
-
-
-@dataclass(frozen=True)
 class StageRow:
     """One stage of the run."""
 
@@ -153,34 +117,15 @@ class ReportContent:
     classes: Sequence[ClassCount] = ()
     """All classes, by class_id."""
     rows: Sequence[ClassRow] = ()
-    """Classes to show images of, all or some of `classes`; the page says how many it shows."""
+    """Classes to show images of, all or some of `classes`; the page says how many it shows. Each `strip` is
+    the URI of one, which is copied."""
+    gallery: str = ""
+    """Where the gallery of all classes is, relative to the report's page."""
     curves: Sequence[Curve] = ()
     sweep: Sequence[Trial] = ()
     stages: Sequence[StageRow] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     """Versions, machine shape, commit."""
-
-
-def figure_ranks(count: int, first: int, strided: int) -> list[int]:
-    """The ranks to show of a class, as in Figure 2: its first ones, then evenly strided ones down to its last.
-
-    Args:
-        count: how many images the class has, ranks 0 to count - 1.
-        first: how many of the first ranks.
-        strided: how many more, the last of which is rank count - 1.
-
-    Returns:
-        min(count, first + strided) distinct ranks, ascending.
-
-    Raises:
-        ValueError: an argument is negative.
-    """
-    if min(count, first, strided) < 0:
-        raise ValueError(f"figure_ranks({count}, {first}, {strided}): counts must not be negative")
-    first = min(first, count)
-    rest = count - first
-    strided = min(strided, rest)
-    return [*range(first), *(first + (i + 1) * rest // strided - 1 for i in range(strided))]
 
 
 def write_report(out_uri: str, content: ReportContent) -> str:
@@ -198,54 +143,13 @@ def write_report(out_uri: str, content: ReportContent) -> str:
     plotly_uri = storage.join(out_uri, "assets", plotly_name)
     if not storage.exists(plotly_uri):
         storage.publish(plotly_uri, get_plotlyjs().encode())
-    strips = []
-    for row in content.rows:
-        strip, shown = contact_strip([image.image for image in row.images])
-        strips.append(Strip(row, f"class-{row.class_id:05d}.jpg", shown))
-        storage.publish(storage.join(out_uri, "assets", strips[-1].file), strip)
+    strips = [f"class-{row.class_id:05d}.jpg" for row in content.rows]
+    for row, strip in zip(content.rows, strips, strict=True):
+        if row.images:
+            storage.publish(storage.join(out_uri, "assets", strip), storage.read_bytes(row.strip))
     for name, data in _render(content, strips, plotly_name).items():
         storage.publish(storage.join(out_uri, name), data.encode())
     return storage.join(out_uri, "index.html")
-
-
-# Images
-
-
-class Strip(NamedTuple):
-    """A published contact strip: its class, its file under assets/, and which of its images could be shown."""
-
-    row: ClassRow
-    file: str
-    shown: Sequence[bool]
-
-
-def contact_strip(images: Sequence[bytes]) -> tuple[bytes, list[bool]]:
-    """Thumbnails of `images` (encoded, hostile), side by side in one JPEG of TILE x len(images) * TILE pixels.
-
-    Returns:
-        The JPEG, and for each image whether it could be decoded (a blank tile stands for one that could not).
-    """
-    from PIL import Image
-
-    strip = Image.new("RGB", (TILE * max(1, len(images)), TILE), (128, 128, 128))
-    thumbnails = [_thumbnail(image) for image in images]
-    for column, thumbnail in enumerate(thumbnails):
-        if thumbnail is not None:
-            strip.paste(thumbnail, (column * TILE, 0))
-    out = io.BytesIO()
-    strip.save(out, "JPEG", quality=88)
-    return out.getvalue(), [thumbnail is not None for thumbnail in thumbnails]
-
-
-def _thumbnail(image: bytes) -> Any:
-    """The central square of `image`, upright, TILE x TILE RGB on white; None if it cannot be decoded."""
-    from PIL import Image
-
-    try:
-        pixels = evaluation_image(image, Transform(size=TILE, resize=TILE, max_pixels=MAX_PIXELS))
-    except UndecodableImage:
-        return None
-    return Image.fromarray(pixels.transpose(1, 2, 0))
 
 
 # Charts: plotly's JSON, without colors, which report.js takes from the page's theme
@@ -342,16 +246,15 @@ def _class_charts(content: ReportContent) -> list[Chart]:
     many = len(classes) > MANY_CLASSES
     x: dict[str, Any] = {"title": {"text": "classes, in falling order"}}
     if not many:
-        names = [plotly_text(short(c.name, 16)) for c in classes]
+        names = [plotly_text(short(c.name, NAME_LETTERS)) for c in classes]
         x = {"tickmode": "array", "tickvals": list(range(len(classes))), "ticktext": names}
 
     def trace(name: str, some: Sequence[tuple[int, ClassCount]], value: str, **style: Any) -> dict[str, Any]:
-        hover = [
-            f"{plotly_text(short(c.name))}: {thousands(c.count)} images, lowest score {score(c.lowest_score)}"
-            for _, c in some
-        ]
-        style |= {"hovertext": hover, "hoverinfo": "text"}
-        return _trace(name, [i for i, _ in some], [getattr(c, value) for _, c in some], **style)
+        y = [getattr(c, value) for _, c in some]
+        ids = [c.class_id for _, c in some]  # report.js puts the names in their place
+        return _trace(
+            name, [i for i, _ in some], [v if finite(v) is None else round(v, 5) for v in y], customdata=ids, **style
+        )
 
     by_count = list(enumerate(sorted(classes, key=lambda c: -c.count) if many else classes))
     by_score = [c for c in classes if finite(c.lowest_score) is not None or not many]
@@ -359,9 +262,13 @@ def _class_charts(content: ReportContent) -> list[Chart]:
     full = [(i, c) for i, c in by_count if k is None or c.count >= k]
     lacking = [(i, c) for i, c in by_count if k is not None and c.count < k]
     bars = [
-        trace(name, some, "count", type="bar") for name, some in (("K images", full), ("short of K", lacking)) if some
+        trace(name, some, "count", type="bar", hovertemplate="%{customdata}: %{y:,} images<extra></extra>")
+        for name, some in (("K images", full), ("short of K", lacking))
+        if some
     ]
-    marks = trace("score", ranked, "lowest_score", mode="markers", marker={"size": 4 if many else 9})
+    hover = "%{customdata}: lowest score %{y:.4f}<extra></extra>"
+    style = {"mode": "markers", "marker": {"size": 4 if many else 9}, "hovertemplate": hover}
+    marks = trace("score", ranked, "lowest_score", **style)
     counts = [c.count for c in classes]
     lowest = [value for value in marks["y"] if value is not None]
     charts = [
@@ -393,19 +300,10 @@ def _class_charts(content: ReportContent) -> list[Chart]:
 # The page
 
 
-def _render(content: ReportContent, strips: Sequence[Strip], plotly_name: str) -> dict[str, str]:
+def _render(content: ReportContent, strips: Sequence[str], plotly_name: str) -> dict[str, str]:
     """The page's text files by their path inside the report's folder, `index.html` last."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for text_filter in (plain, short, percent, points, score, duration, thousands, parameters):
-        environment.filters[text_filter.__name__] = text_filter
+    environment = pages.environment()
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
     training = [(curve.name, _curve_charts(number, curve)) for number, curve in enumerate(content.curves)]
     training = [(name, charts) for name, charts in training if charts]
     sweep, class_charts = _sweep_charts(content.sweep), _class_charts(content)
@@ -417,14 +315,21 @@ def _render(content: ReportContent, strips: Sequence[Strip], plotly_name: str) -
         sweep=sweep,
         class_charts=class_charts,
         figures={chart.key: chart.figure for chart in charts},
+        names={
+            c.class_id: short(c.name, NAME_LETTERS if len(content.classes) > MANY_CLASSES else 120)
+            for c in content.classes
+        },
         lacking=_short_of_k(content),
         error=_standard_error(content),
         limit=MANY_CLASSES,
         plotly_name=plotly_name,
     )
-    columns = max((len(strip.shown) for strip in strips), default=0)
-    style = environment.get_template("report.css").render(columns=columns)
-    return {"assets/report.css": style, "assets/report.js": (_TEMPLATES / "report.js").read_text(), "index.html": page}
+    columns = max((len(row.images) for row in content.rows), default=0)
+    return {
+        "assets/report.css": pages.style(columns),
+        "assets/report.js": pages.asset("report.js"),
+        "index.html": page,
+    }
 
 
 def _short_of_k(content: ReportContent) -> list[ClassCount]:

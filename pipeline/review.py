@@ -9,7 +9,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -23,8 +22,9 @@ from cluster.reduction import parallel_map
 from cluster.section import Section
 from models.config import Transform
 from models.transforms import UndecodableImage, decode
+from pipeline import pages
 from pipeline.sources import ImageSource, Reader, Shard, ShardError
-from pipeline.text import short, thousands
+from pipeline.text import short
 
 # isort: split
 # After cluster.storage: pyarrow loads pyarrow.fs, which reads the environment that cluster.storage sets.
@@ -37,7 +37,6 @@ SHOWN = 10_000
 """Pairs on the page, at most."""
 MAX_PIXELS = 64_000_000
 MAX_DECISION_BYTES = 256 << 20
-_TEMPLATES = Path(__file__).parent / "templates"
 
 
 # The page
@@ -144,16 +143,6 @@ def _render(
     review: Review, pairs: list[dict[str, Any]], labeled: Mapping[tuple[str, str, int], int], shown: set[str]
 ) -> dict[str, str]:
     """The page's text files by their path; `index.html` last."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["thousands"] = thousands
     names: dict[str, int] = {}
 
     def number(name: str) -> int:
@@ -177,14 +166,15 @@ def _render(
         "names": [[name, short(name)] for name in names],
         "pairs": rows,
     }
-    page = environment.get_template("duplicates.html").render(
-        data=data, shown=len(rows), total=len(review.pairs), proposed=int(review.proposed[: len(rows)].sum())
+    page = (
+        pages.environment()
+        .get_template("duplicates.html")
+        .render(data=data, shown=len(rows), total=len(review.pairs), proposed=int(review.proposed[: len(rows)].sum()))
     )
-    style = environment.get_template("report.css").render(columns=0)
     return {
-        "assets/report.css": style,
-        "assets/duplicates.css": (_TEMPLATES / "duplicates.css").read_text(),
-        "assets/duplicates.js": (_TEMPLATES / "duplicates.js").read_text(),
+        "assets/report.css": pages.style(),
+        "assets/duplicates.css": pages.asset("duplicates.css"),
+        "assets/duplicates.js": pages.asset("duplicates.js"),
         "index.html": page,
     }
 

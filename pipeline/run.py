@@ -11,7 +11,7 @@ from cluster.resources import Bundle, Demand
 from cluster.session import Session
 from models.config import ModelConfig, Training
 from models.training import Fitted, fit
-from pipeline import deduplication, scoring, selection
+from pipeline import deduplication, gallery, scoring, selection
 from pipeline import dhat as dhat_stage
 from pipeline import labeled as labeled_stage
 from pipeline.evaluation import evaluate
@@ -31,6 +31,7 @@ STAGES = (
     "scores",
     "selection",
     "dhat",
+    "gallery",
     "pretrained",
     "student",
     "supervised",
@@ -126,6 +127,8 @@ def run(this: Run, until: str | None = None) -> dict[str, Finished]:
     if reached(chosen := select_top_k(this, labeled, scores, excluded)):  # (2), picking
         return done
     if reached(dhat := materialize_dhat(this, labeled, unlabeled, chosen)):
+        return done
+    if reached(show_gallery(this, labeled, chosen, dhat)):
         return done
     if reached(pretrained := pretrain_student(this, labeled, dhat)):  # (3)
         return done
@@ -405,6 +408,29 @@ def materialize_dhat(this: Run, labeled: LabeledData, unlabeled: Finished, chose
 
     sections = {"dhat": this.recipe.dhat, "seed": this.recipe.seed}
     return this.once("dhat", sections, {"selection": chosen.fingerprint}, work)
+
+
+def show_gallery(this: Run, labeled: LabeledData, chosen: Finished, dhat: Finished) -> Finished:
+    """The images of D-hat at chosen ranks of every class (Figure 2), as pages to look at before the training and after."""
+    settings, names = this.recipe.report, labeled.class_names
+    most = min(settings.classes, len(names))
+
+    def work(place: str) -> dict[str, Any]:
+        facts = zip(names, dhat.outputs["counts"], chosen.outputs["lowest_scores"], strict=True)
+        with this.display.task("gallery", None) as progress:
+            made = gallery.write_gallery(
+                place,
+                dhat.uri,
+                [gallery.ClassCount(number, *fact) for number, fact in enumerate(facts)],
+                title=this.recipe.name,
+                first_ranks=settings.first_ranks,
+                strided_ranks=settings.strided_ranks,
+                rows_of=gallery.figure_ranks(len(names), 0, most),  # spread over all classes
+                progress=progress,
+            )
+        return asdict(made)
+
+    return this.once("gallery", {"report": settings}, {"dhat": dhat.fingerprint}, work)
 
 
 def pretrain_student(this: Run, labeled: LabeledData, dhat: Finished) -> Finished:

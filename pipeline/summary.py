@@ -6,7 +6,6 @@ import platform
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster import storage
-from pipeline import report, text
+from pipeline import gallery, report, text
 from pipeline.recipe import Recipe
 from pipeline.rejects import read_rejects
 from pipeline.store import Finished, RunStore
@@ -176,7 +175,7 @@ def report_content(recipe: Recipe, store: RunStore, done: Mapping[str, Finished]
         fields["rejects_by_reason"] = reasons
         fields["reject_examples"] = examples
     if "selection" in done:
-        fields |= _selection_fields(recipe, done)
+        fields |= _selection_fields(done)
     names = {
         "teacher": "teacher",
         "pretrained": "student, pre-training",
@@ -207,7 +206,7 @@ def report_content(recipe: Recipe, store: RunStore, done: Mapping[str, Finished]
     )
 
 
-def _selection_fields(recipe: Recipe, done: Mapping[str, Finished]) -> dict[str, Any]:
+def _selection_fields(done: Mapping[str, Finished]) -> dict[str, Any]:
     selection, scores = done["selection"].outputs, done["scores"].outputs
     names = done["labeled"].outputs["class_names"]
     fields: dict[str, Any] = {
@@ -223,52 +222,24 @@ def _selection_fields(recipe: Recipe, done: Mapping[str, Finished]) -> dict[str,
         ),
         "images_per_class": selection["images_per_class"],
         "classes": [
-            report.ClassCount(number, names[number], count, low)
+            gallery.ClassCount(number, names[number], count, low)
             for number, (count, low) in enumerate(zip(selection["counts"], selection["lowest_scores"], strict=True))
         ],
     }
-    if "dhat" in done:
-        settings = recipe.report
-        wanted = {
-            (number, rank)
-            for number in report.figure_ranks(
-                len(names), 0, min(settings.classes, len(names))
-            )  # spread over all classes
-            for rank in report.figure_ranks(selection["counts"][number], settings.first_ranks, settings.strided_ranks)
-        }
-        found = ranked_images(done["dhat"].uri, wanted)
-        by_class: dict[int, list[report.RankedImage]] = {}
-        for number, image in found:
-            by_class.setdefault(number, []).append(image)
+    if "gallery" in done:
+        made = done["gallery"]
         fields["rows"] = [
-            report.ClassRow(number, names[number], sorted(images, key=lambda i: i.rank))
-            for number, images in sorted(by_class.items())
+            gallery.ClassRow(
+                row["class_id"],
+                row["name"],
+                row["count"],
+                storage.join(made.uri, row["strip"]),
+                [gallery.RankedImage(**image) for image in row["images"]],
+            )
+            for row in made.outputs["rows"]
         ]
+        fields["gallery"] = "../gallery/index.html"
     return fields
-
-
-def ranked_images(dhat_uri: str, wanted: set[tuple[int, int]]) -> list[tuple[int, report.RankedImage]]:
-    """The images of D-hat at given (class, rank) places, read with as few image bytes as the files allow."""
-    import numpy as np
-    import pyarrow.parquet as pq
-
-    keys = np.array([number << 32 | rank for number, rank in sorted(wanted)], np.int64)
-
-    def search(entry: storage.FileEntry) -> list[tuple[int, report.RankedImage]]:
-        found = []
-        with storage.open_input(storage.join(dhat_uri, entry.path)) as source, pq.ParquetFile(source) as file:
-            for group in range(file.num_row_groups):
-                places = file.read_row_group(group, columns=["label", "rank"])
-                here = places["label"].to_numpy().astype(np.int64) << 32 | places["rank"].to_numpy()
-                hits = np.flatnonzero(np.isin(here, keys))
-                if len(hits):
-                    for row in file.read_row_group(group).take(hits).to_pylist():
-                        image = report.RankedImage(row["rank"], row["score"], row["shard"], row["index"], row["image"])
-                        found.append((row["label"], image))
-        return found
-
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        return [image for found in pool.map(search, storage.list_files(dhat_uri, ".parquet")) for image in found]
 
 
 def environment() -> dict[str, str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from rich.console import Console
 
 import tiny
@@ -13,6 +14,7 @@ from cluster.progress import Display
 from cluster.session import Session
 from models.checkpoint import load
 from pipeline import summary
+from pipeline.gallery import TILE
 from pipeline.ingest import ingest
 from pipeline.recipe import Recipe, Source, validate
 from pipeline.rejects import read_rejects
@@ -124,8 +126,15 @@ def test_the_report_shows_the_run(local_run: tuple[str, dict[str, Finished]], fo
     recipe = validate(tiny.recipe(str(folders)))
     index = summary.write_run_report(recipe, RunStore(uri), done)
     page = storage.read_bytes(index).decode()
-    for text in ("ully supervised", "resnet8", "zero", "not_an_image"):
+    for text in ("ully supervised", "resnet8", "zero", "not_an_image", 'href="../gallery/index.html"'):
         assert text in page
+    for number in range(3):
+        strip = storage.read_bytes(storage.join(uri, "report", "assets", f"class-{number:05d}.jpg"))
+        assert strip == storage.read_bytes(storage.join(uri, "gallery", "strips", f"class-{number:05d}.jpg"))
+        with Image.open(io.BytesIO(strip)) as image:
+            assert image.size == (16 * TILE, TILE)
+    first = storage.read_bytes(storage.join(uri, "gallery", "index.html")).decode()
+    assert [first.count(f"<bdi>{name}</bdi>") for name in tiny.CLASSES] == [1, 1, 1]
 
 
 def test_the_closing_tables_add_up(local_run: tuple[str, dict[str, Finished]]) -> None:

@@ -11,29 +11,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from cluster import storage
 from pipeline import text
+from pipeline.gallery import ClassCount, ClassRow, RankedImage, contact_strip, figure_ranks, thumbnail
+from pipeline.recipe import Report
 from pipeline.rejects import Reject
 from pipeline.report import (
     MANY_CLASSES,
-    TILE,
     Accuracy,
-    ClassCount,
-    ClassRow,
     Conservation,
     Curve,
     ModelFacts,
-    RankedImage,
     ReportContent,
     StageRow,
     Trial,
-    contact_strip,
-    figure_ranks,
     write_report,
 )
 
@@ -81,12 +75,20 @@ BROKEN_IMAGES = {
 }
 
 
-def hostile_content() -> ReportContent:
+def strip(folder: Path, images: list[bytes]) -> tuple[str, list[bool]]:
+    """A published contact strip, and which of its images it shows."""
+    tiles = [thumbnail(image) for image in images]
+    storage.publish(str(folder / "strip.jpg"), contact_strip(tiles))
+    return str(folder / "strip.jpg"), [tile is not None for tile in tiles]
+
+
+def hostile_content(folder: Path) -> ReportContent:
     images = [encoded(color) for color in COLORS]
     images[3] = BROKEN_IMAGES["svg"]
+    uri, shown = strip(folder, images)
     ranked = [
-        RankedImage(rank, 1 - rank / 1000, NAMES[1], rank, im)
-        for rank, im in zip([0, 1, 2, 57, 99], images, strict=True)
+        RankedImage(rank, 1 - rank / 1000, NAMES[1], rank, there)
+        for rank, there in zip([0, 1, 2, 57, 99], shown, strict=True)
     ]
     history: list[dict[str, float | None]] = [
         {"images_seen": 100, "learning_rate": 0.1, "loss": 2.0, "top1": 0.2, "val_top1": None},
@@ -110,7 +112,7 @@ def hostile_content() -> ReportContent:
         reject_examples=[Reject(NAMES[2], 7, "truncated", NAMES[0])],
         images_per_class=100,
         classes=[ClassCount(i, name, 100 if i else 0, 0.5 if i else None) for i, name in enumerate(NAMES)],
-        rows=[ClassRow(i, name, ranked) for i, name in enumerate(NAMES)],
+        rows=[ClassRow(i, name, 100, uri, ranked) for i, name in enumerate(NAMES)],
         curves=[Curve(NAMES[1], history)],
         sweep=[Trial(0.001, 0.861), Trial(0.003, 0.881, chosen=True), Trial(0.01, float("nan"))],
         stages=[StageRow(NAMES[2], "done", 61.2, 120_000), StageRow("finetune", NAMES[1])],
@@ -138,7 +140,8 @@ def browser(private_home: Path) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_report(str(tmp_path_factory.mktemp("run") / "report"), hostile_content())
+    folder = tmp_path_factory.mktemp("run")
+    return write_report(str(folder / "report"), hostile_content(folder))
 
 
 @contextmanager
@@ -213,7 +216,7 @@ def test_hostile_names_are_shown_as_text(browser: Browser, hostile: str) -> None
         assert page.locator("#training h3").inner_text() == NAMES[1]
         assert page.locator("#environment dd").inner_text() == NAMES[1]
         assert "</pre><script>window.pwned=1</script>" in (page.locator("#recipe code").text_content() or "")
-        assert NAMES[1] in (page.locator(".tile").first.get_attribute("title") or "")
+        assert text.short(NAMES[1], 32) in (page.locator(".tile").first.get_attribute("title") or "")
         assert page.locator("img:not(.tile), main script, main a, b:text('bold')").count() == 0
 
 
@@ -303,27 +306,36 @@ def test_a_run_that_has_only_begun(browser: Browser, tmp_path: Path) -> None:
         assert page.locator("#result dd").all_inner_texts()[3] == "50.0%"
 
 
-def test_many_classes(browser: Browser, tmp_path: Path) -> None:
-    image = encoded((10, 20, 30))
+@pytest.mark.parametrize("name", ["plain", NAMES[0], "photo\u202e" * 20, "\"&'" * 40, "\U0001f600" * 60])
+def test_many_classes(name: str, browser: Browser, tmp_path: Path) -> None:
+    """A thousand classes, with rows of the usual number of them: the page stays small, whatever they are called."""
+    uri, _ = strip(tmp_path, [encoded((10, 20, 30))] * 16)
+    images = [RankedImage(rank, 0.9, f"{name * 3}.tar", 123456, True) for rank in figure_ranks(1600, 6, 10)]
     content = ReportContent(
         run="wide",
         recipe_yaml="",
-        images_per_class=10,
-        classes=[ClassCount(i, f"class {i}", i % 11, 0.1) for i in range(1000)],
-        rows=[ClassRow(i, f"class {i}", [RankedImage(0, 0.9, "s.tar", 0, image)]) for i in figure_ranks(1000, 0, 12)],
+        images_per_class=1600,
+        classes=[ClassCount(i, f"{i} {name}", 1600 if i % 9 else i, 0.1 + i / 7000) for i in range(1000)],
+        rows=[ClassRow(i, f"{i} {name}", 1600, uri, images) for i in figure_ranks(1000, 0, Report().classes)],
+        gallery="../gallery/index.html",
     )
-    uri = write_report(str(tmp_path / "report"), content)
-    with opened(browser, uri) as page:
-        assert page.locator(".class-row").count() == 12
-        assert "Shown: 12 of 1,000 classes" in page.locator("#images").inner_text()
+    index = write_report(str(tmp_path / "report"), content)
+    assert Path(index).stat().st_size < 200_000
+    if name not in ("plain", NAMES[0]):
+        return
+    with opened(browser, index) as page:
+        assert page.locator(".class-row").count() == 10
+        assert "Shown: 10 of 1,000 classes" in page.locator("#images").inner_text()
+        assert page.locator("#images a").get_attribute("href") == "../gallery/index.html"
         assert page.locator("#classes tbody tr").count() == MANY_CLASSES
         assert page.locator("[data-figure=counts] .bars .point").count() == 1000
-    assert len(list((tmp_path / "report" / "assets").glob("*.jpg"))) == 12
+    assert len(list((tmp_path / "report" / "assets").glob("*.jpg"))) == 10
 
 
-def test_on_an_object_store(s3: str) -> None:
+def test_on_an_object_store(s3: str, tmp_path: Path) -> None:
     out = storage.join(s3, "report")
-    content = replace(hostile_content(), rows=hostile_content().rows[:2])
+    content = hostile_content(tmp_path)
+    content = replace(content, rows=content.rows[:2])
     assert write_report(out, content) == storage.join(out, "index.html")
     files = [entry.path for entry in storage.list_files(out)]
     assert [path for path in files if "plotly" not in path] == [
@@ -341,64 +353,6 @@ def test_plotly_is_published_once(tmp_path: Path) -> None:
     write_report(str(tmp_path), replace(content, run="b"))
     assert plotly.stat().st_mtime_ns == before
     assert "<bdi>b</bdi>" in (tmp_path / "index.html").read_text()
-
-
-@pytest.mark.parametrize("name", BROKEN_IMAGES)
-def test_broken_images_leave_a_blank_tile(name: str) -> None:
-    strip, shown = contact_strip([encoded((250, 0, 0)), BROKEN_IMAGES[name]])
-    assert shown == [True, False]
-    with Image.open(io.BytesIO(strip)) as image:
-        assert (image.format, image.size) == ("JPEG", (2 * TILE, TILE))
-
-
-@pytest.mark.parametrize(
-    ("mode", "color", "kind", "expected"),
-    [
-        ("L", (90,), "PNG", (90, 90, 90)),
-        ("I;16", (100 * 256,), "PNG", (100, 100, 100)),
-        ("RGBA", (0, 0, 0, 0), "PNG", (255, 255, 255)),
-        ("RGB", (10, 200, 10), "WEBP", (10, 200, 10)),
-        ("CMYK", (0, 0, 0, 0), "JPEG", (255, 255, 255)),
-    ],
-)
-def test_image_modes(mode: str, color: tuple[int, ...], kind: str, expected: tuple[int, int, int]) -> None:
-    strip, shown = contact_strip([encoded(color, mode, kind)])
-    assert shown == [True]
-    with Image.open(io.BytesIO(strip)) as image:
-        seen = image.getpixel((TILE // 2, TILE // 2))
-    assert isinstance(seen, tuple)
-    assert max(abs(a - b) for a, b in zip(seen, expected, strict=True)) < 8
-
-
-def test_thumbnails_stand_upright() -> None:
-    out = io.BytesIO()
-    image = Image.new("RGB", (64, 64), (0, 0, 0))
-    image.paste((255, 255, 255), (0, 0, 64, 32))  # white above, which orientation 3 turns upside down
-    exif = Image.Exif()
-    exif[0x0112] = 3
-    image.save(out, "JPEG", exif=exif)
-    strip, _ = contact_strip([out.getvalue()])
-    with Image.open(io.BytesIO(strip)) as seen:
-        assert [seen.convert("L").getpixel((48, y)) for y in (10, 86)] == [0, 255]
-
-
-@given(st.integers(0, 20_000), st.integers(0, 40), st.integers(0, 40))
-def test_figure_ranks(count: int, first: int, strided: int) -> None:
-    ranks = figure_ranks(count, first, strided)
-    assert len(ranks) == min(count, first + strided)
-    assert ranks == sorted(set(ranks))
-    assert ranks[: min(first, count)] == list(range(min(first, count)))
-    assert all(0 <= rank < count for rank in ranks)
-    if strided and count:
-        assert ranks[-1] == count - 1
-        steps = [b - a for a, b in zip(ranks[first:], ranks[first + 1 :], strict=False)]
-        assert not steps or max(steps) - min(steps) <= 1
-
-
-def test_figure_ranks_of_the_paper() -> None:
-    assert figure_ranks(16_000, 4, 4) == [0, 1, 2, 3, 4002, 8001, 12000, 15999]
-    with pytest.raises(ValueError, match="must not be negative"):
-        figure_ranks(10, -1, 2)
 
 
 @pytest.mark.parametrize(

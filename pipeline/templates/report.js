@@ -1,7 +1,13 @@
 "use strict";
 
 // Draws the page's charts from the JSON at its end, in the colors of the stylesheet, and again when the theme changes.
-const figures = JSON.parse(document.getElementById("figures").textContent);
+const { figures, names } = JSON.parse(document.getElementById("figures").textContent);
+
+// Plotly reads a subset of HTML in what it shows.
+const literal = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+for (const { data } of Object.values(figures)) {
+  for (const trace of data) trace.customdata &&= trace.customdata.map((id) => literal(names[id])); // class ids, as names
+}
 
 function template() {
   const style = getComputedStyle(document.documentElement);
