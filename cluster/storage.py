@@ -277,6 +277,29 @@ def exists(uri: str) -> bool:
         return bool(fs.get_file_info(inside).type != pafs.FileType.NotFound)
 
 
+def etag(uri: str, file: pa.NativeFile | None = None) -> str:
+    """The etag that a listing would have for the object at `uri` now.
+
+    Args:
+        uri: of an object.
+        file: it, opened, which spares an object store a request: then the etag is of what was opened.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        OSError: as pyarrow raises it; see `is_outage`.
+    """
+    fs, path = filesystem(uri)
+    if uri.startswith("s3://"):
+        if file is None:
+            with fs.open_input_file(path) as opened:
+                return etag(uri, opened)
+        return str(file.metadata()["ETag"], "utf-8").strip('"')
+    info = fs.get_file_info(path)
+    if info.type == pafs.FileType.NotFound:
+        raise FileNotFoundError(uri)
+    return f"{info.size}-{info.mtime_ns}"
+
+
 def open_input(uri: str) -> pa.NativeFile:
     """A readable, seekable file; use it in a `with` block."""
     fs, path = filesystem(uri)

@@ -6,18 +6,22 @@ grouped into virtual shards named `files-000000`, `files-000001`, ..., mixed ove
 
 import hashlib
 import json
+import random
 import re
 import tarfile
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, Literal, Self
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from cluster import storage
 from cluster.errors import SourceError, StorageError, TophatError, one_line
 from cluster.storage import FileEntry
 from pipeline import recipe
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Layout = Literal["webdataset", "parquet", "folder"]
 Label = int | str | None
@@ -27,20 +31,44 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 FILES_PER_SHARD = 256
 RETRY_SECONDS = (0.5, 2.0, 8.0)
 MAX_IMAGE_BYTES = 256 * 2**20
+MAX_HEADER_BYTES = 2**20
+_LONG_HEADERS = (b"g", b"x", b"X", b"L", b"K")
 CLASSES_FILE = "classes.json"
 INGEST_FILE = "ingest.json"
 
 
 class ShardError(TophatError):
-    """A shard whose content is damaged: it cannot be read any further; the rows before the damage are good."""
+    """A shard whose content is damaged: it cannot be read any further; the rows before the damage are good.
+
+    Attributes:
+        reason: of the reject of a whole shard.
+    """
+
+    reason = "unreadable_shard"
 
 
 class MissingShardError(ShardError):
     """A shard that is not there, or cannot be had now; reading it again later may go better."""
 
+    reason = "missing_shard"
+
+
+class ChangedShardError(MissingShardError):
+    """A shard whose content is not what was listed: nothing of it can be told by its name."""
+
+    reason = "changed_shard"
+
 
 class _Member(tarfile.TarInfo):
-    """A tar header that is not let go by: tarfile takes a damaged or missing one for the end of the archive."""
+    """A tar header that is not let go by: tarfile takes a damaged or missing one for the end of the archive, and reads
+    whatever a header says is the next one's name, of any size, into memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in _LONG_HEADERS and member.size > MAX_HEADER_BYTES:
+            raise tarfile.InvalidHeaderError(f"a header of {member.size} bytes")  # type: ignore[attr-defined]
+        return member
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
@@ -78,12 +106,14 @@ class Shard:
         size: bytes.
         etag: changes when the content does.
         files: of a virtual shard, the paths of its images, in row order.
+        etags: of a virtual shard, those of its images, in row order.
     """
 
     name: str
     size: int
     etag: str
     files: tuple[str, ...] = ()
+    etags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,12 +130,13 @@ class Reader:
     label_column: str = "label"
     class_names: tuple[str, ...] | None = None
 
-    def read(self, shard: Shard, rows: Collection[int] | None = None) -> Iterator[Row]:
+    def read(self, shard: Shard, rows: Collection[int] | None = None, *, unchanged: bool = False) -> Iterator[Row]:
         """The images of a shard in row order.
 
         Args:
             shard: of this source.
             rows: only these indices, when given.
+            unchanged: whether an image of a virtual shard that changed since it was listed is withheld; of other shards, `check` tells.
 
         A store that fails for a moment is asked again, from the row that came last.
 
@@ -115,7 +146,12 @@ class Reader:
             StorageError: the store is out of reach, or refuses; nothing is known about the shard.
         """
         wanted = None if rows is None else frozenset(rows)
-        read = {"webdataset": self._read_tar, "parquet": self._read_parquet, "folder": self._read_files}[self.layout]
+        reads: dict[str, Callable[[Shard, frozenset[int] | None], Iterator[Row]]] = {
+            "webdataset": self._read_tar,
+            "parquet": self._read_parquet,
+            "folder": partial(self._read_files, unchanged=unchanged),
+        }
+        read = reads[self.layout]
         last = -1
         for pause in (*RETRY_SECONDS, None):
             try:
@@ -134,11 +170,45 @@ class Reader:
                         MissingShardError if error.errno is not None else ShardError
                     )  # Arrow speaks of content without a number
                     raise kind(one_line(f"{type(error).__name__}: {error}")) from None
-                if pause is None:
-                    uri, times = storage.join(self.root, shard.name), len(RETRY_SECONDS) + 1
-                    rule = f"could not be read in {times} attempts ({error})"
-                    raise StorageError("source", uri, rule, "check the store, then go on") from None
-                time.sleep(pause)
+                self._wait(shard, pause, error)
+
+    def _wait(self, shard: Shard, pause: float | None, error: OSError) -> None:
+        """Sleeps after an outage; after the last attempt, says what happened."""
+        if pause is None:
+            uri, times = storage.join(self.root, shard.name), len(RETRY_SECONDS) + 1
+            rule = f"could not be read in {times} attempts ({error})"
+            raise StorageError("source", uri, rule, "check the store, then go on") from None
+        time.sleep(pause * random.uniform(0.5, 1.5))  # not all readers at once
+
+    def check(self, shard: Shard) -> None:
+        """Makes sure that a shard is still what was listed; the images of a virtual one are checked when they are read.
+
+        Raises:
+            ChangedShardError: it is not.
+            MissingShardError: it is not there.
+            StorageError: the store is out of reach, or refuses.
+        """
+        if shard.files:
+            return
+        for pause in (*RETRY_SECONDS, None):
+            try:
+                if storage.etag(storage.join(self.root, shard.name)) != shard.etag:
+                    raise ChangedShardError("the shard changed since it was listed")
+                return
+            except FileNotFoundError:
+                raise MissingShardError("the shard vanished since it was listed") from None
+            except OSError as error:
+                if not storage.is_outage(error):
+                    raise MissingShardError(one_line(f"{type(error).__name__}: {error}")) from None
+                self._wait(shard, pause, error)
+
+    def gone(self, shard: Shard) -> MissingShardError | None:
+        """What `check` says about a shard that could not be read, if anything: that it is damaged is then of no interest."""
+        try:
+            self.check(shard)
+        except MissingShardError as error:
+            return error
+        return None
 
     def _open(self, name: str) -> Any:
         filesystem, path = storage.filesystem(storage.join(self.root, name))
@@ -212,13 +282,17 @@ class Reader:
                         yield Row(start + offset, images[offset].as_py() or b"", label)
                 start += batch.num_rows
 
-    def _read_files(self, shard: Shard, wanted: frozenset[int] | None) -> Iterator[Row]:
+    def _read_files(self, shard: Shard, wanted: frozenset[int] | None, unchanged: bool) -> Iterator[Row]:
         for index, path in enumerate(shard.files):
             if wanted is None or index in wanted:
                 folder = path.partition("/")[0] if "/" in path else None
                 try:
                     with self._open(path) as file:
                         data, problem = file.read(), None
+                        if unchanged and shard.etags:
+                            now = storage.etag(storage.join(self.root, path), file)
+                            if now != shard.etags[index]:
+                                data, problem = b"", "the file changed since it was listed"
                 except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
                     data, problem = b"", one_line(f"{type(error).__name__}: {error.strerror or error}")
                 yield Row(index, data, folder, problem)
@@ -272,20 +346,13 @@ class ImageSource:
         return digest.hexdigest()[:16]
 
     def save(self, uri: str) -> None:
-        """Publishes the listing as one Parquet file: columns shard, size, etag, files; the reader in its metadata."""
+        """Publishes the listing as one Parquet file: `shard_table`, with the reader in its metadata."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        table = pa.table(
-            {
-                "shard": pa.array([s.name for s in self.listing], pa.string()),
-                "size": pa.array([s.size for s in self.listing], pa.int64()),
-                "etag": pa.array([s.etag for s in self.listing], pa.string()),
-                "files": pa.array([list(s.files) for s in self.listing], pa.list_(pa.string())),
-            }
-        ).replace_schema_metadata({"tophat.reader": json.dumps(self.reader.__dict__)})
+        reader = {"tophat.reader": json.dumps(self.reader.__dict__)}
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
+        pq.write_table(shard_table(self.listing).replace_schema_metadata(reader), sink)
         storage.publish(uri, sink.getvalue().to_pybytes())
 
     @classmethod
@@ -297,10 +364,31 @@ class ImageSource:
             table = pq.read_table(file)
         fields = json.loads(table.schema.metadata[b"tophat.reader"])
         fields["class_names"] = tuple(fields["class_names"]) if fields["class_names"] is not None else None
-        columns = zip(*(table[name].to_pylist() for name in ("shard", "size", "etag", "files")), strict=True)
-        return cls(
-            Reader(**fields), tuple(Shard(name, size, etag, tuple(files)) for name, size, etag, files in columns)
-        )
+        return cls(Reader(**fields), tuple(shards_of(table)))
+
+
+def shard_table(shards: Iterable[Shard]) -> "pa.Table":
+    """Shards as columns: shard, size, etag, files, etags."""
+    import pyarrow as pa
+
+    rows = list(shards)
+    return pa.table(
+        {
+            "shard": pa.array([s.name for s in rows], pa.string()),
+            "size": pa.array([s.size for s in rows], pa.int64()),
+            "etag": pa.array([s.etag for s in rows], pa.string()),
+            "files": pa.array([s.files for s in rows], pa.list_(pa.string())),
+            "etags": pa.array([s.etags for s in rows], pa.list_(pa.string())),
+        }
+    )
+
+
+def shards_of(table: "pa.Table") -> Iterator[Shard]:
+    """The shards of a `shard_table`, or of one without the etags of files."""
+    columns = [table[name].to_pylist() for name in ("shard", "size", "etag", "files")]
+    etags = table["etags"].to_pylist() if "etags" in table.column_names else [()] * len(table)
+    for name, size, etag, files, each in zip(*columns, etags, strict=True):
+        yield Shard(name, size, etag, tuple(files), tuple(each))
 
 
 def open_source(field: str, source: recipe.Source) -> ImageSource:
@@ -365,7 +453,8 @@ def _virtual_shards(files: Iterable[FileEntry]) -> list[Shard]:
         group = mixed[start : start + FILES_PER_SHARD]
         etag = hashlib.sha256("\0".join(f"{f.path}\0{f.etag}" for f in group).encode()).hexdigest()[:16]
         name = f"files-{start // FILES_PER_SHARD:06d}"
-        shards.append(Shard(name, sum(f.size for f in group), etag, tuple(f.path for f in group)))
+        paths, etags = tuple(f.path for f in group), tuple(f.etag for f in group)
+        shards.append(Shard(name, sum(f.size for f in group), etag, paths, etags))
     return shards
 
 
