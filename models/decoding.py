@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from models.transforms import UndecodableImage, known
 
@@ -86,6 +87,7 @@ class Decoder:
             self._pipe = ours
             weakref.finalize(self, _end, self._process, ours)
             ours.send((self._decode, self._seconds))
+            ours.recv()  # it is ready: its start takes nothing from an image's time
         return self._process, self._pipe
 
 
@@ -104,6 +106,8 @@ def serve() -> None:
     with Connection(int(sys.argv[1])) as pipe:
         try:
             decode, seconds = pipe.recv()
+            Image.init()
+            pipe.send(None)
             while True:
                 data = pipe.recv_bytes()
                 signal.setitimer(signal.ITIMER_PROF, seconds)

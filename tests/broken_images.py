@@ -166,7 +166,9 @@ def tar(images: list[bytes], trailer: bool = True) -> bytes:
     return file.getvalue() if trailer else file.getvalue()[:end]
 
 
-def shards(seed: int, count: int, images_per_shard: int, share: float, slow: int) -> list[list[tuple[bytes, str | None]]]:
+def shards(
+    seed: int, count: int, images_per_shard: int, share: float, slow: int
+) -> list[list[tuple[bytes, str | None]]]:
     """Shards of images, of which about `share` are broken in every way in turn.
 
     Args:
@@ -195,5 +197,3 @@ def shards(seed: int, count: int, images_per_shard: int, share: float, slow: int
         used[name] += 1
         images[number] = (make(rng), reason)
     return [images[start : start + images_per_shard] for start in range(0, count, images_per_shard)]
-
-

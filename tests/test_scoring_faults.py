@@ -2,8 +2,7 @@
 
 import os
 import random
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -15,18 +14,19 @@ import pyarrow as pa
 import pytest
 
 import broken_images
+import killing
 from cluster import storage
 from cluster.errors import StorageError
-from faulty_proxy import faulty_proxy
+from cluster.progress import SILENT
+from faulty_proxy import FAULTS, faulty_proxy
 from models.config import ModelConfig, Transform
 from models.decoding import Decoder
 from models.transforms import UndecodableImage, evaluation_image
 from pipeline.ranges import RangeReader
 from pipeline.recipe import Score, Source
-from pipeline.rejects import read_rejects
+from pipeline.rejects import REJECTS
 from pipeline.scoring import score
 from pipeline.sources import ImageSource, open_source
-from cluster.progress import SILENT
 
 TRANSFORM = Transform(size=28, resize=32)
 CONFIG = ModelConfig(architecture="resnet8", options={"width": 4}, transform=TRANSFORM)
@@ -167,3 +167,119 @@ def test_a_damaged_shard_keeps_its_good_rows_and_says_what_it_is(tmp_path: Path,
     whole = [r for r in row["rejects"] if r["index"] is None]  # type: ignore[attr-defined]
     assert [r["reason"] for r in whole] == [reason]
     assert row["last"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    import torch
+
+    from models.architectures import build
+    from models.checkpoint import save
+
+    torch.manual_seed(0)
+    uri = str(tmp_path_factory.mktemp("model") / "teacher")
+    save(uri, build(CONFIG, 4), config=CONFIG, class_names=list("abcd"), metrics={}, provenance={})
+    return uri
+
+
+BROKEN_IMAGES, IMAGES = 60, 600
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[str, int], str]]:
+    """600 images in 15 shards, a tenth of them broken in every way; which, and why."""
+    root = tmp_path_factory.mktemp("pool")
+    expected = {}
+    for number, rows in enumerate(broken_images.shards(0, IMAGES, 40, BROKEN_IMAGES / IMAGES, slow=1)):
+        (root / f"{number:02d}.tar").write_bytes(broken_images.tar([data for data, _ in rows]))
+        expected |= {(f"{number:02d}.tar", index): reason for index, (_, reason) in enumerate(rows) if reason}
+    return root, expected
+
+
+def command(teacher: str, source: str, out: str) -> list[str]:
+    chosen = ("classes_per_image", "batch_size", "actors", "cpus_per_actor", "decode_seconds")
+    sets = [part for name in chosen for part in ("--set", f"{name}={getattr(SETTINGS, name)}")]
+    return ["--model", teacher, "--source", source, "--out", out, *sets]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    pool: tuple[Path, dict[tuple[str, int], str]],
+    teacher: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    ray_local: None,
+) -> str:
+    out = str(tmp_path_factory.mktemp("scored") / "scores")
+    source = open_source("U", Source(uri=str(pool[0])))
+    found = score(source, teacher, out, storage.join(out, REJECTS), SETTINGS, SILENT)
+    assert (found.listed, found.scored, found.rejected) == (IMAGES, IMAGES - BROKEN_IMAGES, BROKEN_IMAGES)
+    return out
+
+
+def test_no_good_image_is_missing_and_every_broken_one_says_why(
+    pool: tuple[Path, dict[tuple[str, int], str]], undisturbed: str
+) -> None:
+    expected = pool[1]
+    assert {reason for reason, _ in broken_images.BROKEN.values()} == set(expected.values())
+    assert {(shard, index): reason for shard, index, reason in killing.rejects(undisturbed)} == expected
+    table = killing.table(undisturbed)
+    scored = set(zip(table["shard"].to_pylist(), table["index"].to_pylist(), strict=True))
+    assert len(scored) == table.num_rows == IMAGES - BROKEN_IMAGES
+    assert not scored & expected.keys()
+
+
+def test_whatever_is_killed_the_rows_are_the_same(
+    pool: tuple[Path, dict[tuple[str, int], str]], teacher: str, undisturbed: str, tmp_path: Path
+) -> None:
+    expected, broken = killing.table(undisturbed), killing.rejects(undisturbed)
+    out = str(tmp_path / "scores")
+    with killing.Fleet() as fleet:
+        driver = fleet.start(command(teacher, str(pool[0]), out))
+        for kind in ("reader", "actor", "raylet", "driver"):
+            assert fleet.kill(kind, driver, patience=120), f"no {kind} to kill"
+        driver.communicate()
+        assert driver.returncode == -signal.SIGKILL
+        fleet.score(command(teacher, str(pool[0]), out))
+    assert killing.table(out).equals(expected)
+    assert killing.rejects(out) == broken
+
+
+def test_a_store_with_faults_gives_the_same_rows(
+    pool: tuple[Path, dict[tuple[str, int], str]], teacher: str, undisturbed: str, s3: str
+) -> None:
+    for file in pool[0].iterdir():
+        storage.publish(storage.join(s3, "u", file.name), file)
+    port = urlsplit(os.environ["AWS_ENDPOINT_URL"]).port
+    assert port is not None
+    out = storage.join(s3, "scores")
+    with (
+        faulty_proxy(port, 0.1, stall=4.0) as proxy,
+        killing.environment(AWS_ENDPOINT_URL=proxy.url, TOPHAT_S3_TIMEOUT="1"),
+    ):
+        killing.score_alone(command(teacher, storage.join(s3, "u"), out))
+    assert set(proxy.injected) == set(FAULTS)
+    assert killing.table(out).equals(killing.table(undisturbed))
+    assert killing.rejects(out) == killing.rejects(undisturbed)
+
+
+def test_reads_and_writes_outlast_faults_and_a_stall_is_cut(s3: str) -> None:
+    port = urlsplit(os.environ["AWS_ENDPOINT_URL"]).port
+    assert port is not None
+    content = random.Random(0).randbytes(200_000)
+    with (
+        faulty_proxy(port, 0.3, stall=30.0) as proxy,
+        killing.environment(AWS_ENDPOINT_URL=proxy.url, TOPHAT_S3_TIMEOUT="1"),
+    ):
+        begin = time.monotonic()
+        for number in range(12):
+            storage.publish(storage.join(s3, f"{number}"), content)
+            assert storage.read_bytes(storage.join(s3, f"{number}")) == content
+        assert len(storage.list_files(s3)) == 12
+        assert time.monotonic() - begin < 30 * proxy.injected["stall"]
+    assert set(proxy.injected) == set(FAULTS)
+
+
+def test_a_timeout_that_cannot_be(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOPHAT_S3_TIMEOUT", "soon")
+    with pytest.raises(StorageError, match=r"^TOPHAT_S3_TIMEOUT = 'soon': must be from 1 to 3600 seconds"):
+        storage.read_bytes(storage.join(s3, "x"))
