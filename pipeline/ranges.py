@@ -18,16 +18,7 @@ import pyarrow as pa
 from cluster import storage
 from models.config import Transform
 from pipeline.rejects import REJECTS
-from pipeline.sources import (
-    ChangedShardError,
-    MissingShardError,
-    Reader,
-    Row,
-    Shard,
-    ShardError,
-    shard_table,
-    shards_of,
-)
+from pipeline.shards import ChangedShardError, MissingShardError, Reader, Row, Shard, ShardError, shard_table, shards_of
 
 if TYPE_CHECKING:
     import ray

@@ -23,7 +23,8 @@ from cluster.reduction import parallel_map
 from cluster.section import Section
 from models.config import Transform
 from models.transforms import UndecodableImage, decode
-from pipeline.sources import ImageSource, Reader, Shard, ShardError
+from pipeline.shards import Reader, Shard, ShardError
+from pipeline.sources import ImageSource
 from pipeline.text import short, thousands
 
 # isort: split

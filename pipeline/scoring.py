@@ -24,7 +24,8 @@ from models.config import Transform
 from pipeline.ranges import Range, RangeReader, Unfinished, complete, ledger
 from pipeline.recipe import Score
 from pipeline.rejects import Reject, publish_rejects, read_rejects
-from pipeline.sources import ChangedShardError, ImageSource, MissingShardError, Reader
+from pipeline.shards import ChangedShardError, MissingShardError, Reader
+from pipeline.sources import ImageSource
 from pipeline.store import publish_json, read_json
 
 OWNER = "_scoring.json"

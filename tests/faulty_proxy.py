@@ -83,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = [(n, v) for n, v in answer.getheaders() if n.lower() not in ("connection", "transfer-encoding")]
         self._answer(answer.status, headers, content, kind)
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass_on
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass_on  # noqa: N815 - http.server's names
 
     def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes, cut: str | None = None) -> None:
         """The whole answer; with `cut`, half of it, or nothing of one without content although the store did what was asked."""

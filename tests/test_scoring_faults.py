@@ -189,7 +189,7 @@ BROKEN_IMAGES, IMAGES = 60, 600
 def pool(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[str, int], str]]:
     """600 images in 15 shards, a tenth of them broken in every way; which, and why."""
     root = tmp_path_factory.mktemp("pool")
-    expected = {}
+    expected: dict[tuple[str, int], str] = {}
     for number, rows in enumerate(broken_images.shards(0, IMAGES, 40, BROKEN_IMAGES / IMAGES, slow=1)):
         (root / f"{number:02d}.tar").write_bytes(broken_images.tar([data for data, _ in rows]))
         expected |= {(f"{number:02d}.tar", index): reason for index, (_, reason) in enumerate(rows) if reason}
