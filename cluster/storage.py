@@ -24,6 +24,11 @@ import pyarrow.fs as pafs
 
 from cluster.errors import StorageError
 
+ATTEMPTS = 8
+"""Of a request to an object store that answers 500 or 503, cuts the connection or falls silent; pauses between them grow to 20 s."""
+TIMEOUT = "TOPHAT_S3_TIMEOUT"
+"""Environment variable: seconds of silence in mid-request after which an object store is asked again."""
+
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
@@ -152,6 +157,7 @@ def _endpoint_environment() -> dict[str, str]:
         "AWS_ACCESS_KEY_ID",
         "AWS_SECRET_ACCESS_KEY",
         "AWS_SESSION_TOKEN",
+        TIMEOUT,
     )
     return {name: os.environ[name] for name in names if name in os.environ}
 
@@ -167,7 +173,24 @@ def _filesystem(scheme: str, environment: tuple[tuple[str, str], ...]) -> pafs.F
     region = names.get("AWS_REGION") or names.get("AWS_DEFAULT_REGION")
     if region is None and endpoint:
         region = "us-east-1"  # spares pyarrow a look-up that only AWS answers
-    return pafs.S3FileSystem(endpoint_override=endpoint, region=region, request_timeout=60, connect_timeout=10)
+    return pafs.S3FileSystem(
+        endpoint_override=endpoint,
+        region=region,
+        request_timeout=_timeout(names),
+        connect_timeout=10,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+    )
+
+
+def _timeout(environment: dict[str, str]) -> float:
+    text = environment.get(TIMEOUT, "60")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds <= 3600:
+        raise StorageError(TIMEOUT, text, "must be from 1 to 3600 seconds", "correct it, or unset it for 60")
+    return seconds
 
 
 @lru_cache(maxsize=8)
@@ -182,9 +205,9 @@ def _s3_client(environment: tuple[tuple[str, str], ...]) -> Any:
         "s3",
         region_name=region or ("us-east-1" if endpoint else None),
         config=Config(
-            retries={"mode": "standard", "max_attempts": 5},
+            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
             connect_timeout=10,
-            read_timeout=60,
+            read_timeout=_timeout(names),
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         ),
@@ -275,6 +298,29 @@ def exists(uri: str) -> bool:
             return True
         fs, inside = filesystem(uri)
         return bool(fs.get_file_info(inside).type != pafs.FileType.NotFound)
+
+
+def etag(uri: str, file: pa.NativeFile | None = None) -> str:
+    """The etag that a listing would have for the object at `uri` now.
+
+    Args:
+        uri: of an object.
+        file: it, opened, which spares an object store a request: then the etag is of what was opened.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        OSError: as pyarrow raises it; see `is_outage`.
+    """
+    fs, path = filesystem(uri)
+    if uri.startswith("s3://"):
+        if file is None:
+            with fs.open_input_file(path) as opened:
+                return etag(uri, opened)
+        return str(file.metadata()["ETag"], "utf-8").strip('"')
+    info = fs.get_file_info(path)
+    if info.type == pafs.FileType.NotFound:
+        raise FileNotFoundError(uri)
+    return f"{info.size}-{info.mtime_ns}"
 
 
 def open_input(uri: str) -> pa.NativeFile:

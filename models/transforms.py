@@ -2,7 +2,8 @@
 
 Nothing here trusts the bytes: the format is one of a closed list, the size is checked in the header before any pixel is
 decoded, and no crop allocates more than its output, whatever the aspect ratio. Whatever goes wrong is one
-`UndecodableImage` with a reason of a small closed set. Decoded images stay uint8; `normalize` makes floats of whole batches
+`UndecodableImage` with a reason of a small closed set. Decoding has a time limit, which is checked whenever a decoder asks for
+more bytes; `models.decoding` holds to it those that never ask. Decoded images stay uint8; `normalize` makes floats of whole batches
 on the device, and alone needs torch.
 """
 
@@ -10,6 +11,7 @@ import io
 import logging
 import math
 import random
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from cluster.errors import TophatError, one_line
 from models.config import Transform
@@ -26,7 +29,7 @@ if TYPE_CHECKING:  # decoding runs in many processes, and needs no torch
     import torch
     from torch import Tensor
 
-Reason = Literal["empty", "unreadable", "not_an_image", "too_large", "truncated", "decode_error"]
+Reason = Literal["empty", "unreadable", "not_an_image", "too_large", "truncated", "slow", "decode_error"]
 REASONS: tuple[str, ...] = get_args(Reason)
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -34,6 +37,13 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 DETAIL = 200
 """Longest detail, in characters."""
+
+DECODE_SECONDS = 10.0
+"""CPU time that decoding one image may take, unless the caller says otherwise."""
+
+JPEG_BLOCK = 1024
+"""Bytes of a JPEG that are decoded between two looks at the clock. Ten bytes of a progressive JPEG (an empty scan) make the decoder go
+over the whole image once: 40 ms at 100 million pixels."""
 
 # The bytes are not the user's doing, so what PIL says about them belongs in the rejects, not on the terminal; and PIL's own
 # pixel limit, which warns before it refuses, gives way to `max_pixels`.
@@ -84,16 +94,21 @@ def decode(data: bytes, transform: Transform) -> NDArray[np.uint8]:
         return np.asarray(pixels)
 
 
-def evaluation_image(data: bytes, transform: Transform) -> NDArray[np.uint8]:
+def evaluation_image(data: bytes, transform: Transform, seconds: float = DECODE_SECONDS) -> NDArray[np.uint8]:
     """The image as evaluation and scoring see it: uint8 [3, size, size], RGB.
 
     The shorter side is resized to `resize` (bilinear, antialiased), then the center `size` x `size` is cropped, as by
     torchvision's `Resize` and `CenterCrop` on PIL images.
 
+    Args:
+        data: an encoded image.
+        transform: the sizes.
+        seconds: of CPU time, after which decoding is given up.
+
     Raises:
         UndecodableImage: whatever the bytes are.
     """
-    with _opened(data, transform) as image:
+    with _opened(data, transform, seconds) as image:
         return _channels_first(_crop(image, center_box(*_upright_size(image), transform), transform.size))
 
 
@@ -166,29 +181,69 @@ def normalize(images: "Tensor", transform: Transform, device: "torch.device") ->
     return moved.sub_(255 * mean).div_(255 * std)
 
 
+class _Watched(io.BytesIO):
+    """Bytes that a decoder gets only while it has time left."""
+
+    def __init__(self, data: bytes, seconds: float) -> None:
+        super().__init__(data)
+        self.seconds = seconds
+        self._until = time.monotonic() + seconds
+        self._until_cpu = time.thread_time() + seconds  # on a busy machine, less than what went by
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if time.monotonic() > self._until and time.thread_time() > self._until_cpu:
+            raise UndecodableImage("slow", f"decoding took more than {self.seconds:g} s")
+        return super().read(size)
+
+
 @contextmanager
-def _opened(data: bytes, transform: Transform) -> Iterator[Image.Image]:
+def _opened(data: bytes, transform: Transform, seconds: float = DECODE_SECONDS) -> Iterator[Image.Image]:
     """The image of hostile bytes, header read and checked; every error in the block becomes an `UndecodableImage`."""
     if not data:
         raise UndecodableImage("empty", "no bytes")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(_Watched(data, seconds), formats=FORMATS)
         if image.width * image.height > transform.max_pixels:
             detail = f"{image.width} x {image.height} pixels, at most {transform.max_pixels} are allowed"
             raise UndecodableImage("too_large", detail)
+        if isinstance(image, JpegImageFile):
+            image.decodermaxblock = JPEG_BLOCK
         yield image
     except UndecodableImage:
         raise
     except Exception as error:  # a decoder may raise anything on hostile bytes
-        raise _undecodable(error) from error
+        raise _undecodable(error, data) from error
 
 
-def _undecodable(error: Exception) -> UndecodableImage:
+def _undecodable(error: Exception, data: bytes) -> UndecodableImage:
     text = str(error) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
-        return UndecodableImage("not_an_image", f"not in one of the formats {', '.join(FORMATS)}")
-    reason: Reason = "truncated" if "truncated" in text.lower() or isinstance(error, EOFError) else "decode_error"
+        if not known(data):
+            return UndecodableImage("not_an_image", f"not in one of the formats {', '.join(FORMATS)}")
+        text = "begins like an image, and its header is damaged or cut off"
+    reason: Reason = "decode_error"
+    if (
+        isinstance(error, MemoryError) or "too large" in text.lower()
+    ):  # text or a color profile inside that unpacks to too much
+        reason = "too_large"
+    elif "truncated" in text.lower() or isinstance(error, EOFError) or _cut_short(data):
+        reason = "truncated"
     return UndecodableImage(reason, text)
+
+
+def known(data: bytes) -> str | None:
+    """The format whose signature the bytes begin with, as far as a signature alone tells one."""
+    signatures = {"TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "PNG": (b"\x89PNG\r\n\x1a\n",)}
+    signatures |= {"JPEG": (b"\xff\xd8\xff",), "GIF": (b"GIF87a", b"GIF89a")}
+    found = next((name for name, starts in signatures.items() if data.startswith(starts)), None)
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        found = "WEBP"
+    return "AVIF" if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis", b"mif1", b"msf1") else found
+
+
+def _cut_short(data: bytes) -> bool:
+    """Whether bytes that are a WebP file are fewer than it says it has."""
+    return known(data) == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data)
 
 
 def _turned(image: Image.Image) -> bool:

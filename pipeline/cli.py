@@ -202,6 +202,7 @@ def score(
     from models.card import read_card
     from pipeline import scoring
     from pipeline.recipe import score_settings
+    from pipeline.rejects import REJECTS
 
     classes = len(read_card(model).class_names)
     settings = score_settings(sets or [], classes_per_image, classes)
@@ -211,7 +212,7 @@ def score(
     with _session(address, verbose) as session:
         session.start()
         with Display(out).task("scores", None) as progress:
-            rejects = storage.join(target, scoring.REJECTS)
+            rejects = storage.join(target, REJECTS)
             scored = scoring.score(images, storage.absolute(model), target, rejects, settings, progress)
     counts = {
         "images listed": scored.listed,
@@ -408,7 +409,7 @@ def status(run_dir: Annotated[str, typer.Argument(metavar="RUN", help="A run dir
 
 
 def _unfinished(store: "RunStore", name: str, unlabeled: "Finished | None") -> str:
-    from pipeline.scoring import complete, ledger
+    from pipeline.ranges import complete, ledger
 
     if not store.started(name):
         return "not started"

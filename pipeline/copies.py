@@ -14,7 +14,8 @@ from typing import Any
 from cluster import storage
 from cluster.progress import SILENT, Progress
 from cluster.reduction import parallel_map
-from pipeline.sources import ImageSource, Reader, Shard, ShardError
+from pipeline.shards import Reader, Shard, ShardError
+from pipeline.sources import ImageSource
 
 # isort: split
 # After cluster.storage: pyarrow.parquet loads pyarrow.fs, which reads the environment that cluster.storage sets.

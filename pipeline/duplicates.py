@@ -19,6 +19,7 @@ from cluster.progress import SILENT, Progress
 from cluster.reduction import cpus, parallel_map, run_task
 from pipeline import scoring
 from pipeline.recipe import Deduplicate, Score
+from pipeline.rejects import REJECTS
 from pipeline.sources import ImageSource
 
 # isort: split
@@ -84,7 +85,7 @@ def embed(
     counts = {"images": 0, "scored": 0, "rejected": 0}
     for name, source in sources.items():
         target = storage.join(place, name)
-        rejects = storage.join(target, scoring.REJECTS)
+        rejects = storage.join(target, REJECTS)
         made = scoring.score(source, model_uri, target, rejects, settings, progress.part(name))
         for field, value in (("images", made.listed), ("scored", made.scored), ("rejected", made.rejected)):
             counts[field] += value

@@ -15,7 +15,8 @@ from cluster import storage
 from cluster.errors import RunError
 from cluster.progress import SILENT, Progress
 from pipeline import writers
-from pipeline.sources import ImageSource, Label, Row, Shard, ShardError
+from pipeline.shards import Label, Row, Shard, ShardError
+from pipeline.sources import ImageSource
 from pipeline.writers import Sample, ShardLayout
 
 LANES = 16

@@ -18,7 +18,8 @@ from cluster.reduction import parallel_map
 from models.config import Transform
 from pipeline.loading import Integers, TrainingSet
 from pipeline.rejects import Reject, publish_rejects
-from pipeline.sources import ImageSource, Label, Reader, Row, Shard, ShardError
+from pipeline.shards import Label, Reader, Row, Shard, ShardError
+from pipeline.sources import ImageSource
 
 REJECTED = -1
 """In a table of labels: an image that cannot be used."""

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from cluster import storage
 from cluster.errors import StageError, one_line
 from models.config import Transform
-from pipeline.sources import Label, Reader, Row, Shard, ShardError
+from pipeline.shards import Label, Reader, Row, Shard, ShardError
 
 if TYPE_CHECKING:
     import torch

@@ -82,6 +82,8 @@ class Score(Section):
     """CPUs that each reading and decoding task takes."""
     range_mib: int = Field(default=128, ge=1, le=4096)
     """Decoded images that travel together, in MiB; a larger shard is scored in several row ranges, one file each."""
+    decode_seconds: float = Field(default=10.0, ge=0.1, le=3600.0)
+    """CPU time that decoding one image may take; one that takes more is a reject."""
     max_reject_fraction: float = Field(default=1.0, ge=0.0, le=1.0)
     """The run stops when a larger share of U could not be scored."""
     embedding: bool = False

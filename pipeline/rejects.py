@@ -8,6 +8,9 @@ from typing import Any
 
 from cluster import storage
 
+REJECTS = "_rejects"
+"""Where rejects go when a score table stands alone: a name that readers of a Parquet folder pass over, as they do the owner's."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reject:
@@ -66,7 +69,7 @@ def read_rejects(uri: str, *, limit: int = 0, wholes: bool = False) -> tuple[Cou
     rows: list[Reject] = []
     with ThreadPoolExecutor(max_workers=16) as pool:
         for table in pool.map(read, storage.list_files(uri, ".parquet")):
-            counts.update(table["reason"].to_pylist())
+            counts.update({c["values"]: c["counts"] for c in pc.value_counts(table["reason"]).to_pylist()})
             chosen = table.filter(pc.is_null(table["index"])) if wholes else table.slice(0, max(0, limit - len(rows)))
             content: list[dict[str, Any]] = chosen.to_pylist()
             rows.extend(Reject(**row) for row in content)

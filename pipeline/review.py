@@ -23,7 +23,8 @@ from cluster.section import Section
 from models.config import Transform
 from models.transforms import UndecodableImage, decode
 from pipeline import pages
-from pipeline.sources import ImageSource, Reader, Shard, ShardError
+from pipeline.shards import Reader, Shard, ShardError
+from pipeline.sources import ImageSource
 from pipeline.text import short
 
 # isort: split

@@ -16,6 +16,7 @@ from pipeline import dhat as dhat_stage
 from pipeline import labeled as labeled_stage
 from pipeline.evaluation import evaluate
 from pipeline.loading import TrainingSet, dhat_training_set
+from pipeline.ranges import ledger
 from pipeline.recipe import Recipe
 from pipeline.sources import ImageSource, open_source
 from pipeline.store import Finished, RunStore, publish_json, read_json
@@ -318,7 +319,7 @@ def score_unlabeled(this: Run, unlabeled: Finished, teacher: Finished) -> Finish
     rejects = this.store.place("rejects")
 
     def work(place: str) -> dict[str, Any]:
-        if not scoring.ledger(place):
+        if not ledger(place):
             storage.delete_tree(rejects)  # of scores that were made from other inputs
         source = _unlabeled_source(unlabeled)
         with this.display.task("scores", None) as progress:

@@ -5,12 +5,10 @@ score a range at a time and publish it as one Parquet file. The published files 
 scored again, and nothing else keeps track.
 """
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
-from urllib.parse import quote, unquote
 
 import numpy as np
 import numpy.typing as npt
@@ -20,66 +18,25 @@ import pyarrow.parquet as pq
 from cluster import storage
 from cluster.errors import RunError, StageError
 from cluster.progress import Progress
-from cluster.reduction import original_errors, run_task
+from cluster.reduction import original_errors, parallel_map, run_task
 from cluster.resources import cluster_shape
 from models.config import Transform
+from pipeline.ranges import Range, RangeReader, Unfinished, complete, ledger
 from pipeline.recipe import Score
 from pipeline.rejects import Reject, publish_rejects, read_rejects
-from pipeline.sources import ImageSource, MissingShardError, Reader, Row, Shard, ShardError
+from pipeline.shards import ChangedShardError, MissingShardError, Reader
+from pipeline.sources import ImageSource
 from pipeline.store import publish_json, read_json
 
 OWNER = "_scoring.json"
-REJECTS = "_rejects"
-"""Where rejects go when a score table stands alone: a name that readers of a Parquet folder pass over, as they do the owner's."""
+GONE = (MissingShardError.reason, ChangedShardError.reason)
+"""Reasons of the rejects of shards that the next attempt reads again."""
 
-MAX_RANGE_ROWS = 65_536
-READ_BLOCKS = 2_000
+FILES_PER_COUNT = 4096
+"""Score files whose rows one task counts; more of them are counted all over the cluster."""
+
 EARLY_CHECK = 10_000
 """Images after which too many rejects stop a scoring at once rather than at its end."""
-_RANGE_FILE = re.compile(r"(?P<shard>.+)/(?P<start>\d{8,})-(?P<stop>\d{8,})(?P<last>-last)?\.parquet", re.DOTALL)
-UNREADABLE, MISSING = "unreadable_shard", "missing_shard"
-"""Reasons of the rejects of whole shards: damaged from some row on, or not to be had. The rest are about images."""
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """Consecutive rows `[start, stop)` of a shard, scored together.
-
-    Attributes:
-        last: whether the shard ends here.
-    """
-
-    shard: str
-    start: int
-    stop: int
-    last: bool
-
-    @property
-    def file(self) -> str:
-        """Name of its file, under the folder of the score table."""
-        return f"{_folder(self.shard)}/{self.start:08d}-{self.stop:08d}{'-last' if self.last else ''}.parquet"
-
-    @classmethod
-    def of_file(cls, path: str) -> "Range | None":
-        """The range whose file has this name; None for other files."""
-        match = _RANGE_FILE.fullmatch(path)
-        if match is None:
-            return None
-        return cls(
-            unquote(match["shard"], errors="surrogateescape"),
-            int(match["start"]),
-            int(match["stop"]),
-            match["last"] is not None,
-        )
-
-
-def _folder(shard: str) -> str:
-    """A folder's path for a shard's name: that name, with what a file system or a reader of folders would take amiss escaped."""
-    printable = "".join(
-        c if c.isprintable() and c != "%" else quote(c, safe="", errors="surrogateescape")
-        for c in shard.replace("//", "/\0/")
-    ).replace("/%00/", "/%2F")
-    return f"%5F{printable[1:]}" if printable.startswith("_") else printable
 
 
 @dataclass(frozen=True)
@@ -103,33 +60,6 @@ class Scored:
     rejected: int
     unreadable_shards: int
     rejects: dict[str, int]
-
-
-def ledger(scores_uri: str) -> dict[str, list[Range]]:
-    """The published ranges of every shard, in row order."""
-    found: dict[str, list[Range]] = {}
-    for entry in storage.list_files(scores_uri, ".parquet"):
-        published = None if entry.path.startswith(f"{REJECTS}/") else Range.of_file(entry.path)
-        if published is not None:
-            found.setdefault(published.shard, []).append(published)
-    for ranges in found.values():
-        ranges.sort(key=lambda r: (r.start, r.stop))
-    return found
-
-
-def complete(ranges: Sequence[Range]) -> bool:
-    """Whether ranges in row order cover a whole shard: from row 0, without a gap or an overlap, to its last row."""
-    starts = [r.start for r in ranges]
-    return (
-        bool(ranges)
-        and starts == [0, *(r.stop for r in ranges[:-1])]
-        and [r.last for r in ranges] == [False] * (len(ranges) - 1) + [True]
-    )
-
-
-def range_rows(transform: Transform, range_mib: int) -> int:
-    """Rows of a range whose decoded images (uint8, 3 channels) take at most `range_mib` MiB."""
-    return max(1, min(MAX_RANGE_ROWS, range_mib * 2**20 // (3 * transform.size**2)))
 
 
 def claim(field: str, scores_uri: str, model_uri: str, source: ImageSource, settings: Score) -> None:
@@ -179,15 +109,15 @@ def score(
 
     card = read_card(model_uri)
     done = ledger(scores_uri)
-    missing = [shard for shard in source.shards() if not complete(done.get(shard.name, ()))]
-    if missing:
+    unfinished = Unfinished.of(source.shards(), done)
+    if len(unfinished.shards):
         _forget_rejects(rejects_uri, done)
         job = _Job(
             source.reader, model_uri, scores_uri, rejects_uri, card.model.transform, len(card.class_names), settings
         )
         try:
             with original_errors():
-                _stream(job, missing, done, progress)
+                _stream(job, unfinished, done, progress)
         except StageError:
             run_task(
                 _check_model, model_uri
@@ -233,21 +163,16 @@ def prove(source: ImageSource, scores_uri: str, rejects_uri: str) -> Scored:
     """
     done = ledger(scores_uri)
     reasons, wholes = read_rejects(rejects_uri, wholes=True)
-    gone = {reject.shard for reject in wholes if reject.reason == MISSING}
+    gone = {reject.shard for reject in wholes if reject.reason in GONE}
     listed, files = 0, []
     for shard in source.shards():
         ranges = done.get(shard.name, [])
         if not complete(ranges) and shard.name not in gone:
             raise StageError(f"{shard.name} is not scored completely: run the same command again")
         listed += sum(r.stop - r.start for r in ranges)
-        files += [r.file for r in ranges]
-
-    def rows(file: str) -> int:
-        with storage.open_input(storage.join(scores_uri, file)) as source_file:
-            return int(pq.read_metadata(source_file).num_rows)
-
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        scored = sum(pool.map(rows, files))
+        files += [storage.join(scores_uri, r.file) for r in ranges]
+    groups = [files[start : start + FILES_PER_COUNT] for start in range(0, len(files), FILES_PER_COUNT)]
+    scored = sum(parallel_map(_count_rows, groups) if len(groups) > 1 else map(_count_rows, groups))
     rejected = sum(reasons.values()) - len(wholes)
     if listed != scored + rejected:
         raise StageError(
@@ -255,6 +180,17 @@ def prove(source: ImageSource, scores_uri: str, rejects_uri: str) -> Scored:
         )
     shards = len({reject.shard for reject in wholes})
     return Scored(scores_uri, rejects_uri, listed, scored, rejected, shards, dict(sorted(reasons.items())))
+
+
+def _count_rows(uris: Sequence[str]) -> int:
+    """Rows of Parquet files, from their footers."""
+
+    def rows(uri: str) -> int:
+        with storage.open_input(uri) as file:
+            return int(pq.read_metadata(file).num_rows)
+
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        return sum(pool.map(rows, uris))
 
 
 @dataclass(frozen=True)
@@ -270,13 +206,14 @@ class _Job:
     settings: Score
 
 
-def _stream(job: _Job, missing: Sequence[Shard], done: dict[str, list[Range]], progress: Progress) -> None:
+def _stream(job: _Job, unfinished: Unfinished, done: dict[str, list[Range]], progress: Progress) -> None:
     import ray
 
     settings = job.settings
-    items = [{"shard": shard, "done": tuple(done.get(shard.name, ()))} for shard in missing]
-    ranges = ray.data.from_items(items, override_num_blocks=min(len(items), READ_BLOCKS)).map_batches(
-        _RangeReader(job), batch_size=1, num_cpus=settings.cpus_per_reader, batch_format="pandas"
+    parts = unfinished.parts()
+    read = RangeReader(job.reader, job.transform, settings.range_mib, settings.decode_seconds, ray.put(unfinished))
+    ranges = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
+        read, batch_size=1, num_cpus=settings.cpus_per_reader, batch_format="pyarrow"
     )
     scored = ranges.map_batches(
         _RangeScorer,
@@ -287,7 +224,8 @@ def _stream(job: _Job, missing: Sequence[Shard], done: dict[str, list[Range]], p
         num_cpus=settings.cpus_per_actor,
         num_gpus=settings.gpus_per_actor,
     )
-    sizes = {shard.name: shard.size for shard in missing}
+    sizes = dict(zip(unfinished.shards["shard"].to_pylist(), unfinished.shards["size"].to_pylist(), strict=True))
+    size = sum(sizes.values())
     before = sum(r.stop - r.start for ranges in done.values() for r in ranges)  # of earlier attempts
     images = rejects = ended_images = ended_bytes = 0
     waiting: dict[str, int] = {}  # images of shards that have not ended
@@ -299,7 +237,7 @@ def _stream(job: _Job, missing: Sequence[Shard], done: dict[str, list[Range]], p
             if row["last"]:
                 ended_images += waiting.pop(row["shard"])
                 ended_bytes += sizes[row["shard"]]
-        expected = before + ended_images * sum(sizes.values()) // ended_bytes if ended_bytes and ended_images else None
+        expected = before + ended_images * size // ended_bytes if ended_bytes and ended_images else None
         progress.update(before + images, rejects, total=expected and max(expected, before + images + rejects))
         if images + rejects >= EARLY_CHECK and rejects > settings.max_reject_fraction * (images + rejects):
             raise StageError(
@@ -316,91 +254,6 @@ def default_actors(settings: Score) -> int:
         return max(1, int(shape.total("GPU") / settings.gpus_per_actor))
     free = shape.total("CPU") - settings.cpus_per_reader
     return max(1, int(free / (settings.cpus_per_actor + settings.cpus_per_reader)))
-
-
-class _RangeReader:
-    """Reads and decodes shards: a row per range."""
-
-    def __init__(self, job: _Job) -> None:
-        self._job = job
-
-    def __call__(self, batch: Any) -> Iterator[pa.Table]:
-        for shard, covered in zip(batch["shard"], batch["done"], strict=True):
-            yield from self._ranges(shard, covered)
-
-    def _ranges(self, shard: Shard, covered: Sequence[Range]) -> Iterator[pa.Table]:
-        rows = range_rows(self._job.transform, self._job.settings.range_mib)
-        pending: _Decoded | None = None
-        position, problem, missing = 0, None, False
-        try:
-            for row in self._job.reader.read(shard):
-                position = row.index + 1
-                if any(done.start <= row.index < done.stop for done in covered):
-                    continue
-                if pending is not None and (pending.stop != row.index or pending.stop - pending.start >= rows):
-                    yield pending.table(last=False)
-                    pending = None
-                if pending is None:
-                    pending = _Decoded(shard, row.index)
-                pending.add(row, self._job.transform)
-        except ShardError as error:
-            problem, missing = str(error), isinstance(error, MissingShardError)
-        # What comes last is published as such, even when it is empty: only then the shard is complete.
-        # A shard that is missing is not: the next attempt reads it again.
-        ended = any(done.last for done in covered)
-        if pending is not None and (ended or missing or pending.stop != position):
-            yield pending.table(last=False)
-            pending = None
-        if missing:
-            yield _Decoded(shard, position).table(last=False, problem=problem, missing=True)
-        elif not ended:
-            yield (pending or _Decoded(shard, position)).table(last=True, problem=problem)
-
-
-class _Decoded:
-    """A range under way: its images, and what could not be decoded."""
-
-    def __init__(self, shard: Shard, start: int) -> None:
-        self.shard = shard
-        self.start = start
-        self.stop = start
-        self.indices: list[int] = []
-        self.images: list[npt.NDArray[np.uint8]] = []
-        self.rejects: list[dict[str, Any]] = []
-
-    def add(self, row: Row, transform: Transform) -> None:
-        from models.transforms import UndecodableImage, evaluation_image
-
-        self.stop = row.index + 1
-        try:
-            if row.problem is not None:
-                raise UndecodableImage("unreadable", row.problem)
-            self.images.append(evaluation_image(row.data, transform))
-            self.indices.append(row.index)
-        except UndecodableImage as error:
-            self.rejects.append({"index": row.index, "reason": error.reason, "error": error.detail})
-
-    def table(self, *, last: bool, problem: str | None = None, missing: bool = False) -> pa.Table:
-        """One row. The images are one binary value, so that Ray never splits a range over blocks."""
-        rejects = list(self.rejects)
-        if problem is not None:
-            rejects.append({"index": None, "reason": MISSING if missing else UNREADABLE, "error": problem})
-        content = np.stack(self.images).tobytes() if self.images else b""
-        return pa.table(
-            {
-                "shard": pa.array([self.shard.name], pa.string()),
-                "start": pa.array([self.start], pa.int64()),
-                "stop": pa.array([self.stop], pa.int64()),
-                "last": pa.array([last], pa.bool_()),
-                "missing": pa.array([missing], pa.bool_()),
-                "indices": pa.array([self.indices], pa.list_(pa.uint32())),
-                "images": pa.array([content], pa.large_binary()),
-                "rejects": pa.array([rejects], pa.list_(_REJECT)),
-            }
-        )
-
-
-_REJECT = pa.struct([("index", pa.uint32()), ("reason", pa.string()), ("error", pa.string())])
 
 
 class _RangeScorer:

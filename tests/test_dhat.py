@@ -17,7 +17,8 @@ from pipeline import dhat
 from pipeline.dhat import Dhat, materialize, permutation
 from pipeline.recipe import Source
 from pipeline.selection import SCHEMA, read_selection, select
-from pipeline.sources import ImageSource, Row, Shard, open_source
+from pipeline.shards import Row, Shard
+from pipeline.sources import ImageSource, open_source
 
 SHARDS = {"b/one.parquet": 40, "a two.parquet": 25, "é.parquet": 3, "unused.parquet": 5}
 NAMES = [f"class <{i}>" for i in range(6)]

@@ -22,7 +22,8 @@ from pipeline import datasets
 from pipeline.datasets import Pixels
 from pipeline.ingest import Ingested, ingest
 from pipeline.recipe import Source
-from pipeline.sources import ImageSource, Label, open_source
+from pipeline.shards import Label
+from pipeline.sources import ImageSource, open_source
 from pipeline.writers import Sample, ShardLayout, tar_bytes, write_shards
 
 LAYOUTS: tuple[ShardLayout, ...] = ("webdataset", "parquet")

@@ -14,7 +14,8 @@ from models.config import Transform
 from pipeline.labeled import REJECTED, class_ids, class_names, hold_out, training_set
 from pipeline.loading import Piece, TrainingSet, ahead, arc, windows
 from pipeline.recipe import Source
-from pipeline.sources import ImageSource, Reader, Shard, open_source
+from pipeline.shards import Reader, Shard
+from pipeline.sources import ImageSource, open_source
 
 COUNTS = st.lists(st.integers(1, 30), min_size=1, max_size=8)
 

@@ -17,9 +17,10 @@ from cluster import storage
 from cluster.errors import ModelError, RunError, StageError
 from cluster.progress import SILENT
 from models.config import ModelConfig, Transform
+from pipeline.ranges import Range, RangeReader, complete, ledger, range_rows
 from pipeline.recipe import Score, Source
 from pipeline.rejects import read_rejects
-from pipeline.scoring import Range, _Job, _RangeReader, claim, complete, ledger, prove, range_rows, score
+from pipeline.scoring import claim, prove, score
 from pipeline.sources import ImageSource, open_source
 
 CONFIG = ModelConfig(architecture="resnet8", options={"width": 4}, transform=Transform(size=28, resize=28, flip=False))
@@ -158,11 +159,10 @@ def test_only_what_has_no_file_is_scored_again(scored: str, source: ImageSource,
 
 def test_a_large_shard_is_scored_in_ranges_and_resumes_inside(source: ImageSource) -> None:
     """The reader alone: whatever ranges are done, the others complete the shard."""
-    job = _Job(source.reader, "", "", "", CONFIG.transform, 4, SETTINGS.model_copy(update={"range_mib": 1}))
-    reader, shard = _RangeReader(job), source.shards()[0]
+    reader, shard = RangeReader(source.reader, CONFIG.transform, range_mib=1, decode_seconds=10), source.shards()[0]
 
     def ranges(done: Sequence[Range]) -> list[Range]:
-        tables = reader._ranges(shard, done)
+        tables = reader.ranges(shard, done)
         return [Range(t["shard"], t["start"], t["stop"], t["last"]) for table in tables for t in table.to_pylist()]
 
     assert ranges([]) == [Range("a.tar", 0, 50, True)]

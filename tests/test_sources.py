@@ -14,7 +14,8 @@ import pytest
 from cluster import storage
 from cluster.errors import SourceError
 from pipeline.recipe import Source
-from pipeline.sources import FILES_PER_SHARD, ImageSource, Label, Row, ShardError, open_source
+from pipeline.shards import Label, Row, ShardError
+from pipeline.sources import FILES_PER_SHARD, ImageSource, open_source
 
 
 def tar(members: Sequence[tuple[str, bytes]], trailer: bool = True) -> bytes:

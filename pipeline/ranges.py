@@ -1,0 +1,256 @@
+"""Ranges: consecutive rows of a shard that are scored together, what their files are called, and how they are read and decoded.
+
+The files that ranges have in a score table are the ledger of what is done. A range without one is read again, and nothing else keeps track.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from cluster import storage
+from models.config import Transform
+from pipeline.rejects import REJECTS
+from pipeline.shards import ChangedShardError, MissingShardError, Reader, Row, Shard, ShardError, shard_table, shards_of
+
+if TYPE_CHECKING:
+    import ray
+
+    from models.decoding import Decoder
+
+MAX_RANGE_ROWS = 65_536
+READ_TASKS = 2_000
+"""Tasks at most that the shards of a scoring are dealt to: enough for thousands of readers, few enough to plan in a second."""
+_RANGE_FILE = re.compile(r"(?P<shard>.+)/(?P<start>\d{8,})-(?P<stop>\d{8,})(?P<last>-last)?\.parquet", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Consecutive rows `[start, stop)` of a shard, scored together.
+
+    Attributes:
+        last: whether the shard ends here.
+    """
+
+    shard: str
+    start: int
+    stop: int
+    last: bool
+
+    @property
+    def file(self) -> str:
+        """Name of its file, under the folder of the score table."""
+        return f"{_folder(self.shard)}/{self.start:08d}-{self.stop:08d}{'-last' if self.last else ''}.parquet"
+
+    @classmethod
+    def of_file(cls, path: str) -> "Range | None":
+        """The range whose file has this name; None for other files."""
+        match = _RANGE_FILE.fullmatch(path)
+        if match is None:
+            return None
+        return cls(
+            unquote(match["shard"], errors="surrogateescape"),
+            int(match["start"]),
+            int(match["stop"]),
+            match["last"] is not None,
+        )
+
+
+def _folder(shard: str) -> str:
+    """A folder's path for a shard's name: that name, with what a file system or a reader of folders would take amiss escaped."""
+    printable = "".join(
+        c if c.isprintable() and c != "%" else quote(c, safe="", errors="surrogateescape")
+        for c in shard.replace("//", "/\0/")
+    ).replace("/%00/", "/%2F")
+    return f"%5F{printable[1:]}" if printable.startswith("_") else printable
+
+
+def ledger(scores_uri: str) -> dict[str, list[Range]]:
+    """The published ranges of every shard, in row order."""
+    found: dict[str, list[Range]] = {}
+    for entry in storage.list_files(scores_uri, ".parquet"):
+        published = None if entry.path.startswith(f"{REJECTS}/") else Range.of_file(entry.path)
+        if published is not None:
+            found.setdefault(published.shard, []).append(published)
+    for ranges in found.values():
+        ranges.sort(key=lambda r: (r.start, r.stop))
+    return found
+
+
+def complete(ranges: Sequence[Range]) -> bool:
+    """Whether ranges in row order cover a whole shard: from row 0, without a gap or an overlap, to its last row."""
+    starts = [r.start for r in ranges]
+    return (
+        bool(ranges)
+        and starts == [0, *(r.stop for r in ranges[:-1])]
+        and [r.last for r in ranges] == [False] * (len(ranges) - 1) + [True]
+    )
+
+
+def range_rows(transform: Transform, range_mib: int) -> int:
+    """Rows of a range whose decoded images (uint8, 3 channels) take at most `range_mib` MiB."""
+    return max(1, min(MAX_RANGE_ROWS, range_mib * 2**20 // (3 * transform.size**2)))
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """The shards that a scoring has to read: one object that every reader shares, so that a hundred thousand shards cost each task nothing.
+
+    Attributes:
+        shards: from `shard_table`.
+        done: the published ranges of those that are scored in part.
+    """
+
+    shards: pa.Table
+    done: Mapping[str, Sequence[Range]]
+
+    @classmethod
+    def of(cls, shards: Sequence[Shard], done: Mapping[str, Sequence[Range]]) -> "Unfinished":
+        """Those of `shards` whose ranges do not cover them."""
+        missing = [shard for shard in shards if not complete(done.get(shard.name, ()))]
+        return cls(shard_table(missing), {s.name: tuple(done[s.name]) for s in missing if s.name in done})
+
+    def parts(self) -> list[dict[str, int]]:
+        """The rows of the table, dealt to tasks: `start`, `stop`."""
+        tasks = min(len(self.shards), READ_TASKS)
+        edges = [len(self.shards) * n // tasks for n in range(tasks + 1)] if tasks else []
+        return [{"start": start, "stop": stop} for start, stop in itertools.pairwise(edges)]
+
+
+class RangeReader:
+    """Reads and decodes shards: a row per range.
+
+    Args:
+        reader: of the source.
+        transform: what the model takes in.
+        range_mib: decoded images of a range, in MiB.
+        decode_seconds: CPU time that one image may take.
+        unfinished: refers to an `Unfinished`.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        transform: Transform,
+        range_mib: int,
+        decode_seconds: float,
+        unfinished: "ray.ObjectRef[Unfinished] | None" = None,
+    ) -> None:
+        self._reader = reader
+        self._transform = transform
+        self._rows = range_rows(transform, range_mib)
+        self._decode_seconds = decode_seconds
+        self._unfinished = unfinished
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        """Every range of `Unfinished.parts`."""
+        import ray
+
+        assert self._unfinished is not None
+        unfinished: Unfinished = ray.get(self._unfinished)
+        for part in batch.to_pylist():
+            for shard in shards_of(unfinished.shards.slice(part["start"], part["stop"] - part["start"])):
+                yield from self.ranges(shard, unfinished.done.get(shard.name, ()))
+
+    @cached_property
+    def _decoder(self) -> "Decoder":
+        from models.decoding import Decoder
+        from models.transforms import evaluation_image
+
+        seconds = self._decode_seconds
+        return Decoder(partial(evaluation_image, transform=self._transform, seconds=seconds), seconds)
+
+    def ranges(self, shard: Shard, covered: Sequence[Range]) -> Iterator[pa.Table]:
+        """The ranges of a shard that have no file, each a table of one row.
+
+        What comes last is marked so even when it is empty: only then the shard is complete. A shard that is missing or has changed is not:
+        the next attempt reads it again.
+
+        Args:
+            shard: of the reader's source.
+            covered: the ranges that have a file, in row order.
+
+        Raises:
+            StorageError: the store is out of reach, or refuses.
+        """
+        pending: _Decoded | None = None
+        position, problem = 0, None
+        try:
+            for row in self._reader.read(shard, unchanged=True):
+                position = row.index + 1
+                if any(done.start <= row.index < done.stop for done in covered):
+                    continue
+                if pending is not None and (pending.stop != row.index or pending.stop - pending.start >= self._rows):
+                    self._reader.check(shard)
+                    yield pending.table(last=False)
+                    pending = None
+                if pending is None:
+                    pending = _Decoded(shard, row.index)
+                pending.add(row, self._decoder)
+            self._reader.check(shard)
+        except ShardError as error:
+            problem = self._reader.gone(shard) or error
+        if isinstance(problem, ChangedShardError):  # nobody knows which content these images are of
+            position, pending = (position if pending is None else pending.start), None
+        gone = isinstance(problem, MissingShardError)
+        ended = any(done.last for done in covered)
+        if pending is not None and (ended or gone or pending.stop != position):
+            yield pending.table(last=False)
+            pending = None
+        if gone:
+            yield _Decoded(shard, position).table(last=False, problem=problem)
+        elif not ended:
+            yield (pending or _Decoded(shard, position)).table(last=True, problem=problem)
+
+
+class _Decoded:
+    """A range under way: its images, and what could not be decoded."""
+
+    def __init__(self, shard: Shard, start: int) -> None:
+        self.shard = shard
+        self.start = start
+        self.stop = start
+        self.indices: list[int] = []
+        self.images: list[npt.NDArray[np.uint8]] = []
+        self.rejects: list[dict[str, Any]] = []
+
+    def add(self, row: Row, decoder: "Decoder") -> None:
+        from models.transforms import UndecodableImage
+
+        self.stop = row.index + 1
+        try:
+            if row.problem is not None:
+                raise UndecodableImage("unreadable", row.problem)
+            self.images.append(decoder(row.data))
+            self.indices.append(row.index)
+        except UndecodableImage as error:
+            self.rejects.append({"index": row.index, "reason": error.reason, "error": error.detail})
+
+    def table(self, *, last: bool, problem: ShardError | None = None) -> pa.Table:
+        """One row. The images are one binary value, so that Ray never splits a range over blocks."""
+        rejects = list(self.rejects)
+        if problem is not None:
+            rejects.append({"index": None, "reason": problem.reason, "error": str(problem)})
+        content = np.stack(self.images).tobytes() if self.images else b""
+        return pa.table(
+            {
+                "shard": pa.array([self.shard.name], pa.string()),
+                "start": pa.array([self.start], pa.int64()),
+                "stop": pa.array([self.stop], pa.int64()),
+                "last": pa.array([last], pa.bool_()),
+                "missing": pa.array([isinstance(problem, MissingShardError)], pa.bool_()),
+                "indices": pa.array([self.indices], pa.list_(pa.uint32())),
+                "images": pa.array([content], pa.large_binary()),
+                "rejects": pa.array([rejects], pa.list_(_REJECT)),
+            }
+        )
+
+
+_REJECT = pa.struct([("index", pa.uint32()), ("reason", pa.string()), ("error", pa.string())])

@@ -1,0 +1,334 @@
+"""Shards of images and how they are read: WebDataset tars, Parquet with an image column, groups of image files."""
+
+import random
+import re
+import tarfile
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from cluster import storage
+from cluster.errors import SourceError, StorageError, TophatError, one_line
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Layout = Literal["webdataset", "parquet", "folder"]
+Label = int | str | None
+
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".jpe",
+    ".jfif",
+    ".avif",
+)
+RETRY_SECONDS = (0.5, 2.0, 8.0)
+MAX_IMAGE_BYTES = 256 * 2**20
+MAX_HEADER_BYTES = 2**20
+_LONG_HEADERS = (b"g", b"x", b"X", b"L", b"K")
+
+
+class ShardError(TophatError):
+    """A shard whose content is damaged: it cannot be read any further; the rows before the damage are good.
+
+    Attributes:
+        reason: of the reject of a whole shard.
+    """
+
+    reason = "unreadable_shard"
+
+
+class MissingShardError(ShardError):
+    """A shard that is not there, or cannot be had now; reading it again later may go better."""
+
+    reason = "missing_shard"
+
+
+class ChangedShardError(MissingShardError):
+    """A shard whose content is not what was listed: nothing of it can be told by its name."""
+
+    reason = "changed_shard"
+
+
+class _Member(tarfile.TarInfo):
+    """A tar header that is not let go by: tarfile takes a damaged or missing one for the end of the archive, and reads
+    whatever a header says is the next one's name, of any size, into memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in _LONG_HEADERS and member.size > MAX_HEADER_BYTES:
+            raise tarfile.InvalidHeaderError(f"a header of {member.size} bytes")  # type: ignore[attr-defined]
+        return member
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.HeaderError as error:
+            if isinstance(error, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
+                raise
+            raise tarfile.ReadError(f"no valid header at byte {tarfile_.offset} ({error})") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One image as it is stored.
+
+    Attributes:
+        index: 0-based row in its shard.
+        data: the encoded image; empty where there is none.
+        label: the class's name or number, where the source has labels.
+        problem: why the image's bytes could not be had, although the shard is readable; None when they could.
+    """
+
+    index: int
+    data: bytes
+    label: Label = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One object of a source.
+
+    Attributes:
+        name: path relative to the source's root, or the name of a virtual shard.
+        size: bytes.
+        etag: changes when the content does.
+        files: of a virtual shard, the paths of its images, in row order.
+        etags: of a virtual shard, those of its images, in row order.
+    """
+
+    name: str
+    size: int
+    etag: str
+    files: tuple[str, ...] = ()
+    etags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How to read the shards of one source; small and picklable, so that it travels to workers.
+
+    Attributes:
+        class_names: names of numeric labels, where the source knows them.
+    """
+
+    root: str
+    layout: Layout
+    image_column: str = "image"
+    label_column: str = "label"
+    class_names: tuple[str, ...] | None = None
+
+    def read(self, shard: Shard, rows: Collection[int] | None = None, *, unchanged: bool = False) -> Iterator[Row]:
+        """The images of a shard in row order.
+
+        Args:
+            shard: of this source.
+            rows: only these indices, when given.
+            unchanged: whether an image of a virtual shard that changed since it was listed is withheld; of other shards, `check` tells.
+
+        A store that fails for a moment is asked again, from the row that came last.
+
+        Raises:
+            ShardError: the shard is damaged; rows that came before are good.
+            MissingShardError: it vanished, or the disk fails.
+            StorageError: the store is out of reach, or refuses; nothing is known about the shard.
+        """
+        wanted = None if rows is None else frozenset(rows)
+        reads: dict[str, Callable[[Shard, frozenset[int] | None], Iterator[Row]]] = {
+            "webdataset": self._read_tar,
+            "parquet": self._read_parquet,
+            "folder": partial(self._read_files, unchanged=unchanged),
+        }
+        read = reads[self.layout]
+        last = -1
+        for pause in (*RETRY_SECONDS, None):
+            try:
+                for row in read(shard, wanted):
+                    if row.index > last:
+                        last = row.index
+                        yield replace(row, label=self._named(row.label))
+                return
+            except FileNotFoundError:
+                raise MissingShardError("the shard vanished since it was listed") from None
+            except (tarfile.TarError, EOFError, ValueError, SourceError) as error:
+                raise ShardError(one_line(f"{type(error).__name__}: {error}")) from None
+            except OSError as error:
+                if not storage.is_outage(error):
+                    kind = (
+                        MissingShardError if error.errno is not None else ShardError
+                    )  # Arrow speaks of content without a number
+                    raise kind(one_line(f"{type(error).__name__}: {error}")) from None
+                self._wait(shard, pause, error)
+
+    def _wait(self, shard: Shard, pause: float | None, error: OSError) -> None:
+        """Sleeps after an outage; after the last attempt, says what happened."""
+        if pause is None:
+            uri, times = storage.join(self.root, shard.name), len(RETRY_SECONDS) + 1
+            rule = f"could not be read in {times} attempts ({error})"
+            raise StorageError("source", uri, rule, "check the store, then go on") from None
+        time.sleep(pause * random.uniform(0.5, 1.5))  # not all readers at once
+
+    def check(self, shard: Shard) -> None:
+        """Makes sure that a shard is still what was listed; the images of a virtual one are checked when they are read.
+
+        Raises:
+            ChangedShardError: it is not.
+            MissingShardError: it is not there.
+            StorageError: the store is out of reach, or refuses.
+        """
+        if shard.files:
+            return
+        for pause in (*RETRY_SECONDS, None):
+            try:
+                if storage.etag(storage.join(self.root, shard.name)) != shard.etag:
+                    raise ChangedShardError("the shard changed since it was listed")
+                return
+            except FileNotFoundError:
+                raise MissingShardError("the shard vanished since it was listed") from None
+            except OSError as error:
+                if not storage.is_outage(error):
+                    raise MissingShardError(one_line(f"{type(error).__name__}: {error}")) from None
+                self._wait(shard, pause, error)
+
+    def gone(self, shard: Shard) -> MissingShardError | None:
+        """What `check` says about a shard that could not be read, if anything: that it is damaged is then of no interest."""
+        try:
+            self.check(shard)
+        except MissingShardError as error:
+            return error
+        return None
+
+    def _open(self, name: str) -> Any:
+        filesystem, path = storage.filesystem(storage.join(self.root, name))
+        return filesystem.open_input_file(path)
+
+    def _named(self, label: Label) -> Label:
+        if isinstance(label, int) and self.class_names is not None and 0 <= label < len(self.class_names):
+            return self.class_names[label]
+        return label
+
+    def _read_tar(self, shard: Shard, wanted: frozenset[int] | None) -> Iterator[Row]:
+        compressed = not shard.name.endswith(".tar")
+        with (
+            self._open(shard.name) as file,
+            tarfile.open(fileobj=file, mode="r|gz" if compressed else "r|", tarinfo=_Member) as archive,
+        ):
+            index, key, data, label, problem = -1, None, b"", None, None
+            for member in archive:
+                folder, _, base = member.name.rpartition("/")
+                stem, _, extension = base.partition(".")
+                if not (member.isfile() or member.islnk() or member.issym()) or not stem:
+                    continue
+                if (folder, stem) != key:
+                    if key is not None and (wanted is None or index in wanted):
+                        yield Row(index, data, label, problem)
+                    index, key, data, label, problem = index + 1, (folder, stem), b"", None, None
+                if wanted is not None and index not in wanted:
+                    continue
+                plain = extension.lower().rpartition(".")[2]
+                # `x.jpg` is the image; `x.mask.png` only where it is alone.
+                if f".{plain}" in IMAGE_SUFFIXES and (not data or plain == extension.lower()):
+                    if not member.isfile():
+                        problem = "a link"
+                    elif member.size > MAX_IMAGE_BYTES:
+                        problem = f"a file of {member.size} bytes"
+                    else:
+                        data, problem = _content(archive, member), None
+                elif extension in ("cls", "cls.txt") and member.isfile() and member.size < 10_000:
+                    label = _label(_content(archive, member).decode("utf-8", "replace"))
+            if key is not None and (wanted is None or index in wanted):
+                yield Row(index, data, label, problem)
+
+    def _read_parquet(self, shard: Shard, wanted: frozenset[int] | None) -> Iterator[Row]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        with self._open(shard.name) as file, pq.ParquetFile(file) as parquet:
+            names = parquet.schema_arrow.names
+            if self.image_column not in names:
+                raise SourceError(
+                    "image_column", self.image_column, f"is not in {shard.name}", f"use one of {', '.join(names)}"
+                )
+            columns = [self.image_column, *([self.label_column] if self.label_column in names else [])]
+            start = 0
+            for batch in parquet.iter_batches(batch_size=256, columns=columns):
+                images, labels = batch.column(self.image_column), None
+                if pa.types.is_struct(images.type):
+                    images = images.field("bytes")
+                if not (pa.types.is_binary(images.type) or pa.types.is_large_binary(images.type)):
+                    raise SourceError(
+                        "image_column",
+                        self.image_column,
+                        f"holds {images.type} in {shard.name}",
+                        "name a column of encoded images",
+                    )
+                if len(columns) > 1:
+                    labels = batch.column(self.label_column)
+                for offset in range(batch.num_rows):
+                    if wanted is None or start + offset in wanted:
+                        label = None if labels is None else labels[offset].as_py()
+                        yield Row(start + offset, images[offset].as_py() or b"", label)
+                start += batch.num_rows
+
+    def _read_files(self, shard: Shard, wanted: frozenset[int] | None, unchanged: bool) -> Iterator[Row]:
+        for index, path in enumerate(shard.files):
+            if wanted is None or index in wanted:
+                folder = path.partition("/")[0] if "/" in path else None
+                try:
+                    with self._open(path) as file:
+                        data, problem = file.read(), None
+                        if unchanged and shard.etags:
+                            now = storage.etag(storage.join(self.root, path), file)
+                            if now != shard.etags[index]:
+                                data, problem = b"", "the file changed since it was listed"
+                except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+                    data, problem = b"", one_line(f"{type(error).__name__}: {error.strerror or error}")
+                yield Row(index, data, folder, problem)
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    return b"" if file is None else file.read()
+
+
+def _label(text: str) -> Label:
+    text = text.strip()
+    return int(text) if re.fullmatch(r"-?\d{1,9}", text) else text
+
+
+def shard_table(shards: Iterable[Shard]) -> "pa.Table":
+    """Shards as columns: shard, size, etag, files, etags."""
+    import pyarrow as pa
+
+    rows = list(shards)
+    return pa.table(
+        {
+            "shard": pa.array([s.name for s in rows], pa.string()),
+            "size": pa.array([s.size for s in rows], pa.int64()),
+            "etag": pa.array([s.etag for s in rows], pa.string()),
+            "files": pa.array([s.files for s in rows], pa.list_(pa.string())),
+            "etags": pa.array([s.etags for s in rows], pa.list_(pa.string())),
+        }
+    )
+
+
+def shards_of(table: "pa.Table") -> Iterator[Shard]:
+    """The shards of a `shard_table`, or of one without the etags of files."""
+    columns = [table[name].to_pylist() for name in ("shard", "size", "etag", "files")]
+    etags = table["etags"].to_pylist() if "etags" in table.column_names else [()] * len(table)
+    for name, size, etag, files, each in zip(*columns, etags, strict=True):
+        yield Shard(name, size, etag, tuple(files), tuple(each))

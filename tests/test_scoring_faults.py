@@ -1,0 +1,285 @@
+"""Scoring what is broken, on stores that fail and processes that die: nothing is lost, nothing is told wrong."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import broken_images
+import killing
+from cluster import storage
+from cluster.errors import StorageError
+from cluster.progress import SILENT
+from faulty_proxy import FAULTS, faulty_proxy
+from models.config import ModelConfig, Transform
+from models.decoding import Decoder
+from models.transforms import UndecodableImage, evaluation_image
+from pipeline.ranges import RangeReader
+from pipeline.recipe import Score, Source
+from pipeline.rejects import REJECTS
+from pipeline.scoring import score
+from pipeline.sources import ImageSource, open_source
+
+TRANSFORM = Transform(size=28, resize=32)
+CONFIG = ModelConfig(architecture="resnet8", options={"width": 4}, transform=TRANSFORM)
+SETTINGS = Score(classes_per_image=3, batch_size=16, actors=1, cpus_per_actor=0.5, decode_seconds=0.3)
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    return Decoder(partial(evaluation_image, transform=TRANSFORM, seconds=0.3), 0.3)
+
+
+@pytest.mark.parametrize("way", broken_images.BROKEN)
+def test_every_broken_image_has_its_true_reason(decoder: Decoder, way: str) -> None:
+    reason, make = broken_images.BROKEN[way]
+    data = make(random.Random(0))
+    with pytest.raises(UndecodableImage) as caught:
+        decoder(data)
+    assert caught.value.reason == reason
+    assert len(data) < 2**18  # hostile, not large
+
+
+@pytest.mark.parametrize("way", broken_images.ODD)
+def test_odd_images_decode_in_time_and_apart_as_well(decoder: Decoder, way: str) -> None:
+    data = broken_images.ODD[way](random.Random(0))
+    np.testing.assert_array_equal(decoder(data), evaluation_image(data, TRANSFORM))
+
+
+@pytest.mark.parametrize("way", ["many scans", "hidden tiles"])
+def test_a_decode_that_hangs_ends_at_its_limit_and_the_next_image_is_decoded(decoder: Decoder, way: str) -> None:
+    rng = random.Random(0)
+    good = broken_images.ODD["TIFF"](rng)
+    decoder(good)  # its process has started
+    begin = time.process_time(), os.times().children_user
+    with pytest.raises(UndecodableImage, match=r"^slow: decoding took more than 0\.3 s"):
+        decoder(broken_images.BROKEN[way][1](rng))
+    assert time.process_time() - begin[0] + os.times().children_user - begin[1] < 5
+    assert decoder(good).shape == (3, 28, 28)
+
+
+def test_a_decoder_that_dies_is_a_reject_and_is_started_again() -> None:
+    decoder = Decoder(_die_of_zeros, 1.0)
+    good = b"II*\0" + b"1"
+    assert decoder(good).tolist() == [0]
+    with pytest.raises(UndecodableImage, match=r"^decode_error: the decoder ended with exit status -11"):
+        decoder(b"II*\0" + b"0")
+    assert decoder(good).tolist() == [0]
+
+
+def _die_of_zeros(data: bytes) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    import ctypes
+
+    if data.endswith(b"0"):
+        ctypes.string_at(0)
+    return np.zeros(1, np.uint8)
+
+
+def read(source: ImageSource) -> Iterator[dict[str, object]]:
+    """What the readers hand to the model, without Ray."""
+    reader = RangeReader(source.reader, TRANSFORM, range_mib=1, decode_seconds=0.3)
+    for shard in source.shards():
+        for table in reader.ranges(shard, ()):
+            yield from table.to_pylist()
+
+
+def good(count: int) -> list[bytes]:
+    rng = random.Random(1)
+    return [broken_images.jpeg(rng) for _ in range(count)]
+
+
+def parquet(images: Sequence[bytes]) -> bytes:
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"image": pa.array(images, pa.binary())}), sink)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def test_a_shard_that_changed_is_not_scored_under_the_old_listing(place: str) -> None:
+    storage.publish(storage.join(place, "a.tar"), broken_images.tar(good(9)))
+    storage.publish(storage.join(place, "b.tar"), broken_images.tar(good(5)))
+    source = open_source("U", Source(uri=place))
+    storage.publish(storage.join(place, "a.tar"), broken_images.tar(good(9)[::-1]))  # of the same size
+    changed, same = read(source)
+    assert (changed["shard"], changed["indices"], changed["last"], changed["missing"]) == ("a.tar", [], False, True)
+    assert [r["reason"] for r in changed["rejects"]] == ["changed_shard"]  # type: ignore[attr-defined]
+    assert (same["shard"], same["indices"], same["last"]) == ("b.tar", [0, 1, 2, 3, 4], True)
+
+
+def test_a_shard_that_changes_while_it_is_read_is_not_scored(place: str) -> None:
+    rows = 2**20 // (3 * 28 * 28)
+    storage.publish(storage.join(place, "a.tar"), broken_images.tar(good(rows + 40)))
+    tables = read(open_source("U", Source(uri=place)))
+    assert len(next(tables)["indices"]) == rows  # type: ignore[arg-type]
+    storage.publish(storage.join(place, "a.tar"), broken_images.tar(good(3)))
+    rest = list(tables)
+    assert [(r["start"], r["indices"], r["missing"]) for r in rest] == [(rows, [], True)]
+
+
+def test_an_image_file_that_changed_is_a_reject(place: str) -> None:
+    for number, data in enumerate(good(4)):
+        storage.publish(storage.join(place, f"{number}.jpg"), data)
+    source = open_source("U", Source(uri=place))
+    listed = source.shards()[0].files
+    storage.publish(storage.join(place, listed[2]), good(5)[4])
+    (row,) = read(source)
+    assert row["indices"] == [0, 1, 3]
+    assert [(r["index"], r["error"]) for r in row["rejects"]] == [(2, "the file changed since it was listed")]  # type: ignore[attr-defined]
+
+
+DAMAGE: dict[str, tuple[Callable[[], bytes], int, str]] = {
+    "middle.tar": (lambda: _damaged(broken_images.tar(good(20))), 10, "unreadable_shard"),
+    "cut.tar": (lambda: broken_images.tar(good(20))[:9000], 4, "unreadable_shard"),
+    "names.tar": (lambda: _long_name(), 1, "unreadable_shard"),
+    "cut.parquet": (lambda: parquet(good(20))[:-300], 0, "unreadable_shard"),
+}
+
+
+def _damaged(whole: bytes) -> bytes:
+    middle = len(whole) // 2
+    return whole[:middle] + b"\xff" * 4096 + whole[middle + 4096 :]
+
+
+def _long_name() -> bytes:
+    """A tar whose third image's name is said to have 2 GiB."""
+    import tarfile
+
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = b"L", 2**31
+    return broken_images.tar(good(2), trailer=False) + header.tobuf(tarfile.GNU_FORMAT) + bytes(10240)
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_shard_keeps_its_good_rows_and_says_what_it_is(tmp_path: Path, name: str) -> None:
+    make, least, reason = DAMAGE[name]
+    storage.publish(f"{tmp_path}/{name}", make())
+    (row,) = read(open_source("U", Source(uri=str(tmp_path))))
+    assert len(row["indices"]) >= least  # type: ignore[arg-type]
+    whole = [r for r in row["rejects"] if r["index"] is None]  # type: ignore[attr-defined]
+    assert [r["reason"] for r in whole] == [reason]
+    assert row["last"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    import torch
+
+    from models.architectures import build
+    from models.checkpoint import save
+
+    torch.manual_seed(0)
+    uri = str(tmp_path_factory.mktemp("model") / "teacher")
+    save(uri, build(CONFIG, 4), config=CONFIG, class_names=list("abcd"), metrics={}, provenance={})
+    return uri
+
+
+BROKEN_IMAGES, IMAGES = 60, 600
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[str, int], str]]:
+    """600 images in 15 shards, a tenth of them broken in every way; which, and why."""
+    root = tmp_path_factory.mktemp("pool")
+    expected: dict[tuple[str, int], str] = {}
+    for number, rows in enumerate(broken_images.shards(0, IMAGES, 40, BROKEN_IMAGES / IMAGES, slow=1)):
+        (root / f"{number:02d}.tar").write_bytes(broken_images.tar([data for data, _ in rows]))
+        expected |= {(f"{number:02d}.tar", index): reason for index, (_, reason) in enumerate(rows) if reason}
+    return root, expected
+
+
+def command(teacher: str, source: str, out: str) -> list[str]:
+    chosen = ("classes_per_image", "batch_size", "actors", "cpus_per_actor", "decode_seconds")
+    sets = [part for name in chosen for part in ("--set", f"{name}={getattr(SETTINGS, name)}")]
+    return ["--model", teacher, "--source", source, "--out", out, *sets]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    pool: tuple[Path, dict[tuple[str, int], str]],
+    teacher: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    ray_local: None,
+) -> str:
+    out = str(tmp_path_factory.mktemp("scored") / "scores")
+    source = open_source("U", Source(uri=str(pool[0])))
+    found = score(source, teacher, out, storage.join(out, REJECTS), SETTINGS, SILENT)
+    assert (found.listed, found.scored, found.rejected) == (IMAGES, IMAGES - BROKEN_IMAGES, BROKEN_IMAGES)
+    return out
+
+
+def test_no_good_image_is_missing_and_every_broken_one_says_why(
+    pool: tuple[Path, dict[tuple[str, int], str]], undisturbed: str
+) -> None:
+    expected = pool[1]
+    assert {reason for reason, _ in broken_images.BROKEN.values()} == set(expected.values())
+    assert {(shard, index): reason for shard, index, reason in killing.rejects(undisturbed)} == expected
+    table = killing.table(undisturbed)
+    scored = set(zip(table["shard"].to_pylist(), table["index"].to_pylist(), strict=True))
+    assert len(scored) == table.num_rows == IMAGES - BROKEN_IMAGES
+    assert not scored & expected.keys()
+
+
+def test_whatever_is_killed_the_rows_are_the_same(
+    pool: tuple[Path, dict[tuple[str, int], str]], teacher: str, undisturbed: str, tmp_path: Path
+) -> None:
+    expected, broken = killing.table(undisturbed), killing.rejects(undisturbed)
+    out = str(tmp_path / "scores")
+    with killing.Fleet() as fleet:
+        driver = fleet.start(command(teacher, str(pool[0]), out))
+        for kind in ("reader", "actor", "raylet", "driver"):
+            assert fleet.kill(kind, driver, patience=120), f"no {kind} to kill"
+        driver.communicate()
+        assert driver.returncode == -signal.SIGKILL
+        fleet.score(command(teacher, str(pool[0]), out))
+    assert killing.table(out).equals(expected)
+    assert killing.rejects(out) == broken
+
+
+def test_a_store_with_faults_gives_the_same_rows(
+    pool: tuple[Path, dict[tuple[str, int], str]], teacher: str, undisturbed: str, s3: str
+) -> None:
+    for file in pool[0].iterdir():
+        storage.publish(storage.join(s3, "u", file.name), file)
+    port = urlsplit(os.environ["AWS_ENDPOINT_URL"]).port
+    assert port is not None
+    out = storage.join(s3, "scores")
+    with (
+        faulty_proxy(port, 0.1, stall=4.0) as proxy,
+        killing.environment(AWS_ENDPOINT_URL=proxy.url, TOPHAT_S3_TIMEOUT="1"),
+    ):
+        killing.score_alone(command(teacher, storage.join(s3, "u"), out))
+    assert set(proxy.injected) == set(FAULTS)
+    assert killing.table(out).equals(killing.table(undisturbed))
+    assert killing.rejects(out) == killing.rejects(undisturbed)
+
+
+def test_reads_and_writes_outlast_faults_and_a_stall_is_cut(s3: str) -> None:
+    port = urlsplit(os.environ["AWS_ENDPOINT_URL"]).port
+    assert port is not None
+    content = random.Random(0).randbytes(200_000)
+    with (
+        faulty_proxy(port, 0.3, stall=30.0) as proxy,
+        killing.environment(AWS_ENDPOINT_URL=proxy.url, TOPHAT_S3_TIMEOUT="1"),
+    ):
+        begin = time.monotonic()
+        for number in range(12):
+            storage.publish(storage.join(s3, f"{number}"), content)
+            assert storage.read_bytes(storage.join(s3, f"{number}")) == content
+        assert len(storage.list_files(s3)) == 12
+        assert time.monotonic() - begin < 30 * proxy.injected["stall"]
+    assert set(proxy.injected) == set(FAULTS)
+
+
+def test_a_timeout_that_cannot_be(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOPHAT_S3_TIMEOUT", "soon")
+    with pytest.raises(StorageError, match=r"^TOPHAT_S3_TIMEOUT = 'soon': must be from 1 to 3600 seconds"):
+        storage.read_bytes(storage.join(s3, "x"))
