@@ -191,6 +191,7 @@ def score(
     from cluster.progress import Display
     from models.card import read_card
     from pipeline import scoring
+    from pipeline.ledger import REJECTS
     from pipeline.recipe import score_settings
 
     classes = len(read_card(model).class_names)
@@ -201,7 +202,7 @@ def score(
     with _session(address, verbose) as session:
         session.start()
         with Display(out).task("scores", None) as progress:
-            rejects = storage.join(target, scoring.REJECTS)
+            rejects = storage.join(target, REJECTS)
             scored = scoring.score(images, storage.absolute(model), target, rejects, settings, progress)
     counts = {
         "images listed": scored.listed,
@@ -398,7 +399,7 @@ def status(run_dir: Annotated[str, typer.Argument(metavar="RUN", help="A run dir
 
 
 def _unfinished(store: "RunStore", name: str, unlabeled: "Finished | None") -> str:
-    from pipeline.scoring import complete, ledger
+    from pipeline.ledger import complete, ledger
 
     if not store.started(name):
         return "not started"

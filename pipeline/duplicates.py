@@ -18,6 +18,7 @@ from cluster.errors import RecipeError, SourceError, one_line
 from cluster.progress import SILENT, Progress
 from cluster.reduction import cpus, parallel_map, run_task
 from pipeline import scoring
+from pipeline.ledger import REJECTS
 from pipeline.recipe import Deduplicate, Score
 from pipeline.sources import ImageSource
 
@@ -80,11 +81,12 @@ def embed(
     Returns:
         images, scored and rejected, over all sources.
     """
-    settings = settings.model_copy(update={"embedding": True, "classes_per_image": 1, "max_reject_fraction": 1.0})
+    alone = {"embedding": True, "classes_per_image": 1, "views": "center", "logits": False, "max_reject_fraction": 1.0}
+    settings = settings.model_copy(update=alone)
     counts = {"images": 0, "scored": 0, "rejected": 0}
     for name, source in sources.items():
         target = storage.join(place, name)
-        rejects = storage.join(target, scoring.REJECTS)
+        rejects = storage.join(target, REJECTS)
         made = scoring.score(source, model_uri, target, rejects, settings, progress.part(name))
         for field, value in (("images", made.listed), ("scored", made.scored), ("rejected", made.rejected)):
             counts[field] += value

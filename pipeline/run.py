@@ -15,6 +15,7 @@ from pipeline import deduplication, scoring, selection
 from pipeline import dhat as dhat_stage
 from pipeline import labeled as labeled_stage
 from pipeline.evaluation import evaluate
+from pipeline.ledger import ledger
 from pipeline.loading import TrainingSet, dhat_training_set
 from pipeline.recipe import Recipe
 from pipeline.sources import ImageSource, open_source
@@ -168,7 +169,7 @@ def demands(recipe: Recipe) -> list[Demand]:
     return [
         Demand("labeled", 1, (Bundle(1, 1.0),)),
         workers("teacher.training.workers", recipe.teacher.training),
-        Demand("score.actors", score.actors or 1, (scorers, Bundle(1, score.cpus_per_reader))),
+        Demand("score.actors", score.actors or 1, (scorers, Bundle(1, score.reader_cpus))),
         workers("pretrain.workers", recipe.pretrain),
         workers("fine_tune.sweep.concurrent x fine_tune.training.workers", recipe.fine_tune.training, trials),
         workers("supervised.workers", recipe.supervised),
@@ -309,7 +310,7 @@ def score_unlabeled(this: Run, unlabeled: Finished, teacher: Finished) -> Finish
     rejects = this.store.place("rejects")
 
     def work(place: str) -> dict[str, Any]:
-        if not scoring.ledger(place):
+        if not ledger(place):
             storage.delete_tree(rejects)  # of scores that were made from other inputs
         source = _unlabeled_source(unlabeled)
         with this.display.task("scores", None) as progress:
@@ -318,8 +319,7 @@ def score_unlabeled(this: Run, unlabeled: Finished, teacher: Finished) -> Finish
 
     return this.once(
         "scores",
-        {"classes_per_image": this.recipe.score.classes_per_image}
-        | ({"embedding": True} if this.recipe.score.embedding else {}),
+        this.recipe.score.deciding,
         {"teacher": teacher.fingerprint, "unlabeled": unlabeled.fingerprint},
         work,
     )

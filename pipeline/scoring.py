@@ -5,12 +5,10 @@ score a range at a time and publish it as one Parquet file. The published files 
 scored again, and nothing else keeps track.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
-from urllib.parse import quote, unquote
 
 import numpy as np
 import numpy.typing as npt
@@ -18,68 +16,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster import storage
-from cluster.errors import RunError, StageError
+from cluster.errors import RecipeError, RunError, StageError
 from cluster.progress import Progress
 from cluster.reduction import original_errors, run_task
 from cluster.resources import cluster_shape
 from models.config import Transform
+from pipeline.ledger import Range, complete, ledger
 from pipeline.recipe import Score
-from pipeline.rejects import Reject, publish_rejects, read_rejects
+from pipeline.rejects import read_rejects
 from pipeline.sources import ImageSource, MissingShardError, Reader, Row, Shard, ShardError
 from pipeline.store import publish_json, read_json
 
 OWNER = "_scoring.json"
-REJECTS = "_rejects"
-"""Where rejects go when a score table stands alone: a name that readers of a Parquet folder pass over, as they do the owner's."""
 
-MAX_RANGE_ROWS = 65_536
-READ_BLOCKS = 2_000
+MAX_RANGE_ROWS, MAX_RANGE_BYTES = 65_536, 2**40
+READ_TASKS = 2_000
+"""Tasks that read, about at most: the driver holds a record of each."""
+TASK_BYTES, MIN_TASK_BYTES = 64 * 2**20, 2**20
+SHARES = 8
+"""A task reads this share of what remains for each actor, within those bounds: the actors end together, and no task is tiny."""
 EARLY_CHECK = 10_000
 """Images after which too many rejects stop a scoring at once rather than at its end."""
-_RANGE_FILE = re.compile(r"(?P<shard>.+)/(?P<start>\d{8,})-(?P<stop>\d{8,})(?P<last>-last)?\.parquet", re.DOTALL)
 UNREADABLE, MISSING = "unreadable_shard", "missing_shard"
 """Reasons of the rejects of whole shards: damaged from some row on, or not to be had. The rest are about images."""
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """Consecutive rows `[start, stop)` of a shard, scored together.
-
-    Attributes:
-        last: whether the shard ends here.
-    """
-
-    shard: str
-    start: int
-    stop: int
-    last: bool
-
-    @property
-    def file(self) -> str:
-        """Name of its file, under the folder of the score table."""
-        return f"{_folder(self.shard)}/{self.start:08d}-{self.stop:08d}{'-last' if self.last else ''}.parquet"
-
-    @classmethod
-    def of_file(cls, path: str) -> "Range | None":
-        """The range whose file has this name; None for other files."""
-        match = _RANGE_FILE.fullmatch(path)
-        if match is None:
-            return None
-        return cls(
-            unquote(match["shard"], errors="surrogateescape"),
-            int(match["start"]),
-            int(match["stop"]),
-            match["last"] is not None,
-        )
-
-
-def _folder(shard: str) -> str:
-    """A folder's path for a shard's name: that name, with what a file system or a reader of folders would take amiss escaped."""
-    printable = "".join(
-        c if c.isprintable() and c != "%" else quote(c, safe="", errors="surrogateescape")
-        for c in shard.replace("//", "/\0/")
-    ).replace("/%00/", "/%2F")
-    return f"%5F{printable[1:]}" if printable.startswith("_") else printable
 
 
 @dataclass(frozen=True)
@@ -105,28 +64,6 @@ class Scored:
     rejects: dict[str, int]
 
 
-def ledger(scores_uri: str) -> dict[str, list[Range]]:
-    """The published ranges of every shard, in row order."""
-    found: dict[str, list[Range]] = {}
-    for entry in storage.list_files(scores_uri, ".parquet"):
-        published = None if entry.path.startswith(f"{REJECTS}/") else Range.of_file(entry.path)
-        if published is not None:
-            found.setdefault(published.shard, []).append(published)
-    for ranges in found.values():
-        ranges.sort(key=lambda r: (r.start, r.stop))
-    return found
-
-
-def complete(ranges: Sequence[Range]) -> bool:
-    """Whether ranges in row order cover a whole shard: from row 0, without a gap or an overlap, to its last row."""
-    starts = [r.start for r in ranges]
-    return (
-        bool(ranges)
-        and starts == [0, *(r.stop for r in ranges[:-1])]
-        and [r.last for r in ranges] == [False] * (len(ranges) - 1) + [True]
-    )
-
-
 def range_rows(transform: Transform, range_mib: int) -> int:
     """Rows of a range whose decoded images (uint8, 3 channels) take at most `range_mib` MiB."""
     return max(1, min(MAX_RANGE_ROWS, range_mib * 2**20 // (3 * transform.size**2)))
@@ -136,7 +73,7 @@ def claim(field: str, scores_uri: str, model_uri: str, source: ImageSource, sett
     """Makes a folder this scoring's, so that the same command goes on in it and another one is refused.
 
     Raises:
-        RunError: it holds the scores of another model, source or P, or is with embeddings and this one without.
+        RunError: it holds scores of another model or source, or that other settings made.
         StorageError: it cannot be written.
     """
     from models.card import read_card
@@ -144,14 +81,14 @@ def claim(field: str, scores_uri: str, model_uri: str, source: ImageSource, sett
     wanted = {
         "model": read_card(model_uri).weights.sha256,
         "source": source.fingerprint(),
-        "classes_per_image": settings.classes_per_image,
-        "embedding": settings.embedding,
+        **settings.deciding,
     }
     storage.check_writable(field, scores_uri)
     owner = storage.join(scores_uri, OWNER)
     if storage.exists(owner):
-        for name, value in {"embedding": False, **read_json(owner)}.items():
-            if wanted.get(name) != value:
+        found = read_json(owner)
+        for name in dict.fromkeys((*wanted, *found)):
+            if wanted.get(name) != found.get(name):
                 raise RunError(field, scores_uri, f"holds scores made with another {name}", "give another folder")
     elif storage.list_files(scores_uri):
         raise RunError(field, scores_uri, "is not empty and holds no scores", "give another folder")
@@ -178,13 +115,16 @@ def score(
     from models.card import read_card
 
     card = read_card(model_uri)
+    transform = card.model.transform
+    if settings.views in ("five", "ten") and transform.resize == transform.size:
+        rule = f"has no corners to see where the model's transform.resize and size are both {transform.size}"
+        raise RecipeError("score.views", settings.views, rule, "set it to center or mirrored")
     done = ledger(scores_uri)
     missing = [shard for shard in source.shards() if not complete(done.get(shard.name, ()))]
     if missing:
         _forget_rejects(rejects_uri, done)
-        job = _Job(
-            source.reader, model_uri, scores_uri, rejects_uri, card.model.transform, len(card.class_names), settings
-        )
+        decoded = transform.seen_by(settings.views)
+        job = _Job(source.reader, model_uri, scores_uri, rejects_uri, decoded, len(card.class_names), settings)
         try:
             with original_errors():
                 _stream(job, missing, done, progress)
@@ -273,17 +213,33 @@ class _Job:
 def _stream(job: _Job, missing: Sequence[Shard], done: dict[str, list[Range]], progress: Progress) -> None:
     import ray
 
+    from pipeline.scorer import CALLS, RangeScorer, prepared
+
     settings = job.settings
-    items = [{"shard": shard, "done": tuple(done.get(shard.name, ()))} for shard in missing]
-    ranges = ray.data.from_items(items, override_num_blocks=min(len(items), READ_BLOCKS)).map_batches(
-        _RangeReader(job), batch_size=1, num_cpus=settings.cpus_per_reader, batch_format="pandas"
+    actors = settings.actors or default_actors(settings)
+    weights = ray.remote(prepared).options(num_cpus=settings.reader_cpus).remote(job.model_uri)
+    groups = [
+        {"shards": [(shard, tuple(done.get(shard.name, ()))) for shard in group], "range_bytes": share}
+        for group, share in grouped(missing, actors)
+    ]
+    ranges = ray.data.from_items(groups, override_num_blocks=len(groups)).map_batches(
+        _RangeReader(job),
+        batch_size=1,
+        num_cpus=settings.reader_cpus,
+        batch_format="pandas",
+        compute=ray.data.TaskPoolStrategy(settings.readers),
     )
     scored = ranges.map_batches(
-        _RangeScorer,
-        fn_constructor_args=(job,),
+        RangeScorer,
+        fn_constructor_args=(job, [weights]),
         batch_size=None,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=settings.actors or default_actors(settings)),
+        compute=ray.data.ActorPoolStrategy(
+            size=actors,
+            max_concurrent_calls_per_actor=CALLS,
+            max_tasks_in_flight_per_actor=2 * CALLS,
+            enable_true_multi_threading=True,
+        ),
         num_cpus=settings.cpus_per_actor,
         num_gpus=settings.gpus_per_actor,
     )
@@ -310,12 +266,33 @@ def _stream(job: _Job, missing: Sequence[Shard], done: dict[str, list[Range]], p
 
 
 def default_actors(settings: Score) -> int:
-    """How many actors the cluster holds, at its largest, beside at least one reader."""
+    """How many actors the cluster holds, at its largest: on CPUs, beside a reader for each."""
     shape = cluster_shape()
     if settings.gpus_per_actor > 0:
         return max(1, int(shape.total("GPU") / settings.gpus_per_actor))
-    free = shape.total("CPU") - settings.cpus_per_reader
-    return max(1, int(free / (settings.cpus_per_actor + settings.cpus_per_reader)))
+    return max(1, int(shape.total("CPU") / (settings.cpus_per_actor + settings.reader_cpus)))
+
+
+def grouped(shards: Sequence[Shard], actors: int) -> Iterator[tuple[list[Shard], int]]:
+    """Consecutive shards that one task reads, with the encoded bytes after which it ends a range.
+
+    A task is a small share of what remains for each actor, so that it costs little to start and the last ones end together
+    (guided self-scheduling, Polychronopoulos and Kuck 1987). Many small shards make one task, and their images go through the
+    model together.
+    """
+    remaining = total = sum(shard.size for shard in shards)
+    group: list[Shard] = []
+    size = 0
+    for shard in shards:
+        share = max(remaining // (SHARES * actors), MIN_TASK_BYTES)
+        group.append(shard)
+        size += shard.size
+        if size >= max(total // READ_TASKS, min(share, TASK_BYTES)):
+            yield group, share
+            remaining -= size
+            group, size = [], 0
+    if group:
+        yield group, MIN_TASK_BYTES
 
 
 class _RangeReader:
@@ -325,10 +302,11 @@ class _RangeReader:
         self._job = job
 
     def __call__(self, batch: Any) -> Iterator[pa.Table]:
-        for shard, covered in zip(batch["shard"], batch["done"], strict=True):
-            yield from self._ranges(shard, covered)
+        for shards, range_bytes in zip(batch["shards"], batch["range_bytes"], strict=True):
+            for shard, covered in shards:
+                yield from self._ranges(shard, covered, range_bytes)
 
-    def _ranges(self, shard: Shard, covered: Sequence[Range]) -> Iterator[pa.Table]:
+    def _ranges(self, shard: Shard, covered: Sequence[Range], range_bytes: int = MAX_RANGE_BYTES) -> Iterator[pa.Table]:
         rows = range_rows(self._job.transform, self._job.settings.range_mib)
         pending: _Decoded | None = None
         position, problem, missing = 0, None, False
@@ -337,7 +315,8 @@ class _RangeReader:
                 position = row.index + 1
                 if any(done.start <= row.index < done.stop for done in covered):
                     continue
-                if pending is not None and (pending.stop != row.index or pending.stop - pending.start >= rows):
+                full = pending is not None and (pending.stop - pending.start >= rows or pending.bytes >= range_bytes)
+                if pending is not None and (full or pending.stop != row.index):
                     yield pending.table(last=False)
                     pending = None
                 if pending is None:
@@ -364,6 +343,7 @@ class _Decoded:
         self.shard = shard
         self.start = start
         self.stop = start
+        self.bytes = 0
         self.indices: list[int] = []
         self.images: list[npt.NDArray[np.uint8]] = []
         self.rejects: list[dict[str, Any]] = []
@@ -372,6 +352,7 @@ class _Decoded:
         from models.transforms import UndecodableImage, evaluation_image
 
         self.stop = row.index + 1
+        self.bytes += len(row.data)
         try:
             if row.problem is not None:
                 raise UndecodableImage("unreadable", row.problem)
@@ -401,102 +382,3 @@ class _Decoded:
 
 
 _REJECT = pa.struct([("index", pa.uint32()), ("reason", pa.string()), ("error", pa.string())])
-
-
-class _RangeScorer:
-    """An actor that holds the teacher, scores ranges and publishes them."""
-
-    def __init__(self, job: _Job) -> None:
-        import torch
-
-        from models.checkpoint import load
-        from models.features import Features
-
-        self._job = job
-        self._device = torch.device("cuda" if job.settings.gpus_per_actor > 0 and torch.cuda.is_available() else "cpu")
-        if self._device.type == "cpu":
-            torch.set_num_threads(max(1, int(job.settings.cpus_per_actor)))
-        model = load(job.model_uri).model.to(self._device)
-        self._model = model.to(memory_format=torch.channels_last)
-        self._features = Features(job.model_uri, self._model) if job.settings.embedding else None
-
-    def __call__(self, batch: pa.Table) -> dict[str, Any]:
-        counts = [self._publish(row) for row in batch.to_pylist()]
-        return {name: [count[name] for count in counts] for name in ("shard", "last", "scored", "rejected")}
-
-    def _publish(self, row: dict[str, Any]) -> dict[str, Any]:
-        job, published = self._job, Range(row["shard"], row["start"], row["stop"], row["last"])
-        side = job.transform.size
-        images = np.frombuffer(row["images"], np.uint8).reshape(-1, 3, side, side)
-        class_ids, scores, embedding = self._forward(images)
-        if row["rejects"]:
-            # Before the scores: where those exist, the range is complete.
-            rejects = [Reject(published.shard, r["index"], r["reason"], r["error"]) for r in row["rejects"]]
-            publish_rejects(storage.join(job.rejects_uri, published.file), rejects)
-        answer = {"shard": published.shard, "last": published.last, "scored": len(images)}
-        answer["rejected"] = sum(r["index"] is not None for r in row["rejects"])
-        if row["missing"]:
-            return answer
-        table = score_table(published.shard, row["indices"], class_ids, scores, job.classes, embedding)
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        storage.publish(storage.join(job.scores_uri, published.file), sink.getvalue().to_pybytes())
-        return answer
-
-    def _forward(
-        self, images: npt.NDArray[np.uint8]
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float16] | None]:
-        """The P best classes of each image, int32 [N, P], their softmax, float32 [N, P], best first, and its embedding."""
-        import torch
-
-        from models.transforms import normalize
-
-        settings, features = self._job.settings, self._features
-        size = (len(images), settings.classes_per_image)
-        class_ids, scores = np.empty(size, np.int32), np.empty(size, np.float32)
-        embedding = None if features is None else np.empty((len(images), features.width), np.float16)
-        with torch.inference_mode():
-            for start in range(0, len(images), settings.batch_size):
-                part = slice(start, start + settings.batch_size)
-                batch = normalize(torch.from_numpy(images[part].copy()), self._job.transform, self._device)
-                top = self._model(batch).float().softmax(dim=1).topk(settings.classes_per_image, dim=1)
-                class_ids[part], scores[part] = top.indices.cpu().numpy(), top.values.cpu().numpy()
-                if features is not None and embedding is not None:
-                    embedding[part] = features.take()
-        return class_ids, scores, embedding
-
-
-def score_table(
-    shard: str,
-    indices: Sequence[int],
-    class_ids: npt.NDArray[np.int32],
-    scores: npt.NDArray[np.float32],
-    classes: int,
-    embedding: npt.NDArray[np.float16] | None = None,
-) -> pa.Table:
-    """Rows of a score table.
-
-    Args:
-        shard: of all rows.
-        indices: [N], rows of the shard.
-        class_ids: int32 [N, P], in score order.
-        scores: float32 [N, P], descending.
-        classes: how many classes there are, for the schema's metadata.
-        embedding: float16 [N, d], for a column `embedding` of fixed-size lists.
-    """
-
-    def lists(values: npt.NDArray[Any]) -> pa.FixedSizeListArray:
-        return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
-
-    more = {} if embedding is None else {"embedding": lists(embedding)}
-    return pa.table(
-        {
-            "shard": pa.DictionaryArray.from_arrays(
-                pa.array(np.zeros(len(indices), np.int32)), pa.array([shard], pa.string())
-            ),
-            "index": pa.array(indices, pa.uint32()),
-            "class_ids": lists(class_ids),
-            "scores": lists(scores),
-            **more,
-        }
-    ).replace_schema_metadata({"tophat.num_classes": str(classes)})

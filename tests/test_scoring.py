@@ -17,9 +17,10 @@ from cluster import storage
 from cluster.errors import ModelError, RunError, StageError
 from cluster.progress import SILENT
 from models.config import ModelConfig, Transform
+from pipeline.ledger import Range, complete, ledger
 from pipeline.recipe import Score, Source
 from pipeline.rejects import read_rejects
-from pipeline.scoring import Range, _Job, _RangeReader, claim, complete, ledger, prove, range_rows, score
+from pipeline.scoring import _Job, _RangeReader, claim, prove, range_rows, score
 from pipeline.sources import ImageSource, open_source
 
 CONFIG = ModelConfig(architecture="resnet8", options={"width": 4}, transform=Transform(size=28, resize=28, flip=False))
