@@ -151,7 +151,7 @@ class Predictor:
     """
 
     def __init__(self, uri: str, card: ModelCard, weights: Weights, how: Inference) -> None:
-        self.how, self._transform = how, card.model.transform
+        self.how, self.transform = how, card.model.transform
         self._device = torch.device("cuda" if how.gpu and torch.cuda.is_available() else "cpu")
         if self._device.type == "cpu":
             torch.set_num_threads(how.threads)
@@ -183,9 +183,9 @@ class Predictor:
     def scores(self, images: NDArray[np.uint8]) -> tuple[Tensor, NDArray[np.float16] | None]:
         """Of one batch: the score of every class, float32 [N, C] on the device, and the features of the first view."""
         moved = _viewed(images)
-        batch = normalize(moved if self._device.type == "cpu" else moved.pin_memory(), self._transform, self._device)
+        batch = normalize(moved if self._device.type == "cpu" else moved.pin_memory(), self.transform, self._device)
         outputs, seen = [], []
-        for view in _crops(batch, self._transform.size, self.how.views):
+        for view in _crops(batch, self.transform.size, self.how.views):
             logits = self._forward(view)
             outputs.append(logits if self.how.logits else logits.softmax(dim=1))
             if self._features is not None:
