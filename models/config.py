@@ -15,6 +15,7 @@ from cluster.section import Section
 Channel = Annotated[float, Field(ge=0.0, le=1.0)]
 Deviation = Annotated[float, Field(gt=0.0, le=10.0)]
 Scale = Annotated[float, Field(gt=0.0, le=1.0)]
+Views = Literal["center", "mirrored", "five", "ten"]
 
 REFERENCE_BATCH = 256
 """The minibatch that a learning rate is stated for (section 4.1: "0.1 and 256 are the standard")."""
@@ -55,6 +56,10 @@ class Transform(Section):
         if self.crop == "pad" and 2 * self.padding > self.size:
             raise ValueError(f"padding = {self.padding} must be at most {self.size // 2}, half of size")
         return self
+
+    def seen_by(self, views: Views) -> "Transform":
+        """What to decode with for those views: the corners are of a square of `resize`, the center is of `size`."""
+        return self.model_copy(update={"size": self.resize}) if views in ("five", "ten") else self
 
 
 ARCHITECTURES = (

@@ -81,7 +81,8 @@ def embed(
     Returns:
         images, scored and rejected, over all sources.
     """
-    settings = settings.model_copy(update={"embedding": True, "classes_per_image": 1, "max_reject_fraction": 1.0})
+    alone = {"embedding": True, "classes_per_image": 1, "views": "center", "logits": False, "max_reject_fraction": 1.0}
+    settings = settings.model_copy(update=alone)
     counts = {"images": 0, "scored": 0, "rejected": 0}
     for name, source in sources.items():
         target = storage.join(place, name)

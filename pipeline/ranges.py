@@ -3,7 +3,6 @@
 The files that ranges have in a score table are the ledger of what is done. A range without one is read again, and nothing else keeps track.
 """
 
-import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,9 +24,12 @@ if TYPE_CHECKING:
 
     from models.decoding import Decoder
 
-MAX_RANGE_ROWS = 65_536
+MAX_RANGE_ROWS, MAX_RANGE_BYTES = 65_536, 2**40
 READ_TASKS = 2_000
-"""Tasks at most that the shards of a scoring are dealt to: enough for thousands of readers, few enough to plan in a second."""
+"""Tasks, about at most, that the shards of a scoring are dealt to: enough for thousands of readers, few enough to plan in a second."""
+TASK_BYTES, MIN_TASK_BYTES = 64 * 2**20, 2**20
+SHARES = 8
+"""A task reads this share of what remains for each actor, within those bounds: the actors end together, and no task is tiny."""
 _RANGE_FILE = re.compile(r"(?P<shard>.+)/(?P<start>\d{8,})-(?P<stop>\d{8,})(?P<last>-last)?\.parquet", re.DOTALL)
 
 
@@ -117,11 +119,24 @@ class Unfinished:
         missing = [shard for shard in shards if not complete(done.get(shard.name, ()))]
         return cls(shard_table(missing), {s.name: tuple(done[s.name]) for s in missing if s.name in done})
 
-    def parts(self) -> list[dict[str, int]]:
-        """The rows of the table, dealt to tasks: `start`, `stop`."""
-        tasks = min(len(self.shards), READ_TASKS)
-        edges = [len(self.shards) * n // tasks for n in range(tasks + 1)] if tasks else []
-        return [{"start": start, "stop": stop} for start, stop in itertools.pairwise(edges)]
+    def parts(self, actors: int) -> list[dict[str, int]]:
+        """The rows of the table, dealt to tasks: `start`, `stop`, and `range_bytes`, the encoded bytes after which a range ends.
+
+        A task is a small share of what remains for each actor, so that it costs little to start and the last ones end together
+        (guided self-scheduling, Polychronopoulos and Kuck 1987). Many small shards make one task, and their images go through the
+        model together.
+        """
+        sizes: list[int] = self.shards["size"].to_pylist()
+        remaining = total = sum(sizes)
+        dealt, start, bytes_in_task = [], 0, 0
+        for stop, size in enumerate(sizes, 1):
+            share = max(remaining // (SHARES * actors), MIN_TASK_BYTES)
+            bytes_in_task += size
+            if stop == len(sizes) or bytes_in_task >= max(total // READ_TASKS, min(share, TASK_BYTES)):
+                dealt.append({"start": start, "stop": stop, "range_bytes": share})
+                remaining -= bytes_in_task
+                start, bytes_in_task = stop, 0
+        return dealt
 
 
 class RangeReader:
@@ -157,7 +172,7 @@ class RangeReader:
         unfinished: Unfinished = ray.get(self._unfinished)
         for part in batch.to_pylist():
             for shard in shards_of(unfinished.shards.slice(part["start"], part["stop"] - part["start"])):
-                yield from self.ranges(shard, unfinished.done.get(shard.name, ()))
+                yield from self.ranges(shard, unfinished.done.get(shard.name, ()), part["range_bytes"])
 
     @cached_property
     def _decoder(self) -> "Decoder":
@@ -167,7 +182,7 @@ class RangeReader:
         seconds = self._decode_seconds
         return Decoder(partial(evaluation_image, transform=self._transform, seconds=seconds), seconds)
 
-    def ranges(self, shard: Shard, covered: Sequence[Range]) -> Iterator[pa.Table]:
+    def ranges(self, shard: Shard, covered: Sequence[Range], range_bytes: int = MAX_RANGE_BYTES) -> Iterator[pa.Table]:
         """The ranges of a shard that have no file, each a table of one row.
 
         What comes last is marked so even when it is empty: only then the shard is complete. A shard that is missing or has changed is not:
@@ -176,6 +191,7 @@ class RangeReader:
         Args:
             shard: of the reader's source.
             covered: the ranges that have a file, in row order.
+            range_bytes: a range ends when its encoded images have as many bytes.
 
         Raises:
             StorageError: the store is out of reach, or refuses.
@@ -187,7 +203,8 @@ class RangeReader:
                 position = row.index + 1
                 if any(done.start <= row.index < done.stop for done in covered):
                     continue
-                if pending is not None and (pending.stop != row.index or pending.stop - pending.start >= self._rows):
+                full = pending is not None and (pending.rows >= self._rows or pending.bytes >= range_bytes)
+                if pending is not None and (full or pending.stop != row.index):
                     self._reader.check(shard)
                     yield pending.table(last=False)
                     pending = None
@@ -217,14 +234,20 @@ class _Decoded:
         self.shard = shard
         self.start = start
         self.stop = start
+        self.bytes = 0
         self.indices: list[int] = []
         self.images: list[npt.NDArray[np.uint8]] = []
         self.rejects: list[dict[str, Any]] = []
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
 
     def add(self, row: Row, decoder: "Decoder") -> None:
         from models.transforms import UndecodableImage
 
         self.stop = row.index + 1
+        self.bytes += len(row.data)
         try:
             if row.problem is not None:
                 raise UndecodableImage("unreadable", row.problem)

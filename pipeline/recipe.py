@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, StringConstraints, ValidationError, field
 from cluster.config import Cluster
 from cluster.errors import RecipeError
 from cluster.section import Section
-from models.config import ModelConfig, Training
+from models.config import ModelConfig, Training, Views
 from tuning.config import Sweep
 
 Uri = Annotated[str, StringConstraints(min_length=1, max_length=2000, strip_whitespace=True)]
@@ -70,16 +70,26 @@ class Score(Section):
 
     classes_per_image: int = Field(default=10, ge=1, le=1000)
     """P: the classes with the highest scores that are kept for each image. Any smaller P can be selected later."""
-    batch_size: int = Field(default=64, ge=1, le=8192)
-    """Images per forward pass."""
+    views: Views = "center"
+    """Crops of an image that are scored, and their scores averaged: the center, also mirrored, or the center and four corners of a square of `resize`, also mirrored. 2, 5 and 10 times the work."""
+    logits: bool = False
+    """Whether images are ranked by what enters the softmax and not by what leaves it; the paper found that worse (section 3.2)."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the forward pass. The others are faster on GPUs, and move scores in the third digit; float16 needs a GPU."""
+    compile: bool = False
+    """Whether `torch.compile` makes the kernels: a minute at the start of each actor, and a C++ compiler on each node."""
+    batch_size: int | None = Field(default=None, ge=1, le=8192)
+    """Images per forward pass; by default 32 on CPUs and 256 on GPUs."""
     actors: int | None = Field(default=None, ge=1, le=4096)
-    """Processes that hold the teacher; by default what the cluster's CPUs or GPUs allow."""
-    cpus_per_actor: float = Field(default=1.0, gt=0.0, le=1024.0)
-    """CPUs of each of them."""
+    """Processes that hold the teacher; by default one for each GPU, or as many as find room on the cluster's CPUs beside a reader each."""
+    cpus_per_actor: float = Field(default=0.75, gt=0.0, le=1024.0)
+    """CPUs reserved for each of them; rounded down, at least 1, the threads of a forward pass. With the default, an actor and a reader share a core and each takes what the other leaves."""
     gpus_per_actor: float = Field(default=0.0, ge=0.0, le=1.0)
     """GPUs of each of them; a fraction shares one."""
-    cpus_per_reader: float = Field(default=0.25, gt=0.0, le=64.0)
-    """CPUs that each reading and decoding task takes."""
+    readers: int | None = Field(default=None, ge=1, le=100_000)
+    """Tasks that read and decode at once; by default what the actors leave of the CPUs."""
+    cpus_per_reader: float | None = Field(default=None, gt=0.0, le=64.0)
+    """CPUs reserved for each of them; by default 0.25 beside actors on CPUs and 1 beside actors on GPUs."""
     range_mib: int = Field(default=128, ge=1, le=4096)
     """Decoded images that travel together, in MiB; a larger shard is scored in several row ranges, one file each."""
     decode_seconds: float = Field(default=10.0, ge=0.1, le=3600.0)
@@ -87,7 +97,27 @@ class Score(Section):
     max_reject_fraction: float = Field(default=1.0, ge=0.0, le=1.0)
     """The run stops when a larger share of U could not be scored."""
     embedding: bool = False
-    """Whether each image's pooled features, the input of the teacher's last linear layer, are kept beside its scores (float16)."""
+    """Whether each image's pooled features, the input of the teacher's last linear layer, are kept beside its scores (float16); of several views, the center's."""
+
+    @property
+    def reader_cpus(self) -> float:
+        """CPUs reserved for each reading task."""
+        return self.cpus_per_reader or (1.0 if self.gpus_per_actor else 0.25)
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """What decides the content of a score table; of the fields that came later, those that are not at their default."""
+        later = ("embedding", "views", "logits", "precision")
+        changed = {
+            name: getattr(self, name) for name in later if getattr(self, name) != Score.model_fields[name].default
+        }
+        return {"classes_per_image": self.classes_per_image, **changed}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.precision == "float16" and not self.gpus_per_actor:
+            raise ValueError("precision = float16 needs gpus_per_actor above 0; on CPUs use float32")
+        return self
 
 
 class Deduplicate(Section):

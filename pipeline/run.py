@@ -178,7 +178,7 @@ def demands(recipe: Recipe) -> list[Demand]:
     return [
         Demand("labeled", 1, (Bundle(1, 1.0),)),
         workers("teacher.training.workers", recipe.teacher.training),
-        Demand("score.actors", score.actors or 1, (scorers, Bundle(1, score.cpus_per_reader))),
+        Demand("score.actors", score.actors or 1, (scorers, Bundle(1, score.reader_cpus))),
         workers("pretrain.workers", recipe.pretrain),
         workers("fine_tune.sweep.concurrent x fine_tune.training.workers", recipe.fine_tune.training, trials),
         workers("supervised.workers", recipe.supervised),
@@ -328,8 +328,7 @@ def score_unlabeled(this: Run, unlabeled: Finished, teacher: Finished) -> Finish
 
     return this.once(
         "scores",
-        {"classes_per_image": this.recipe.score.classes_per_image}
-        | ({"embedding": True} if this.recipe.score.embedding else {}),
+        this.recipe.score.deciding,
         {"teacher": teacher.fingerprint, "unlabeled": unlabeled.fingerprint},
         work,
     )

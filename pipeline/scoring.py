@@ -10,20 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster import storage
-from cluster.errors import RunError, StageError
+from cluster.errors import RecipeError, RunError, StageError
 from cluster.progress import Progress
 from cluster.reduction import original_errors, parallel_map, run_task
 from cluster.resources import cluster_shape
 from models.config import Transform
 from pipeline.ranges import Range, RangeReader, Unfinished, complete, ledger
 from pipeline.recipe import Score
-from pipeline.rejects import Reject, publish_rejects, read_rejects
+from pipeline.rejects import read_rejects
 from pipeline.shards import ChangedShardError, MissingShardError, Reader
 from pipeline.sources import ImageSource
 from pipeline.store import publish_json, read_json
@@ -66,7 +64,7 @@ def claim(field: str, scores_uri: str, model_uri: str, source: ImageSource, sett
     """Makes a folder this scoring's, so that the same command goes on in it and another one is refused.
 
     Raises:
-        RunError: it holds the scores of another model, source or P, or is with embeddings and this one without.
+        RunError: it holds scores of another model or source, or that other settings made.
         StorageError: it cannot be written.
     """
     from models.card import read_card
@@ -74,14 +72,14 @@ def claim(field: str, scores_uri: str, model_uri: str, source: ImageSource, sett
     wanted = {
         "model": read_card(model_uri).weights.sha256,
         "source": source.fingerprint(),
-        "classes_per_image": settings.classes_per_image,
-        "embedding": settings.embedding,
+        **settings.deciding,
     }
     storage.check_writable(field, scores_uri)
     owner = storage.join(scores_uri, OWNER)
     if storage.exists(owner):
-        for name, value in {"embedding": False, **read_json(owner)}.items():
-            if wanted.get(name) != value:
+        found = read_json(owner)
+        for name in dict.fromkeys((*wanted, *found)):
+            if wanted.get(name) != found.get(name):
                 raise RunError(field, scores_uri, f"holds scores made with another {name}", "give another folder")
     elif storage.list_files(scores_uri):
         raise RunError(field, scores_uri, "is not empty and holds no scores", "give another folder")
@@ -108,13 +106,16 @@ def score(
     from models.card import read_card
 
     card = read_card(model_uri)
+    transform = card.model.transform
+    if settings.views in ("five", "ten") and transform.resize == transform.size:
+        rule = f"has no corners to see where the model's transform.resize and size are both {transform.size}"
+        raise RecipeError("score.views", settings.views, rule, "set it to center or mirrored")
     done = ledger(scores_uri)
     unfinished = Unfinished.of(source.shards(), done)
     if len(unfinished.shards):
         _forget_rejects(rejects_uri, done)
-        job = _Job(
-            source.reader, model_uri, scores_uri, rejects_uri, card.model.transform, len(card.class_names), settings
-        )
+        decoded = transform.seen_by(settings.views)
+        job = _Job(source.reader, model_uri, scores_uri, rejects_uri, decoded, len(card.class_names), settings)
         try:
             with original_errors():
                 _stream(job, unfinished, done, progress)
@@ -209,18 +210,31 @@ class _Job:
 def _stream(job: _Job, unfinished: Unfinished, done: dict[str, list[Range]], progress: Progress) -> None:
     import ray
 
+    from pipeline.scorer import CALLS, RangeScorer, prepared
+
     settings = job.settings
-    parts = unfinished.parts()
+    actors = settings.actors or default_actors(settings)
+    weights = ray.remote(prepared).options(num_cpus=settings.reader_cpus).remote(job.model_uri)
+    parts = unfinished.parts(actors)
     read = RangeReader(job.reader, job.transform, settings.range_mib, settings.decode_seconds, ray.put(unfinished))
     ranges = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
-        read, batch_size=1, num_cpus=settings.cpus_per_reader, batch_format="pyarrow"
+        read,
+        batch_size=1,
+        num_cpus=settings.reader_cpus,
+        batch_format="pyarrow",
+        compute=ray.data.TaskPoolStrategy(settings.readers),
     )
     scored = ranges.map_batches(
-        _RangeScorer,
-        fn_constructor_args=(job,),
+        RangeScorer,
+        fn_constructor_args=(job, [weights]),
         batch_size=None,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=settings.actors or default_actors(settings)),
+        compute=ray.data.ActorPoolStrategy(
+            size=actors,
+            max_concurrent_calls_per_actor=CALLS,
+            max_tasks_in_flight_per_actor=2 * CALLS,
+            enable_true_multi_threading=True,
+        ),
         num_cpus=settings.cpus_per_actor,
         num_gpus=settings.gpus_per_actor,
     )
@@ -248,108 +262,8 @@ def _stream(job: _Job, unfinished: Unfinished, done: dict[str, list[Range]], pro
 
 
 def default_actors(settings: Score) -> int:
-    """How many actors the cluster holds, at its largest, beside at least one reader."""
+    """How many actors the cluster holds, at its largest: on CPUs, beside a reader for each."""
     shape = cluster_shape()
     if settings.gpus_per_actor > 0:
         return max(1, int(shape.total("GPU") / settings.gpus_per_actor))
-    free = shape.total("CPU") - settings.cpus_per_reader
-    return max(1, int(free / (settings.cpus_per_actor + settings.cpus_per_reader)))
-
-
-class _RangeScorer:
-    """An actor that holds the teacher, scores ranges and publishes them."""
-
-    def __init__(self, job: _Job) -> None:
-        import torch
-
-        from models.checkpoint import load
-        from models.features import Features
-
-        self._job = job
-        self._device = torch.device("cuda" if job.settings.gpus_per_actor > 0 and torch.cuda.is_available() else "cpu")
-        if self._device.type == "cpu":
-            torch.set_num_threads(max(1, int(job.settings.cpus_per_actor)))
-        model = load(job.model_uri).model.to(self._device)
-        self._model = model.to(memory_format=torch.channels_last)
-        self._features = Features(job.model_uri, self._model) if job.settings.embedding else None
-
-    def __call__(self, batch: pa.Table) -> dict[str, Any]:
-        counts = [self._publish(row) for row in batch.to_pylist()]
-        return {name: [count[name] for count in counts] for name in ("shard", "last", "scored", "rejected")}
-
-    def _publish(self, row: dict[str, Any]) -> dict[str, Any]:
-        job, published = self._job, Range(row["shard"], row["start"], row["stop"], row["last"])
-        side = job.transform.size
-        images = np.frombuffer(row["images"], np.uint8).reshape(-1, 3, side, side)
-        class_ids, scores, embedding = self._forward(images)
-        if row["rejects"]:
-            # Before the scores: where those exist, the range is complete.
-            rejects = [Reject(published.shard, r["index"], r["reason"], r["error"]) for r in row["rejects"]]
-            publish_rejects(storage.join(job.rejects_uri, published.file), rejects)
-        answer = {"shard": published.shard, "last": published.last, "scored": len(images)}
-        answer["rejected"] = sum(r["index"] is not None for r in row["rejects"])
-        if row["missing"]:
-            return answer
-        table = score_table(published.shard, row["indices"], class_ids, scores, job.classes, embedding)
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        storage.publish(storage.join(job.scores_uri, published.file), sink.getvalue().to_pybytes())
-        return answer
-
-    def _forward(
-        self, images: npt.NDArray[np.uint8]
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float16] | None]:
-        """The P best classes of each image, int32 [N, P], their softmax, float32 [N, P], best first, and its embedding."""
-        import torch
-
-        from models.transforms import normalize
-
-        settings, features = self._job.settings, self._features
-        size = (len(images), settings.classes_per_image)
-        class_ids, scores = np.empty(size, np.int32), np.empty(size, np.float32)
-        embedding = None if features is None else np.empty((len(images), features.width), np.float16)
-        with torch.inference_mode():
-            for start in range(0, len(images), settings.batch_size):
-                part = slice(start, start + settings.batch_size)
-                batch = normalize(torch.from_numpy(images[part].copy()), self._job.transform, self._device)
-                top = self._model(batch).float().softmax(dim=1).topk(settings.classes_per_image, dim=1)
-                class_ids[part], scores[part] = top.indices.cpu().numpy(), top.values.cpu().numpy()
-                if features is not None and embedding is not None:
-                    embedding[part] = features.take()
-        return class_ids, scores, embedding
-
-
-def score_table(
-    shard: str,
-    indices: Sequence[int],
-    class_ids: npt.NDArray[np.int32],
-    scores: npt.NDArray[np.float32],
-    classes: int,
-    embedding: npt.NDArray[np.float16] | None = None,
-) -> pa.Table:
-    """Rows of a score table.
-
-    Args:
-        shard: of all rows.
-        indices: [N], rows of the shard.
-        class_ids: int32 [N, P], in score order.
-        scores: float32 [N, P], descending.
-        classes: how many classes there are, for the schema's metadata.
-        embedding: float16 [N, d], for a column `embedding` of fixed-size lists.
-    """
-
-    def lists(values: npt.NDArray[Any]) -> pa.FixedSizeListArray:
-        return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
-
-    more = {} if embedding is None else {"embedding": lists(embedding)}
-    return pa.table(
-        {
-            "shard": pa.DictionaryArray.from_arrays(
-                pa.array(np.zeros(len(indices), np.int32)), pa.array([shard], pa.string())
-            ),
-            "index": pa.array(indices, pa.uint32()),
-            "class_ids": lists(class_ids),
-            "scores": lists(scores),
-            **more,
-        }
-    ).replace_schema_metadata({"tophat.num_classes": str(classes)})
+    return max(1, int(shape.total("CPU") / (settings.cpus_per_actor + settings.reader_cpus)))

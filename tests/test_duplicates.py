@@ -50,6 +50,7 @@ from pipeline.duplicates import (
 from pipeline.recipe import Deduplicate, Score, Source, deduplicate_settings, validate
 from pipeline.review import TILE, Review, decided, read_decisions, write_review
 from pipeline.run import Run, open_sources, run, stages_of
+from pipeline.scorer import score_table
 from pipeline.shards import Reader, Shard
 from pipeline.sources import ImageSource, open_source
 from pipeline.store import RunStore
@@ -214,7 +215,7 @@ def test_memory_is_bounded_by_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
 
 def table_of(rows: np.ndarray[Any, Any], start: int, shard: str = "u.tar") -> pa.Table:
     ids, scores = np.zeros((len(rows), 1), np.int32), np.ones((len(rows), 1), np.float32)
-    return scoring.score_table(shard, range(start, start + len(rows)), ids, scores, 1, rows.astype(np.float16))
+    return score_table(shard, range(start, start + len(rows)), ids, scores, 1, rows.astype(np.float16))
 
 
 def write_tables(uri: str, rows: np.ndarray[Any, Any], files: int) -> None:
@@ -271,7 +272,7 @@ def test_mistakes_are_named(ray_local: None, tmp_path: Path) -> None:
     write_tables(str(tmp_path / "wide"), vectors(10, 9, 1), 1)
     with pytest.raises(SourceError, match="= '9 features': must have 8 features"):
         find_pairs(out, labeled, str(tmp_path / "wide"), Deduplicate(nearest=1))
-    plain = scoring.score_table("u.tar", [0], np.zeros((1, 1), np.int32), np.ones((1, 1), np.float32), 1)
+    plain = score_table("u.tar", [0], np.zeros((1, 1), np.int32), np.ones((1, 1), np.float32), 1)
     (tmp_path / "plain").mkdir()
     pq.write_table(plain, tmp_path / "plain" / "a.parquet")
     with pytest.raises(SourceError, match=r"has no column `embedding`.*score\.embedding = true"):

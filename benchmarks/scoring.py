@@ -1,0 +1,428 @@
+"""How fast scoring is, against the limit of the machine and against what else a user would run.
+
+    python -m benchmarks.scoring --heavy --images 2000 --shards 20 --rounds 5 --peers all
+    python -m benchmarks.scoring --light --images 100000 --shards 100 --rounds 5 --peers all
+    python -m benchmarks.scoring --light --sweep images
+    python -m benchmarks.scoring --light --sweep shards --images 100000
+
+The same JPEGs lie in the given folder twice, as tar shards and as files: random crops of three real photographs, which come with
+scikit-learn and matplotlib. The model has random weights: ResNet-50 at 224 pixels from JPEGs of 340 x 256 (`--heavy`), or a ResNet of
+8 layers at 64 pixels from JPEGs of 96 x 72 (`--light`). Every contender runs once a round, in turn, in a process of its own and on
+the same cores. Reported are medians over the rounds:
+
+- whole: images/s from the start of the process to its last score, everything included;
+- steady: images/s between a quarter and nine tenths of the images (of `limit` and `naive`: once the model is loaded);
+- first: seconds from the start of the process to the first scores;
+- peak: memory of all processes of the contender together (proportional set size).
+
+The contenders:
+
+- `limit`: a process for each core that reads tars, decodes and forwards with the same predictor as ours, and does nothing else;
+- `tophat score`: ours, with the default settings, Parquet files published and the balance proven;
+- `naive`: PyTorch's DataLoader with torchvision's transforms, `eval()` and `no_grad()`, a batch of 64;
+- `ray data`: Ray's documented image classification pattern: `read_images`, `map`, `map_batches` with a class;
+- `daft`: a Daft class UDF on downloaded, decoded and resized images; where the package `daft` is installed;
+- `ceiling`: the model alone, on a batch that is already in memory, in a process for each core.
+"""
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.jpegs import SIZES, generate
+from benchmarks.selection import Memory
+
+OURS = "tophat score"
+CLASSES_PER_IMAGE = 10
+
+
+@dataclass
+class Clock:
+    """When how many images were scored, in seconds since this process started."""
+
+    start: float = field(default_factory=lambda: time.time() - _age())
+    marks: list[tuple[float, int]] = field(default_factory=list)
+
+    def mark(self, images: int) -> None:
+        """So many images are scored now."""
+        if images and (not self.marks or images > self.marks[-1][1]):
+            self.marks.append((time.time() - self.start, images))
+
+    def steady(self) -> float | None:
+        """Images/s between a quarter and nine tenths of all; None where there are too few marks to tell."""
+        total = self.marks[-1][1]
+        inside = [(at, images) for at, images in self.marks if 0.25 * total <= images <= 0.9 * total]
+        if len(inside) < 3:
+            return None
+        return (inside[-1][1] - inside[0][1]) / (inside[-1][0] - inside[0][0])
+
+
+def _age() -> float:
+    """Seconds since this process started."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _predictor(folder: Path, gpu: bool) -> Any:
+    from models.card import read_card
+    from models.inference import Inference, Predictor, prepare
+
+    uri = str(folder / "model")
+    how = Inference(CLASSES_PER_IMAGE, gpu=gpu, precision="bfloat16" if gpu else "float32")
+    return Predictor(uri, read_card(uri), prepare(uri), how)
+
+
+def _limit_part(folder: Path, part: int, parts: int, gpu: bool, answers: Any) -> None:
+    from models.card import read_card
+    from models.transforms import evaluation_image
+
+    predict, transform = _predictor(folder, gpu), read_card(str(folder / "model")).model.transform
+    answers.put(("ready", 0))
+    buffer = np.empty((predict.batch_size, 3, transform.size, transform.size), np.uint8)
+    filled = row = 0
+    for tar in sorted((folder / "tars").iterdir()):
+        with tarfile.open(tar) as archive:
+            for member in archive:
+                row += 1
+                if row % parts != part:
+                    continue
+                content = archive.extractfile(member)
+                assert content is not None
+                buffer[filled] = evaluation_image(content.read(), transform)
+                filled += 1
+                if filled == len(buffer):
+                    answers.put(("scored", len(predict(buffer).classes)))
+                    filled = 0
+    if filled:
+        answers.put(("scored", len(predict(buffer[:filled]).classes)))
+    answers.put(("ended", 0))
+
+
+def _ceiling_part(folder: Path, images: int, parts: int, gpu: bool, answers: Any) -> None:
+    predict = _predictor(folder, gpu)
+    side = predict.transform.size
+    batch = np.random.default_rng(0).integers(0, 256, (predict.batch_size, 3, side, side), np.uint8)
+    predict(batch)
+    answers.put(("ready", 0))
+    for _ in range(-(-images // (parts * len(batch)))):
+        answers.put(("scored", len(predict(batch).classes)))
+    answers.put(("ended", 0))
+
+
+def _in_parts(work: Callable[..., None], arguments: list[tuple[Any, ...]], clock: Clock) -> float:
+    """Runs `work` in a process for each of `arguments`; images/s from when all are ready."""
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    processes = [context.Process(target=work, args=(*one, answers)) for one in arguments]
+    for process in processes:
+        process.start()
+    waiting = running = len(processes)
+    images, begun = 0, 0.0
+    while running:
+        kind, count = answers.get()
+        waiting -= kind == "ready"
+        running -= kind == "ended"
+        if kind == "ready" and not waiting:
+            begun, images_before = time.time(), images
+        images += count
+        clock.mark(images)
+    for process in processes:
+        process.join()
+    return (images - images_before) / (time.time() - begun)
+
+
+def limit(folder: Path, cores: int, gpu: bool, clock: Clock) -> float | None:
+    """A process for each core; reads, decodes and forwards. A tar's other images are skipped over by their headers."""
+    return _in_parts(_limit_part, [(folder, part, cores, gpu) for part in range(cores)], clock)
+
+
+def ceiling(folder: Path, cores: int, gpu: bool, clock: Clock) -> float | None:
+    """The model on a resident batch."""
+    images = sum(1 for _ in (folder / "files").iterdir())
+    parts = 1 if gpu else cores
+    return _in_parts(_ceiling_part, [(folder, images, parts, gpu)] * parts, clock)
+
+
+def ours(folder: Path, cores: int, gpu: bool, clock: Clock) -> float | None:
+    """`tophat score`, without its terminal."""
+    from cluster.config import Cluster
+    from cluster.progress import Progress
+    from cluster.session import Session
+    from pipeline.recipe import Score, Source
+    from pipeline.scoring import claim, score
+    from pipeline.sources import open_source
+
+    class Marks(Progress):
+        def update(self, done: int, rejected: int = 0, *, total: int | None = None, **facts: float) -> None:
+            clock.mark(done)
+
+    more: dict[str, Any] = {"gpus_per_actor": 1, "precision": "bfloat16"} if gpu else {}
+    settings = Score(classes_per_image=CLASSES_PER_IMAGE, **more)
+    source = open_source("--source", Source(uri=str(folder / "tars")))
+    with tempfile.TemporaryDirectory(prefix="scores-", dir=folder) as out, Session(Cluster(cpus=cores)) as session:
+        claim("--out", out, str(folder / "model"), source, settings)
+        session.start()
+        score(source, str(folder / "model"), out, f"{out}/_rejects", settings, Marks())
+    return clock.steady()
+
+
+def naive(folder: Path, cores: int, gpu: bool, clock: Clock) -> float | None:
+    """The loop of PyTorch's tutorials."""
+    import torch
+    from PIL import Image
+    from torch.utils.data import DataLoader, Dataset
+    from torchvision import transforms
+
+    from models.checkpoint import load
+
+    loaded = load(str(folder / "model"))
+    how = loaded.config.transform
+    steps = [transforms.Resize(how.resize), transforms.CenterCrop(how.size), transforms.ToTensor()]
+    transform = transforms.Compose([*steps, transforms.Normalize(how.mean, how.std)])
+    files = sorted((folder / "files").iterdir())
+
+    class Files(Dataset[Any]):
+        def __len__(self) -> int:
+            return len(files)
+
+        def __getitem__(self, index: int) -> Any:
+            with Image.open(files[index]) as image:
+                return transform(image.convert("RGB"))
+
+    device = torch.device("cuda" if gpu else "cpu")
+    model = loaded.model.to(device).eval()
+    begun, images = time.time(), 0
+    with torch.no_grad():
+        for batch in DataLoader(Files(), batch_size=64, num_workers=cores):
+            model(batch.to(device)).softmax(1).topk(CLASSES_PER_IMAGE)
+            images += len(batch)
+            clock.mark(images)
+    return images / (time.time() - begun)
+
+
+def ray_data(folder: Path, cores: int, gpu: bool, clock: Clock) -> float | None:
+    """As in Ray's example "Image Classification Batch Inference with PyTorch ResNet"."""
+    import ray
+    import torch
+    from torchvision import transforms
+
+    from models.card import read_card
+
+    how = read_card(str(folder / "model")).model.transform
+    ray.init(address="local", num_cpus=cores, include_dashboard=False, log_to_driver=False)
+
+    def preprocess(row: dict[str, Any]) -> dict[str, Any]:
+        steps = [transforms.ToTensor(), transforms.Resize(how.resize, antialias=True), transforms.CenterCrop(how.size)]
+        return {"image": transforms.Compose([*steps, transforms.Normalize(how.mean, how.std)])(row["image"])}
+
+    class Model:
+        def __init__(self) -> None:
+            from models.checkpoint import load
+
+            self.device = torch.device("cuda" if gpu else "cpu")
+            self.model = load(str(folder / "model")).model.to(self.device).eval()
+
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            with torch.inference_mode():
+                found = self.model(torch.as_tensor(batch["image"], device=self.device)).softmax(1)
+            top = found.topk(CLASSES_PER_IMAGE)
+            return {"class_ids": top.indices.cpu().numpy(), "scores": top.values.cpu().numpy()}
+
+    actors = 1 if gpu else max(1, cores // 2)  # as many hold CPUs as leave some to those that read
+    predicted = (
+        ray.data.read_images(str(folder / "files"), mode="RGB")
+        .map(preprocess)
+        .map_batches(Model, batch_size=64, concurrency=actors, num_gpus=int(gpu))
+    )
+    images = 0
+    for batch in predicted.iter_batches(batch_size=None, batch_format="pyarrow"):
+        images += len(batch)
+        clock.mark(images)
+    ray.shutdown()
+    return clock.steady()
+
+
+def daft(folder: Path, cores: int, gpu: bool, clock: Clock) -> float | None:
+    """As in Daft's guide to class UDFs."""
+    import daft as peer
+    import torch
+    from torchvision import transforms
+
+    from models.card import read_card
+
+    how = read_card(str(folder / "model")).model.transform
+    steps = [transforms.ToTensor(), transforms.Resize(how.resize, antialias=True), transforms.CenterCrop(how.size)]
+    transform = transforms.Compose([*steps, transforms.Normalize(how.mean, how.std)])
+
+    @peer.cls(max_concurrency=1 if gpu else cores, gpus=int(gpu), use_process=True)  # type: ignore[untyped-decorator,unused-ignore]
+    class Model:
+        def __init__(self) -> None:
+            from models.checkpoint import load
+
+            torch.set_num_threads(1)
+            self.device = torch.device("cuda" if gpu else "cpu")
+            self.model = load(str(folder / "model")).model.to(self.device).eval()
+
+        @peer.method.batch(return_dtype=peer.DataType.int64(), batch_size=64)  # type: ignore[untyped-decorator,unused-ignore]
+        def best(self, images: Any) -> Any:
+            batch = torch.stack([transform(image) for image in images.to_pylist()]).to(self.device)
+            with torch.inference_mode():
+                return self.model(batch).softmax(1).topk(CLASSES_PER_IMAGE).indices[:, 0].cpu().numpy()
+
+    table = peer.from_glob_path(f"{folder}/files/*.jpg")
+    decoded = table["path"].download().decode_image(mode=peer.ImageMode.RGB)
+    images = 0
+    for part in table.select(Model().best(decoded).alias("class_id")).to_arrow_iter():
+        images += len(part)
+        clock.mark(images)
+    return clock.steady()
+
+
+PEERS: dict[str, Callable[[Path, int, bool, Clock], float | None]] = {
+    "naive": naive,
+    "ray data": ray_data,
+    "daft": daft,
+    "ceiling": ceiling,
+}
+ALL = {"limit": limit, OURS: ours, **PEERS}
+
+
+def serve(name: str, folder: Path, cores: int, gpu: bool) -> None:
+    """Runs one contender and prints its answer."""
+    clock = Clock()
+    steady = ALL[name](folder, cores, gpu, clock)
+    at, images = clock.marks[-1]
+    print("answer", json.dumps([images, images / at, steady, clock.marks[0][0]]), flush=True)
+
+
+def once(name: str, folder: Path, cores: int, gpu: bool) -> tuple[int, float, float | None, float, float]:
+    """One run: images, whole, steady, first, peak GiB."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.scoring",
+        "--serve",
+        name,
+        "--folder",
+        str(folder),
+        "--cores",
+        str(cores),
+    ]
+    environment = {
+        **os.environ,
+        "RAY_worker_niceness": "0",  # Ray's own default, 15, is not the others'
+        "RAY_AUTH_MODE": "disabled" if name == "ray data" else "token",
+        "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")])),
+    }
+    process = subprocess.Popen(
+        command + ["--gpu"] * gpu, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    with Memory(process.pid) as memory:
+        printed, errors = process.communicate()
+    found = next((line for line in printed.splitlines() if line.startswith("answer ")), None)
+    if found is None:
+        raise RuntimeError(f"{name} ended early:\n{errors[-3000:]}")
+    images, whole, steady, first = json.loads(found.removeprefix("answer "))
+    return images, whole, steady, first, memory.peak
+
+
+def compare(folder: Path, names: list[str], rounds: int, cores: int, gpu: bool) -> None:
+    """Runs the contenders in turn, `rounds` times, and prints medians and ratios."""
+    found: dict[str, list[tuple[int, float, float | None, float, float]]] = {name: [] for name in names}
+    for number in range(rounds):
+        for name in names:
+            run = once(name, folder, cores, gpu)
+            found[name].append(run)
+            steady = "      -" if run[2] is None else f"{run[2]:7.1f}"
+            print(
+                f"round {number + 1}: {name:<13} whole {run[1]:7.1f}/s, steady {steady}/s, first {run[3]:.1f} s",
+                flush=True,
+            )
+    for run in found["limit"] + found[OURS] if OURS in names else []:
+        assert run[0] == found["limit"][0][0], found
+
+    def median(name: str, column: int) -> float:
+        values = [run[column] for run in found[name]]
+        return statistics.median(v for v in values if v is not None) if any(values) else float("nan")
+
+    print(
+        f"\n{'medians':<13} {'whole/s':>9} {'ours / it':>9} {'steady/s':>9} {'ours / it':>9} {'first s':>8} {'peak GiB':>9}"
+    )
+    for name in names:
+        ratios = [median(OURS, column) / median(name, column) for column in (1, 2)]
+        peak = max(run[4] for run in found[name])
+        print(
+            f"{name:<13} {median(name, 1):9.1f} {ratios[0]:9.2f} {median(name, 2):9.1f} {ratios[1]:9.2f} "
+            f"{median(name, 3):8.1f} {peak:9.2f}"
+        )
+
+
+def _folders(arguments: argparse.Namespace, base: Path) -> Iterator[tuple[Path, str]]:
+    size = "heavy" if arguments.heavy else "light"
+    pairs = {
+        None: [(arguments.images, arguments.shards)],
+        "images": [(n, max(1, n // 1000)) for n in (1_000, 10_000, 100_000)],
+        "shards": [(arguments.images, n) for n in (10, 100, 1_000, 10_000)],
+    }[arguments.sweep]
+    for images, shards in pairs:
+        folder = base / f"{size}-{images}-{shards}"
+        if not folder.exists():
+            temporary = folder.with_name(f".{folder.name}")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            generate(temporary, SIZES[size], images, shards)
+            temporary.rename(folder)
+        yield folder, f"{size}, {images:,} images in {shards:,} shards"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--heavy", action="store_true", help="ResNet-50 at 224 pixels")
+    kind.add_argument("--light", action="store_true", help="ResNet-8 at 64 pixels, the default")
+    parser.add_argument("--images", type=int, default=2_000)
+    parser.add_argument("--shards", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sweep", choices=["images", "shards"], help="1k to 100k images, or 10 to 10,000 shards")
+    parser.add_argument("--peers", default="", help=f"some of {', '.join(PEERS)}, with commas; or all")
+    parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--gpu", action="store_true", help="models on one GPU, in bfloat16 where that is ours to choose"
+    )
+    parser.add_argument("--folder", type=Path, help="where the images are kept; by default a temporary folder")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(arguments.serve, arguments.folder, arguments.cores, arguments.gpu)
+        return
+    peers = list(PEERS) if arguments.peers == "all" else [name for name in arguments.peers.split(",") if name]
+    if "daft" in peers and importlib.util.find_spec("daft") is None:
+        print("daft is not installed, and left out")
+        peers.remove("daft")
+    base = arguments.folder or Path(tempfile.mkdtemp(prefix="tophat-scoring-"))
+    try:
+        for folder, title in _folders(arguments, base):
+            print(f"\n{title}, {arguments.cores} cores, {arguments.rounds} rounds", flush=True)
+            compare(folder, ["limit", OURS, *peers], arguments.rounds, arguments.cores, arguments.gpu)
+    finally:
+        if arguments.folder is None:
+            shutil.rmtree(base)
+
+
+if __name__ == "__main__":
+    main()

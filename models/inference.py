@@ -1,0 +1,234 @@
+"""A trained network as a fast function from decoded images to their best classes, with the predictions of the plain network.
+
+`prepare` does once what every process would do again: it reads a model directory and folds its batch normalizations into its
+convolutions. What it returns is arrays, which Ray shares read-only between the processes of a node; a `Predictor` computes on
+that memory and copies nothing of it.
+"""
+
+import ctypes
+import platform
+import warnings
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
+
+from models.architectures import build
+from models.card import ModelCard
+from models.checkpoint import load
+from models.config import Views
+from models.features import Features
+from models.transforms import normalize
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+TOLERANCE = 1e-5
+"""By how much folding may move a softmax; a network that it moves more is used as it is."""
+CPU_BATCH, GPU_BATCH = 32, 256
+"""Images of a forward pass: on a CPU core, what its caches still help with; on a GPU, what fills it."""
+
+
+class Weights(NamedTuple):
+    """A model's state, ready for a `Predictor`.
+
+    Attributes:
+        state: by the names of its state dict; those with four axes as [O, H, W, I], which is how channels_last lies in memory.
+        folded: whether the batch normalizations are in the convolutions, as far as one follows the other.
+    """
+
+    state: dict[str, NDArray[Any]]
+    folded: bool
+
+
+class Prediction(NamedTuple):
+    """Of N images: the P best `classes`, int32 [N, P], with their `scores`, float32 [N, P], best first; `features` float16 [N, d]."""
+
+    classes: NDArray[np.int32]
+    scores: NDArray[np.float32]
+    features: NDArray[np.float16] | None
+
+    def of(self, start: int, stop: int) -> "Prediction":
+        """Of the images `[start, stop)` alone."""
+        features = None if self.features is None else self.features[start:stop]
+        return Prediction(self.classes[start:stop], self.scores[start:stop], features)
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How to predict.
+
+    Attributes:
+        classes_per_image: P.
+        batch_size: images of a forward pass; by default what suits the device.
+        views: which crops of an image are scored; their softmax (or logits) is averaged, as the paper does over the clips of
+            a video (section 4.3). `center`; `mirrored`: also its mirror image; `five`: the center and the four corners of a
+            square of `Transform.resize`; `ten`: those and their mirror images.
+        logits: scores are what enters the softmax and not what leaves it (section 3.2, "raw predictions before applying the
+            softmax").
+        precision: number format of the forward pass (autocast); the weights stay float32.
+        compile: whether `torch.compile` makes the kernels.
+        features: whether the pooled features of the first view, the center, come with the prediction.
+        threads: of a forward pass on CPUs.
+        gpu: whether a GPU is used where there is one.
+    """
+
+    classes_per_image: int
+    batch_size: int | None = None
+    views: Views = "center"
+    logits: bool = False
+    precision: Precision = "float32"
+    compile: bool = False
+    features: bool = False
+    threads: int = 1
+    gpu: bool = False
+
+
+def prepare(uri: str) -> Weights:
+    """The weights of a model directory, folded where that leaves the predictions as they are.
+
+    Raises:
+        ModelError: missing, corrupt, or weights that do not fit the architecture.
+        StorageError: the store refuses.
+    """
+    loaded = load(uri)
+    model = folded = loaded.model
+    with suppress(Exception):  # a user's network may not be traceable, or be another one when it is traced
+        candidate = fuse(model)
+        if _agree(model, candidate, loaded.config.transform.size):
+            folded = candidate
+    return Weights({name: _stored(tensor) for name, tensor in folded.state_dict().items()}, folded is not model)
+
+
+def _agree(one: nn.Module, other: nn.Module, size: int) -> bool:
+    """Whether two networks say the same of a few images of noise."""
+    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return bool((one(images).softmax(1) - other(images).softmax(1)).abs().max() <= TOLERANCE)
+
+
+def _stored(tensor: Tensor) -> NDArray[Any]:
+    array: NDArray[Any] = (tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor).detach().contiguous().numpy()
+    return array
+
+
+def _viewed(array: NDArray[Any]) -> Tensor:
+    """A tensor on an array's memory, which may be read-only: nothing here writes to it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+def keep_memory() -> None:
+    """Makes the C library of Linux keep freed memory for the next allocation in place of giving it back.
+
+    A forward pass allocates the same large blocks again and again, and pages that come new from the system each time cost it
+    up to a quarter of its time.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
+class Predictor:
+    """A model directory's network, ready for as many images as come.
+
+    It sets the number of torch's threads, and how memory is kept, for the whole process.
+
+    Args:
+        uri: of the model directory, for messages.
+        card: of it.
+        weights: of it, from `prepare`.
+        how: what is wanted.
+
+    Raises:
+        ModelError: features are wanted of a network whose last layer is not linear.
+    """
+
+    def __init__(self, uri: str, card: ModelCard, weights: Weights, how: Inference) -> None:
+        self.how, self.transform = how, card.model.transform
+        self._device = torch.device("cuda" if how.gpu and torch.cuda.is_available() else "cpu")
+        if self._device.type == "cpu":
+            torch.set_num_threads(how.threads)
+            keep_memory()
+        self.batch_size = how.batch_size or (CPU_BATCH if self._device.type == "cpu" else GPU_BATCH)
+        model = _model(card, weights).to(self._device)
+        self._features = Features(uri, model) if how.features else None
+        self._model: Any = torch.compile(model) if how.compile else model
+
+    @torch.inference_mode()
+    def __call__(self, images: NDArray[np.uint8]) -> Prediction:
+        """The best classes of decoded images: uint8 [N, 3, side, side], `side` that of `Transform.seen_by`."""
+        if not len(images):
+            empty = None if self._features is None else np.empty((0, self._features.width), np.float16)
+            size = (0, self.how.classes_per_image)
+            return Prediction(np.empty(size, np.int32), np.empty(size, np.float32), empty)
+        tops, features = [], []
+        for start in range(0, len(images), self.batch_size):
+            scores, seen = self.scores(images[start : start + self.batch_size])
+            tops.append(scores.topk(self.how.classes_per_image, dim=1))
+            features.append(seen)
+        # On a GPU, nothing before this waits for it.
+        classes = torch.cat([top.indices for top in tops]).int().cpu().numpy()
+        values = torch.cat([top.values for top in tops]).cpu().numpy()
+        kept = [seen for seen in features if seen is not None]
+        return Prediction(classes, values, np.concatenate(kept) if kept else None)
+
+    @torch.inference_mode()
+    def scores(self, images: NDArray[np.uint8]) -> tuple[Tensor, NDArray[np.float16] | None]:
+        """Of one batch: the score of every class, float32 [N, C] on the device, and the features of the first view."""
+        moved = _viewed(images)
+        batch = normalize(moved if self._device.type == "cpu" else moved.pin_memory(), self.transform, self._device)
+        outputs, seen = [], []
+        for view in _crops(batch, self.transform.size, self.how.views):
+            logits = self._forward(view)
+            outputs.append(logits if self.how.logits else logits.softmax(dim=1))
+            if self._features is not None:
+                seen.append(self._features.take()[: len(images)])
+        return outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(dim=0), seen[0] if seen else None
+
+    def _forward(self, batch: Tensor) -> Tensor:
+        """Logits, float32 [N, C]."""
+        rows = len(batch)
+        if self.how.compile and rows < self.batch_size:  # kernels are made for one shape
+            padding = batch.new_zeros((self.batch_size - rows, *batch.shape[1:]))
+            batch = torch.cat([batch, padding]).contiguous(memory_format=torch.channels_last)
+        reduced = self.how.precision != "float32"
+        with torch.autocast(
+            self._device.type, getattr(torch, self.how.precision) if reduced else None, enabled=reduced
+        ):
+            logits: Tensor = self._model(batch)
+        return logits[:rows].float()
+
+
+def _model(card: ModelCard, weights: Weights) -> nn.Module:
+    """The network on the memory of its weights, in evaluation mode."""
+    ours = ":" not in card.model.architecture  # a user's factory may do more than fill parameters
+    with torch.device("meta") if ours else nullcontext():
+        plain = build(card.model, len(card.class_names)).eval()
+        model = fuse(plain) if weights.folded else plain
+    views = {name: _viewed(array) for name, array in weights.state.items()}
+    state = {name: view.permute(0, 3, 1, 2) if view.ndim == 4 else view for name, view in views.items()}
+    if not ours:  # what code unknown to us may write to is a copy
+        state = {name: view.clone() for name, view in state.items()}
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False)
+
+
+def _crops(batch: Tensor, size: int, views: Views) -> list[Tensor]:
+    """The views of [N, 3, side, side], each [N, 3, size, size] in channels_last, the center first."""
+    if views in ("five", "ten"):
+        far = batch.shape[-1] - size
+        middle = round(far / 2)
+        corners = [(middle, middle), (0, 0), (0, far), (far, 0), (far, far)]
+        crops = [batch[:, :, top : top + size, left : left + size] for top, left in corners]
+    else:
+        crops = [batch]
+    if views in ("mirrored", "ten"):
+        crops += [crop.flip(3) for crop in crops]
+    return [crop.contiguous(memory_format=torch.channels_last) for crop in crops]

@@ -1,0 +1,131 @@
+"""The actors of a scoring: each holds the teacher, scores row ranges of decoded images, and publishes them."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster import storage
+from pipeline.ranges import Range
+from pipeline.rejects import Reject, publish_rejects
+
+if TYPE_CHECKING:
+    from models.inference import Prediction, Weights
+    from pipeline.scoring import _Job
+
+CALLS = 2
+"""Blocks that an actor works on at once: one is in the model, the other is read or published."""
+PUBLISHERS = 8
+"""Files that an actor publishes at once."""
+
+
+def prepared(model_uri: str) -> "Weights":
+    """`models.inference.prepare`, as a task of a process that has not loaded torch yet."""
+    from models.inference import prepare
+
+    return prepare(model_uri)
+
+
+class RangeScorer:
+    """Scores blocks of ranges: their images go through the model together, however small each range is.
+
+    Args:
+        job: what is scored.
+        weights: a reference to what `models.inference.prepare` returned, in a list, so that Ray does not resolve it.
+    """
+
+    def __init__(self, job: "_Job", weights: "list[Any]") -> None:
+        import ray
+
+        from models.card import read_card
+        from models.inference import Inference, Predictor
+
+        settings = job.settings
+        how = Inference(
+            classes_per_image=settings.classes_per_image,
+            batch_size=settings.batch_size,
+            views=settings.views,
+            logits=settings.logits,
+            precision=settings.precision,
+            compile=settings.compile,
+            features=settings.embedding,
+            threads=max(1, int(settings.cpus_per_actor)),
+            gpu=settings.gpus_per_actor > 0,
+        )
+        self._job = job
+        self._weights = ray.get(weights[0])  # held, as the model lives in its memory
+        self._predict = Predictor(job.model_uri, read_card(job.model_uri), self._weights, how)
+        self._model = Lock()
+        self._publishers = ThreadPoolExecutor(PUBLISHERS)
+
+    def __call__(self, block: pa.Table) -> dict[str, Any]:
+        side = self._job.transform.size
+        images = [np.frombuffer(v.as_buffer(), np.uint8).reshape(-1, 3, side, side) for v in block["images"]]
+        indices = [v.values.to_numpy() for v in block["indices"]]
+        rows: list[dict[str, Any]] = block.drop_columns(["images", "indices"]).to_pylist()
+        with self._model:
+            found = self._predict(images[0] if len(images) == 1 else np.concatenate(images))
+        ends = np.cumsum([0, *map(len, images)]).tolist()
+        parts = [found.of(start, stop) for start, stop in pairwise(ends)]
+        list(self._publishers.map(self._publish, rows, indices, parts))
+        return {
+            "shard": [row["shard"] for row in rows],
+            "last": [row["last"] for row in rows],
+            "scored": [len(part) for part in images],
+            "rejected": [sum(r["index"] is not None for r in row["rejects"]) for row in rows],
+        }
+
+    def _publish(self, row: dict[str, Any], indices: npt.NDArray[np.uint32], found: "Prediction") -> None:
+        job, published = self._job, Range(row["shard"], row["start"], row["stop"], row["last"])
+        if row["rejects"]:
+            # Before the scores: where those exist, the range is complete.
+            rejects = [Reject(published.shard, r["index"], r["reason"], r["error"]) for r in row["rejects"]]
+            publish_rejects(storage.join(job.rejects_uri, published.file), rejects)
+        if row["missing"]:
+            return
+        table = score_table(published.shard, indices, found.classes, found.scores, job.classes, found.features)
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        storage.publish(storage.join(job.scores_uri, published.file), sink.getvalue().to_pybytes())
+
+
+def score_table(
+    shard: str,
+    indices: Sequence[int] | npt.NDArray[np.uint32],
+    class_ids: npt.NDArray[np.int32],
+    scores: npt.NDArray[np.float32],
+    classes: int,
+    embedding: npt.NDArray[np.float16] | None = None,
+) -> pa.Table:
+    """Rows of a score table.
+
+    Args:
+        shard: of all rows.
+        indices: [N], rows of the shard.
+        class_ids: int32 [N, P], in score order.
+        scores: float32 [N, P], descending.
+        classes: how many classes there are, for the schema's metadata.
+        embedding: float16 [N, d], for a column `embedding` of fixed-size lists.
+    """
+
+    def lists(values: npt.NDArray[Any]) -> pa.FixedSizeListArray:
+        return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+
+    more = {} if embedding is None else {"embedding": lists(embedding)}
+    return pa.table(
+        {
+            "shard": pa.DictionaryArray.from_arrays(
+                pa.array(np.zeros(len(indices), np.int32)), pa.array([shard], pa.string())
+            ),
+            "index": pa.array(indices, pa.uint32()),
+            "class_ids": lists(class_ids),
+            "scores": lists(scores),
+            **more,
+        }
+    ).replace_schema_metadata({"tophat.num_classes": str(classes)})
