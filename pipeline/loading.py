@@ -227,7 +227,8 @@ class TrainingSet:
                 labels = [self.class_ids[row.label] for row, _, _ in chunk]
                 yield torch.from_numpy(np.stack([decode(item) for item in chunk])), torch.tensor(labels)
 
-        return ahead(batches(), AHEAD_BATCHES)
+        # Where the network computes on the cores that decode, a thread of its own would only make the two wait for each other.
+        return ahead(batches(), AHEAD_BATCHES) if torch.cuda.is_available() else batches()
 
 
 def dhat_training_set(uri: str, classes: int) -> TrainingSet:
