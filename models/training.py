@@ -25,7 +25,7 @@ Row = dict[str, float]
 """One row of a history: images_seen, learning_rate, loss, top1, images_per_second, and sometimes val_loss, val_top1, val_top5."""
 
 RAY_TRAIN_ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # between two polls, of which each takes in at most one report
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # between two polls, of which each takes in at most one report
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # an autoscaled cluster takes minutes to start a node
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
