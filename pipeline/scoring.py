@@ -5,7 +5,8 @@ score a range at a time and publish it as one Parquet file. The published files 
 scored again, and nothing else keeps track.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,7 +20,7 @@ from cluster.progress import Progress
 from cluster.reduction import original_errors, parallel_map, run_task
 from cluster.resources import cluster_shape
 from models.config import Transform
-from pipeline.ranges import Range, RangeReader, Unfinished, complete, ledger
+from pipeline.ranges import MIN_TASK_BYTES, Range, RangeReader, Unfinished, complete, ledger
 from pipeline.recipe import Score
 from pipeline.rejects import read_rejects
 from pipeline.shards import ChangedShardError, MissingShardError, Reader
@@ -213,7 +214,9 @@ def _stream(job: _Job, unfinished: Unfinished, done: dict[str, list[Range]], pro
     from pipeline.scorer import CALLS, RangeScorer, prepared
 
     settings = job.settings
-    actors = settings.actors or default_actors(settings)
+    sizes = dict(zip(unfinished.shards["shard"].to_pylist(), unfinished.shards["size"].to_pylist(), strict=True))
+    size = sum(sizes.values())
+    actors = settings.actors or min(default_actors(settings), max(len(sizes), size // MIN_TASK_BYTES))
     weights = ray.remote(prepared).options(num_cpus=settings.reader_cpus).remote(job.model_uri)
     parts = unfinished.parts(actors)
     read = RangeReader(job.reader, job.transform, settings.range_mib, settings.decode_seconds, ray.put(unfinished))
@@ -238,12 +241,10 @@ def _stream(job: _Job, unfinished: Unfinished, done: dict[str, list[Range]], pro
         num_cpus=settings.cpus_per_actor,
         num_gpus=settings.gpus_per_actor,
     )
-    sizes = dict(zip(unfinished.shards["shard"].to_pylist(), unfinished.shards["size"].to_pylist(), strict=True))
-    size = sum(sizes.values())
     before = sum(r.stop - r.start for ranges in done.values() for r in ranges)  # of earlier attempts
     images = rejects = ended_images = ended_bytes = 0
     waiting: dict[str, int] = {}  # images of shards that have not ended
-    for batch in scored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+    for batch in _quietly(scored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)):
         rows: list[dict[str, Any]] = cast("pa.Table", batch).to_pylist()
         for row in rows:
             images, rejects = images + row["scored"], rejects + row["rejected"]
@@ -259,6 +260,13 @@ def _stream(job: _Job, unfinished: Unfinished, done: dict[str, list[Range]], pro
                 f"{settings.max_reject_fraction:g} allows: look at the rejects in {job.rejects_uri}, "
                 "then raise it, or mend the source and score it in another folder"
             )
+
+
+def _quietly(batches: Iterable[Any]) -> Iterator[Any]:
+    """The same batches, without Ray's warning that one task cannot feed several actors: one that reads a large shard does."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The minimum number of concurrent actors")
+        yield from batches
 
 
 def default_actors(settings: Score) -> int:
