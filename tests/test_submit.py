@@ -339,21 +339,31 @@ def test_tophat_submit_runs_a_recipe_on_the_cluster(
     tiny.write_folders(tmp_path)
     places = [f"labeled.{part}.uri={tmp_path}/{part}" for part in ("train", "validation", "test")]
     sets = [*places, f"unlabeled.uri={tmp_path}/unlabeled", "score.cpus_per_actor=0.5"]
-    for until, code, shown in (("unlabeled", 0, "report: "), ("the-end", 2, "error: --until = 'the-end'")):
+    for workers, code, shown in ((1, 0, "report: "), (999, 2, "error: pretrain.workers = 999")):
         words = [
             "submit",
             "demo",
             "--address",
             head.address,
             "--run-dir",
-            f"{tmp_path}/run",
+            f"{tmp_path}/run-{workers}",
             "--until",
-            until,
+            "unlabeled",
             "--follow",
         ]
-        monkeypatch.setattr(sys, "argv", ["tophat", *words, *(word for item in sets for word in ("--set", item))])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "tophat",
+                *words,
+                *(word for item in sets for word in ("--set", item)),
+                "--set",
+                f"pretrain.workers={workers}",
+            ],
+        )
         with pytest.raises(SystemExit) as ended:
             main()
         assert int(ended.value.code or 0) == code
         assert shown in capfd.readouterr().out
-    assert (tmp_path / "run" / "stages" / "unlabeled" / "manifest.json").exists()
+    assert (tmp_path / "run-1" / "stages" / "unlabeled" / "manifest.json").exists()
