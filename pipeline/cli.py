@@ -326,7 +326,7 @@ def duplicates(
     if source is None:
         if decisions is None:
             raise InputError("--source", "nothing", "must be given", "add --source URI, or --decisions FILE to decide")
-        if against or model or scores or nearest or within or copies or sets:
+        if against or model or scores or copies or sets or nearest is not None or within is not None:
             rule = "must be given with the other options"
             raise InputError("--source", "nothing", rule, "add it, or give --out and --decisions alone")
         done = deduplication.decide(to, decisions)
@@ -385,15 +385,13 @@ def status(run_dir: Annotated[str, typer.Argument(metavar="RUN", help="A run dir
     """What of a run is finished."""
     from cluster import storage
     from pipeline import deduplication, summary
-    from pipeline.run import STAGES
+    from pipeline.run import stages_with
     from pipeline.store import RunStore
 
     store = RunStore(storage.absolute(run_dir))
     if not storage.exists(storage.join(store.uri, "run.json")):
         raise RunError("RUN", run_dir, "is not a run directory", "give the --run-dir of a `tophat run`")
-    more = tuple(name for name in deduplication.STAGES if store.started(name))
-    place = STAGES.index("selection")
-    names = (*STAGES[:place], *more, *STAGES[place:])
+    names = stages_with(name for name in deduplication.STAGES if store.started(name))
     found = {name: stage for name in names if (stage := store.finished(name)) is not None}
     done = {name: stage for name, stage in found.items() if store.current(stage)}
     table = summary.table(f"Run {run_dir}", "stage", "state", "seconds", "images")

@@ -7,6 +7,7 @@ thumbnails. A decision file comes from a user's browser, so it is checked as any
 import io
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -111,7 +112,9 @@ def _thumbnails(out_uri: str, job: _Job) -> list[str]:
     """Publishes the thumbnails of one shard; runs in a Ray task. Returns the files of those that could be decoded."""
     made: list[str] = []
     left = set(job.files)
-    try:
+    with suppress(
+        ShardError
+    ):  # of a damaged shard the page shows what can be read, and says of the rest that it is missing
         for row in job.reader.read(job.shard, job.files):
             left.discard(row.index)
             thumbnail = _thumbnail(row.data)
@@ -120,8 +123,6 @@ def _thumbnails(out_uri: str, job: _Job) -> list[str]:
                 made.append(file)
             if not left:
                 break
-    except ShardError:  # its images are shown as missing
-        pass
     return made
 
 

@@ -1,6 +1,6 @@
 """The paper's pipeline, section 3.2, from a recipe to a student and its report."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,17 +40,20 @@ STAGES = (
 )
 """Every stage, in order: the name of its folder in the run, and what `--until` takes."""
 
-
 WORK = "work"
 """Folder of a stage that holds what it needs only while it is under way."""
 
 
 def stages_of(recipe: Recipe) -> tuple[str, ...]:
-    """The stages of a run of this recipe, in order: with those of the deduplication, before the selection, where it is on."""
+    """The stages of a run of this recipe, in order: with those of the deduplication, where it is on."""
     wanted = (recipe.deduplicate.near, recipe.deduplicate.near, recipe.deduplicate.copies, recipe.deduplicate.on)
-    more = [name for name, on in zip(deduplication.STAGES, wanted, strict=True) if on]
+    return stages_with(name for name, on in zip(deduplication.STAGES, wanted, strict=True) if on)
+
+
+def stages_with(deduplicating: Iterable[str]) -> tuple[str, ...]:
+    """`STAGES`, and some of those of the deduplication where they belong."""
     place = STAGES.index("selection")
-    return (*STAGES[:place], *more, *STAGES[place:])
+    return (*STAGES[:place], *deduplicating, *STAGES[place:])
 
 
 @dataclass(frozen=True)

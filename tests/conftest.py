@@ -3,8 +3,9 @@
 import os
 import secrets
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,22 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A URI for one test alone: once on the local disk, once in the S3 server."""
     uri: str = str(tmp_path / "place") if request.param == "local" else request.getfixturevalue("s3")
     return uri
+
+
+@pytest.fixture
+def tophat(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line in this process, on the Ray of the tests; gives exit code, output and errors."""
+    from pipeline.cli import main
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tophat", *words])
+        capfd.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return call

@@ -17,25 +17,6 @@ from models.config import ModelConfig
 Answer = tuple[int, str, str]
 
 
-@pytest.fixture
-def tophat(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
-    """Runs the command line in this process, on the Ray of the tests; gives exit code, output and errors."""
-    from pipeline.cli import main
-
-    def call(*words: str) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["tophat", *words])
-        capfd.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        captured = capfd.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tiny")

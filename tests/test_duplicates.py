@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import sys
 import tarfile
 import time
 from collections.abc import Callable, Sequence
@@ -394,24 +393,6 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plants += [saved(shifted(image)) for image in test[16:24]]
     write_tar(root / "u" / "<img src=x onerror=window.pwned=1>.tar", [*plants, plants[0], b"no image"])
     return root
-
-
-@pytest.fixture
-def tophat(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    from pipeline.cli import main
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tophat", *words])
-        capfd.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        captured = capfd.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="module")
