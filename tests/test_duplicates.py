@@ -781,6 +781,7 @@ def test_mistakes_on_the_command_line(
     for words, said in (
         ([], "--source = 'nothing': must be given"),
         (["--decisions", "x.json", "--nearest", "3"], "--source = 'nothing': must be given with the other options"),
+        (["--decisions", "x.json", "--within", "0"], "--source = 'nothing': must be given with the other options"),
         (["--decisions", "x.json"], "holds no pairs to decide on"),
         (["--source", u], "--nearest = 'nothing': must be given"),
         (["--source", u, "--nearest", "3"], "--against = 'nothing'"),
