@@ -80,8 +80,9 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
     from cluster.resources import check, cluster_shape
     from cluster.session import Session
     from pipeline import summary
-    from pipeline.run import Run, changed_sources, demands, open_sources
+    from pipeline.run import changed_sources, demands, open_sources
     from pipeline.run import run as run_pipeline
+    from pipeline.stages import Run
     from pipeline.store import RunStore
 
     _check_until(recipe, until)

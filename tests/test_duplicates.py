@@ -48,10 +48,11 @@ from pipeline.duplicates import (
 )
 from pipeline.recipe import Deduplicate, Score, Source, deduplicate_settings, validate
 from pipeline.review import TILE, Review, decided, read_decisions, write_review
-from pipeline.run import Run, open_sources, run, stages_of
+from pipeline.run import open_sources, run, stages_of
 from pipeline.scorer import score_table
 from pipeline.shards import Reader, Shard
 from pipeline.sources import ImageSource, open_source
+from pipeline.stages import Run
 from pipeline.store import RunStore
 from test_report import BROKEN_IMAGES, NAMES, browser, encoded, opened  # noqa: F401 - browser is a fixture
 

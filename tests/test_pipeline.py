@@ -18,8 +18,9 @@ from pipeline.gallery import TILE
 from pipeline.ingest import ingest
 from pipeline.recipe import Recipe, Source, validate
 from pipeline.rejects import read_rejects
-from pipeline.run import STAGES, Run, open_sources, run
+from pipeline.run import STAGES, open_sources, run
 from pipeline.sources import open_source
+from pipeline.stages import Run
 from pipeline.store import Finished, RunStore
 
 pytestmark = pytest.mark.usefixtures("ray_local")
