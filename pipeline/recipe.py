@@ -106,10 +106,10 @@ class Score(Section):
 
     @property
     def deciding(self) -> dict[str, Any]:
-        """What decides the content of a score table; of the fields that came later, those that are not at their default."""
-        later = ("embedding", "views", "logits", "precision")
+        """What decides the content of a score table: P, and the other such fields where they are not at their default."""
+        others = ("embedding", "views", "logits", "precision")
         changed = {
-            name: getattr(self, name) for name in later if getattr(self, name) != Score.model_fields[name].default
+            name: getattr(self, name) for name in others if getattr(self, name) != Score.model_fields[name].default
         }
         return {"classes_per_image": self.classes_per_image, **changed}
 
