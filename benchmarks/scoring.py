@@ -79,12 +79,10 @@ def _age() -> float:
 
 
 def _predictor(folder: Path, gpu: bool) -> Any:
-    from models.card import read_card
-    from models.inference import Inference, Predictor, prepare
+    from models.inference import Inference, Predictor
 
-    uri = str(folder / "model")
     how = Inference(CLASSES_PER_IMAGE, gpu=gpu, precision="bfloat16" if gpu else "float32")
-    return Predictor(uri, read_card(uri), prepare(uri), how)
+    return Predictor(str(folder / "model"), how)
 
 
 def _limit_part(folder: Path, part: int, parts: int, gpu: bool, answers: Any) -> None:

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,29 +67,44 @@ def _connect(cluster: Cluster, verbose: bool) -> None:
     import ray
 
     address = os.environ.get("RAY_ADDRESS") or cluster.address
-    environment = {name: os.environ[name] for name in ENVIRONMENT}
-    options: dict[str, Any] = {
-        "runtime_env": {"env_vars": environment},
-        "logging_level": logging.INFO if verbose else logging.ERROR,
-        "log_to_driver": verbose,
-    }
+    options: dict[str, Any] = {"logging_level": logging.INFO if verbose else logging.ERROR, "log_to_driver": verbose}
+    inherited: dict[str, str] = {}
     if address == "local":
         _tighten_token()
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        # Inherited, and not a runtime environment: Ray starts its first workers at once, and would start others for that.
+        inherited["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         options |= {
             "num_cpus": cluster.cpus or len(os.sched_getaffinity(0)),
             "num_gpus": cluster.gpus,
             "object_store_memory": cluster.object_store_mib * 2**20,
             "include_dashboard": False,
         }
+    else:
+        options["runtime_env"] = {"env_vars": {name: os.environ[name] for name in ENVIRONMENT}}
     try:
-        ray.init(address=address, **options)
+        with _environment(inherited):
+            ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         rule = f"no Ray cluster could be used ({str(error).strip().splitlines()[0]})"
         raise ResourceError("cluster.address", address, rule, "start one, or set it to local") from None
     _tighten_token()
     if not verbose:
         _quiet()
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for the processes that the block starts."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _tighten_token() -> None:

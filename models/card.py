@@ -1,5 +1,6 @@
 """A model directory's card, `model.json`: what the weights beside it are. Reading it needs no torch."""
 
+import hashlib
 import json
 from typing import Annotated, Any, Literal
 
@@ -64,3 +65,24 @@ def read_card(uri: str) -> ModelCard:
         raise ModelError("model", uri, f"has a {CARD} with a bad {place} ({first['msg']})", "save it again") from None
     except ValueError as error:
         raise ModelError("model", uri, f"has a {CARD} that is not JSON ({error})", "save it again") from None
+
+
+def read_weights(uri: str, card: ModelCard) -> bytes:
+    """The content of the file of weights, checked against the card.
+
+    Raises:
+        ModelError: it is missing, or another one.
+        StorageError: the store refuses.
+    """
+    try:
+        content = storage.read_bytes(storage.join(uri, WEIGHTS))
+    except StorageError as error:
+        if "does not exist" not in error.rule:
+            raise
+        raise ModelError("model", uri, f"has a {CARD} and no {WEIGHTS}", "copy or save it again") from None
+    if len(content) != card.weights.size:
+        rule = f"has a {WEIGHTS} of {len(content)} bytes where its card says {card.weights.size}"
+        raise ModelError("model", uri, rule, "copy or save it again")
+    if hashlib.sha256(content).hexdigest() != card.weights.sha256:
+        raise ModelError("model", uri, f"has a {WEIGHTS} whose hash is not its card's", "copy or save it again")
+    return content

@@ -7,19 +7,21 @@ last, so that a directory with a card is complete; it holds the size and hash of
 import hashlib
 import math
 import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as deserialize
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cluster import storage
-from cluster.errors import ModelError, StorageError
+from cluster.errors import ModelError
 from models.architectures import build
-from models.card import CARD, WEIGHTS, ModelCard, Weights, read_card
+from models.card import CARD, WEIGHTS, ModelCard, Weights, read_card, read_weights
 from models.config import ModelConfig
 
 
@@ -73,8 +75,12 @@ def save(
     return card
 
 
-def load(uri: str) -> LoadedModel:
+def load(uri: str, content: bytes | None = None) -> LoadedModel:
     """The model in the directory `uri`.
+
+    Args:
+        uri: the directory.
+        content: of its file of weights, where `read_weights` has read it already.
 
     A card whose architecture is an import path makes this import and call it: load such directories from sources you
     would run code from.
@@ -84,13 +90,20 @@ def load(uri: str) -> LoadedModel:
         StorageError: the store refuses.
     """
     card = read_card(uri)
-    state = _read_weights(uri, card.weights)
-    model = build(card.model, len(card.class_names))
+    try:
+        state = deserialize(content or read_weights(uri, card))
+    except SafetensorError as error:
+        rule = f"has a {WEIGHTS} that is no safetensors file ({error})"
+        raise ModelError("model", uri, rule, "save it again") from None
+    named = ":" not in card.model.architecture  # a user's factory may do more than fill parameters
+    with torch.device("meta") if named else nullcontext():
+        model = build(card.model, len(card.class_names))
     if problem := mismatch(model, state):
         raise ModelError(
             "model", uri, f"has weights that do not fit {card.model.architecture}: {problem}", "save it again"
         )
-    model.load_state_dict(state)
+    own = model.state_dict()
+    model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in state.items()}, assign=named)
     return LoadedModel(model.eval(), card.model, card.class_names, card.metrics, card.provenance)
 
 
@@ -133,25 +146,6 @@ def start_from(model: nn.Module, initial: str, class_names: list[str]) -> None:
             "initial", initial, f"does not fit the network to train: {problem}", "use one of the same architecture"
         )
     model.load_state_dict(state)
-
-
-def _read_weights(uri: str, weights: Weights) -> dict[str, Tensor]:
-    try:
-        with storage.local_copy(storage.join(uri, WEIGHTS)) as path:
-            if path.stat().st_size != weights.size:
-                rule = f"has a {WEIGHTS} of {path.stat().st_size} bytes where its card says {weights.size}"
-                raise ModelError("model", uri, rule, "copy or save it again")
-            if _sha256(path) != weights.sha256:
-                raise ModelError("model", uri, f"has a {WEIGHTS} whose hash is not its card's", "copy or save it again")
-            return load_file(path)
-    except SafetensorError as error:
-        raise ModelError(
-            "model", uri, f"has a {WEIGHTS} that is no safetensors file ({error})", "save it again"
-        ) from None
-    except StorageError as error:
-        if "does not exist" not in error.rule:
-            raise
-        raise ModelError("model", uri, f"has a {CARD} and no {WEIGHTS}", "copy or save it again") from None
 
 
 def _sha256(path: Path) -> str:

@@ -1,14 +1,9 @@
-"""A trained network as a fast function from decoded images to their best classes, with the predictions of the plain network.
-
-`prepare` does once what every process would do again: it reads a model directory and folds its batch normalizations into its
-convolutions. What it returns is arrays, which Ray shares read-only between the processes of a node; a `Predictor` computes on
-that memory and copies nothing of it.
-"""
+"""A trained network as a fast function from decoded images to their best classes, with the predictions of the plain network."""
 
 import ctypes
 import platform
 import warnings
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -18,8 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-from models.architectures import build
-from models.card import ModelCard
 from models.checkpoint import load
 from models.config import Views
 from models.features import Features
@@ -31,18 +24,6 @@ TOLERANCE = 1e-5
 """By how much folding may move a softmax; a network that it moves more is used as it is."""
 CPU_BATCH, GPU_BATCH = 32, 256
 """Images of a forward pass: on a CPU core, what its caches still help with; on a GPU, what fills it."""
-
-
-class Weights(NamedTuple):
-    """A model's state, ready for a `Predictor`.
-
-    Attributes:
-        state: by the names of its state dict; those with four axes as [O, H, W, I], which is how channels_last lies in memory.
-        folded: whether the batch normalizations are in the convolutions, as far as one follows the other.
-    """
-
-    state: dict[str, NDArray[Any]]
-    folded: bool
 
 
 class Prediction(NamedTuple):
@@ -88,39 +69,25 @@ class Inference:
     gpu: bool = False
 
 
-def prepare(uri: str) -> Weights:
-    """The weights of a model directory, folded where that leaves the predictions as they are.
+def folded(model: nn.Module, size: int) -> nn.Module:
+    """The network with its batch normalizations in its convolutions, where that leaves its predictions as they are; else itself.
 
-    Raises:
-        ModelError: missing, corrupt, or weights that do not fit the architecture.
-        StorageError: the store refuses.
+    Args:
+        model: in evaluation mode.
+        size: side of its images.
     """
-    loaded = load(uri)
-    model = folded = loaded.model
     with suppress(Exception):  # a user's network may not be traceable, or be another one when it is traced
         candidate = fuse(model)
-        if _agree(model, candidate, loaded.config.transform.size):
-            folded = candidate
-    return Weights({name: _stored(tensor) for name, tensor in folded.state_dict().items()}, folded is not model)
+        if _agree(model, candidate, size):
+            return candidate
+    return model
 
 
 def _agree(one: nn.Module, other: nn.Module, size: int) -> bool:
     """Whether two networks say the same of a few images of noise."""
-    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         return bool((one(images).softmax(1) - other(images).softmax(1)).abs().max() <= TOLERANCE)
-
-
-def _stored(tensor: Tensor) -> NDArray[Any]:
-    array: NDArray[Any] = (tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor).detach().contiguous().numpy()
-    return array
-
-
-def _viewed(array: NDArray[Any]) -> Tensor:
-    """A tensor on an array's memory, which may be read-only: nothing here writes to it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(array)
 
 
 def keep_memory() -> None:
@@ -141,23 +108,24 @@ class Predictor:
     It sets the number of torch's threads, and how memory is kept, for the whole process.
 
     Args:
-        uri: of the model directory, for messages.
-        card: of it.
-        weights: of it, from `prepare`.
+        uri: of the model directory.
         how: what is wanted.
+        content: of the file of weights, where it has been read already.
 
     Raises:
-        ModelError: features are wanted of a network whose last layer is not linear.
+        ModelError: the directory cannot be used, or features are wanted of a network whose last layer is not linear.
     """
 
-    def __init__(self, uri: str, card: ModelCard, weights: Weights, how: Inference) -> None:
-        self.how, self.transform = how, card.model.transform
+    def __init__(self, uri: str, how: Inference, content: bytes | None = None) -> None:
         self._device = torch.device("cuda" if how.gpu and torch.cuda.is_available() else "cpu")
         if self._device.type == "cpu":
             torch.set_num_threads(how.threads)
             keep_memory()
+        loaded = load(uri, content)
+        self.how, self.transform = how, loaded.config.transform
         self.batch_size = how.batch_size or (CPU_BATCH if self._device.type == "cpu" else GPU_BATCH)
-        model = _model(card, weights).to(self._device)
+        model = folded(loaded.model, self.transform.size).requires_grad_(False)
+        model = model.to(self._device).to(memory_format=torch.channels_last)
         self._features = Features(uri, model) if how.features else None
         self._model: Any = torch.compile(model) if how.compile else model
 
@@ -169,8 +137,10 @@ class Predictor:
             size = (0, self.how.classes_per_image)
             return Prediction(np.empty(size, np.int32), np.empty(size, np.float32), empty)
         tops, features = [], []
-        for start in range(0, len(images), self.batch_size):
-            scores, seen = self.scores(images[start : start + self.batch_size])
+        batches = -(-len(images) // self.batch_size)
+        step = self.batch_size if self.how.compile else -(-len(images) // batches)  # no small one at the end
+        for start in range(0, len(images), step):
+            scores, seen = self.scores(images[start : start + step])
             tops.append(scores.topk(self.how.classes_per_image, dim=1))
             features.append(seen)
         # On a GPU, nothing before this waits for it.
@@ -182,7 +152,7 @@ class Predictor:
     @torch.inference_mode()
     def scores(self, images: NDArray[np.uint8]) -> tuple[Tensor, NDArray[np.float16] | None]:
         """Of one batch: the score of every class, float32 [N, C] on the device, and the features of the first view."""
-        moved = _viewed(images)
+        moved = _readable(images)
         batch = normalize(moved if self._device.type == "cpu" else moved.pin_memory(), self.transform, self._device)
         outputs, seen = [], []
         for view in _crops(batch, self.transform.size, self.how.views):
@@ -206,18 +176,11 @@ class Predictor:
         return logits[:rows].float()
 
 
-def _model(card: ModelCard, weights: Weights) -> nn.Module:
-    """The network on the memory of its weights, in evaluation mode."""
-    ours = ":" not in card.model.architecture  # a user's factory may do more than fill parameters
-    with torch.device("meta") if ours else nullcontext():
-        plain = build(card.model, len(card.class_names)).eval()
-        model = fuse(plain) if weights.folded else plain
-    views = {name: _viewed(array) for name, array in weights.state.items()}
-    state = {name: view.permute(0, 3, 1, 2) if view.ndim == 4 else view for name, view in views.items()}
-    if not ours:  # what code unknown to us may write to is a copy
-        state = {name: view.clone() for name, view in state.items()}
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(False)
+def _readable(array: NDArray[np.uint8]) -> Tensor:
+    """A tensor on an array's memory, which may be Ray's and read-only: nothing here writes to it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 def _crops(batch: Tensor, size: int, views: Views) -> list[Tensor]:

@@ -3,7 +3,9 @@
 The files that ranges have in a score table are the ledger of what is done. A range without one is read again, and nothing else keeps track.
 """
 
+import itertools
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -28,6 +30,8 @@ MAX_RANGE_ROWS, MAX_RANGE_BYTES = 65_536, 2**40
 READ_TASKS = 2_000
 """Tasks, about at most, that the shards of a scoring are dealt to: enough for thousands of readers, few enough to plan in a second."""
 TASK_BYTES, MIN_TASK_BYTES = 64 * 2**20, 2**20
+FIRST_BYTES = 2**18
+"""Encoded bytes of the first range of the tasks that start first: the first images are scored while others are still read."""
 SHARES = 8
 """A task reads this share of what remains for each actor, within those bounds: the actors end together, and no task is tiny."""
 _RANGE_FILE = re.compile(r"(?P<shard>.+)/(?P<start>\d{8,})-(?P<stop>\d{8,})(?P<last>-last)?\.parquet", re.DOTALL)
@@ -96,9 +100,9 @@ def complete(ranges: Sequence[Range]) -> bool:
     )
 
 
-def range_rows(transform: Transform, range_mib: int) -> int:
-    """Rows of a range whose decoded images (uint8, 3 channels) take at most `range_mib` MiB."""
-    return max(1, min(MAX_RANGE_ROWS, range_mib * 2**20 // (3 * transform.size**2)))
+def range_rows(transform: Transform, range_bytes: int) -> int:
+    """Rows of a range whose decoded images (uint8, 3 channels) take at most so many bytes."""
+    return max(1, min(MAX_RANGE_ROWS, range_bytes // (3 * transform.size**2)))
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,8 @@ class Unfinished:
         return cls(shard_table(missing), {s.name: tuple(done[s.name]) for s in missing if s.name in done})
 
     def parts(self, actors: int) -> list[dict[str, int]]:
-        """The rows of the table, dealt to tasks: `start`, `stop`, and `range_bytes`, the encoded bytes after which a range ends.
+        """The rows of the table, dealt to tasks: `start`, `stop`, and the encoded bytes after which a range ends, of the first range
+        (`first_bytes`) and, growing twofold, at most (`range_bytes`).
 
         A task is a small share of what remains for each actor, so that it costs little to start and the last ones end together
         (guided self-scheduling, Polychronopoulos and Kuck 1987). Many small shards make one task, and their images go through the
@@ -128,12 +133,14 @@ class Unfinished:
         """
         sizes: list[int] = self.shards["size"].to_pylist()
         remaining = total = sum(sizes)
-        dealt, start, bytes_in_task = [], 0, 0
+        dealt: list[dict[str, int]] = []
+        start = bytes_in_task = 0
         for stop, size in enumerate(sizes, 1):
             share = max(remaining // (SHARES * actors), MIN_TASK_BYTES)
             bytes_in_task += size
             if stop == len(sizes) or bytes_in_task >= max(total // READ_TASKS, min(share, TASK_BYTES)):
-                dealt.append({"start": start, "stop": stop, "range_bytes": share})
+                first = FIRST_BYTES if len(dealt) < 2 * actors else share
+                dealt.append({"start": start, "stop": stop, "first_bytes": first, "range_bytes": share})
                 remaining -= bytes_in_task
                 start, bytes_in_task = stop, 0
         return dealt
@@ -145,7 +152,7 @@ class RangeReader:
     Args:
         reader: of the source.
         transform: what the model takes in.
-        range_mib: decoded images of a range, in MiB.
+        range_bytes: decoded images of a range, in bytes.
         decode_seconds: CPU time that one image may take.
         unfinished: refers to an `Unfinished`.
     """
@@ -154,13 +161,13 @@ class RangeReader:
         self,
         reader: Reader,
         transform: Transform,
-        range_mib: int,
+        range_bytes: int,
         decode_seconds: float,
         unfinished: "ray.ObjectRef[Unfinished] | None" = None,
     ) -> None:
         self._reader = reader
         self._transform = transform
-        self._rows = range_rows(transform, range_mib)
+        self._rows = range_rows(transform, range_bytes)
         self._decode_seconds = decode_seconds
         self._unfinished = unfinished
 
@@ -171,8 +178,9 @@ class RangeReader:
         assert self._unfinished is not None
         unfinished: Unfinished = ray.get(self._unfinished)
         for part in batch.to_pylist():
+            sizes = _doubling(part["first_bytes"], part["range_bytes"])
             for shard in shards_of(unfinished.shards.slice(part["start"], part["stop"] - part["start"])):
-                yield from self.ranges(shard, unfinished.done.get(shard.name, ()), part["range_bytes"])
+                yield from _timed(self.ranges(shard, unfinished.done.get(shard.name, ()), sizes))
 
     @cached_property
     def _decoder(self) -> "Decoder":
@@ -182,7 +190,7 @@ class RangeReader:
         seconds = self._decode_seconds
         return Decoder(partial(evaluation_image, transform=self._transform, seconds=seconds), seconds)
 
-    def ranges(self, shard: Shard, covered: Sequence[Range], range_bytes: int = MAX_RANGE_BYTES) -> Iterator[pa.Table]:
+    def ranges(self, shard: Shard, covered: Sequence[Range], sizes: Iterator[int] | None = None) -> Iterator[pa.Table]:
         """The ranges of a shard that have no file, each a table of one row.
 
         What comes last is marked so even when it is empty: only then the shard is complete. A shard that is missing or has changed is not:
@@ -191,13 +199,14 @@ class RangeReader:
         Args:
             shard: of the reader's source.
             covered: the ranges that have a file, in row order.
-            range_bytes: a range ends when its encoded images have as many bytes.
+            sizes: for each range, the encoded bytes after which it ends; by default as many as its rows have.
 
         Raises:
             StorageError: the store is out of reach, or refuses.
         """
         pending: _Decoded | None = None
-        position, problem = 0, None
+        sizes = sizes or itertools.repeat(MAX_RANGE_BYTES)
+        position, problem, range_bytes = 0, None, 0
         try:
             for row in self._reader.read(shard, unchanged=True):
                 position = row.index + 1
@@ -209,7 +218,7 @@ class RangeReader:
                     yield pending.table(last=False)
                     pending = None
                 if pending is None:
-                    pending = _Decoded(shard, row.index)
+                    pending, range_bytes = _Decoded(shard, row.index), next(sizes)
                 pending.add(row, self._decoder)
             self._reader.check(shard)
         except ShardError as error:
@@ -225,6 +234,24 @@ class RangeReader:
             yield _Decoded(shard, position).table(last=False, problem=problem)
         elif not ended:
             yield (pending or _Decoded(shard, position)).table(last=True, problem=problem)
+
+
+def _doubling(first: int, last: int) -> Iterator[int]:
+    size = min(first, last)
+    while True:
+        yield size
+        size = min(2 * size, last)
+
+
+def _timed(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The same tables, each with how long making it took: `read_seconds`, and CPU time of this process, `read_cpu_seconds`."""
+    while True:
+        began, cpu = time.monotonic(), time.process_time()
+        table = next(tables, None)
+        if table is None:
+            return
+        table = table.append_column("read_seconds", pa.array([time.monotonic() - began]))
+        yield table.append_column("read_cpu_seconds", pa.array([time.process_time() - cpu]))
 
 
 class _Decoded:

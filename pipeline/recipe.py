@@ -90,8 +90,8 @@ class Score(Section):
     """Tasks that read and decode at once; by default what the actors leave of the CPUs."""
     cpus_per_reader: float | None = Field(default=None, gt=0.0, le=64.0)
     """CPUs reserved for each of them; by default 0.25 beside actors on CPUs and 1 beside actors on GPUs."""
-    range_mib: int = Field(default=128, ge=1, le=4096)
-    """Decoded images that travel together, in MiB; a larger shard is scored in several row ranges, one file each."""
+    range_mib: int | None = Field(default=None, ge=1, le=4096)
+    """Decoded images that travel together, in MiB; by default 8 on CPUs and 128 on GPUs. A larger shard is scored in several row ranges, one file each."""
     decode_seconds: float = Field(default=10.0, ge=0.1, le=3600.0)
     """CPU time that decoding one image may take; one that takes more is a reject."""
     max_reject_fraction: float = Field(default=1.0, ge=0.0, le=1.0)
@@ -103,6 +103,11 @@ class Score(Section):
     def reader_cpus(self) -> float:
         """CPUs reserved for each reading task."""
         return self.cpus_per_reader or (1.0 if self.gpus_per_actor else 0.25)
+
+    @property
+    def range_bytes(self) -> int:
+        """Decoded images that travel together, in bytes."""
+        return (self.range_mib or (128 if self.gpus_per_actor else 8)) * 2**20
 
     @property
     def deciding(self) -> dict[str, Any]:

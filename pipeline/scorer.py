@@ -1,5 +1,6 @@
 """The actors of a scoring: each holds the teacher, scores row ranges of decoded images, and publishes them."""
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -16,8 +17,8 @@ from pipeline.ranges import Range
 from pipeline.rejects import Reject, publish_rejects
 
 if TYPE_CHECKING:
-    from models.inference import Prediction, Weights
-    from pipeline.scoring import _Job
+    from models.inference import Prediction
+    from pipeline.scoring import Job
 
 CALLS = 2
 """Blocks that an actor works on at once: one is in the model, the other is read or published."""
@@ -25,25 +26,17 @@ PUBLISHERS = 8
 """Files that an actor publishes at once."""
 
 
-def prepared(model_uri: str) -> "Weights":
-    """`models.inference.prepare`, as a task of a process that has not loaded torch yet."""
-    from models.inference import prepare
-
-    return prepare(model_uri)
-
-
 class RangeScorer:
     """Scores blocks of ranges: their images go through the model together, however small each range is.
 
     Args:
         job: what is scored.
-        weights: a reference to what `models.inference.prepare` returned, in a list, so that Ray does not resolve it.
+        weights: a reference to what `models.card.read_weights` returned, in a list, so that Ray does not resolve it.
     """
 
-    def __init__(self, job: "_Job", weights: "list[Any]") -> None:
+    def __init__(self, job: "Job", weights: "list[Any]") -> None:
         import ray
 
-        from models.card import read_card
         from models.inference import Inference, Predictor
 
         settings = job.settings
@@ -59,9 +52,9 @@ class RangeScorer:
             gpu=settings.gpus_per_actor > 0,
         )
         self._job = job
-        self._weights = ray.get(weights[0])  # held, as the model lives in its memory
-        self._predict = Predictor(job.model_uri, read_card(job.model_uri), self._weights, how)
+        self._predict = Predictor(job.model_uri, how, ray.get(weights[0]))
         self._model = Lock()
+        self._cpu = time.process_time()
         self._publishers = ThreadPoolExecutor(PUBLISHERS)
 
     def __call__(self, block: pa.Table) -> dict[str, Any]:
@@ -70,7 +63,9 @@ class RangeScorer:
         indices = [v.values.to_numpy() for v in block["indices"]]
         rows: list[dict[str, Any]] = block.drop_columns(["images", "indices"]).to_pylist()
         with self._model:
+            began = time.monotonic()
             found = self._predict(images[0] if len(images) == 1 else np.concatenate(images))
+            seconds, cpu, self._cpu = time.monotonic() - began, time.process_time() - self._cpu, time.process_time()
         ends = np.cumsum([0, *map(len, images)]).tolist()
         parts = [found.of(start, stop) for start, stop in pairwise(ends)]
         list(self._publishers.map(self._publish, rows, indices, parts))
@@ -79,6 +74,9 @@ class RangeScorer:
             "last": [row["last"] for row in rows],
             "scored": [len(part) for part in images],
             "rejected": [sum(r["index"] is not None for r in row["rejects"]) for row in rows],
+            **{name: [row[name] for row in rows] for name in ("read_seconds", "read_cpu_seconds")},
+            "model_seconds": [seconds / len(rows)] * len(rows),
+            "model_cpu_seconds": [cpu / len(rows)] * len(rows),
         }
 
     def _publish(self, row: dict[str, Any], indices: npt.NDArray[np.uint32], found: "Prediction") -> None:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,12 +27,21 @@ from pipeline.shards import ChangedShardError, MissingShardError, Reader
 from pipeline.sources import ImageSource
 from pipeline.store import publish_json, read_json
 
+if TYPE_CHECKING:
+    import ray.data
+
 OWNER = "_scoring.json"
 GONE = (MissingShardError.reason, ChangedShardError.reason)
 """Reasons of the rejects of shards that the next attempt reads again."""
 
 FILES_PER_COUNT = 4096
 """Score files whose rows one task counts; more of them are counted all over the cluster."""
+
+CPU_BLOCK_BYTES = 2 * 2**20
+"""Decoded images that readers hand on at once to an actor on a CPU, about at least; to one on a GPU, what Ray Data takes for good."""
+
+CPU_AHEAD = 5
+"""Full ranges for each actor on a CPU that are read and not scored yet, at most."""
 
 EARLY_CHECK = 10_000
 """Images after which too many rejects stop a scoring at once rather than at its end."""
@@ -89,7 +98,12 @@ def claim(field: str, scores_uri: str, model_uri: str, source: ImageSource, sett
 
 
 def score(
-    source: ImageSource, model_uri: str, scores_uri: str, rejects_uri: str, settings: Score, progress: Progress
+    source: ImageSource,
+    model_uri: str,
+    scores_uri: str,
+    rejects_uri: str,
+    settings: Score,
+    progress: Progress,
 ) -> Scored:
     """Scores every image of a source that has no score yet, on the Ray that is running.
 
@@ -116,10 +130,10 @@ def score(
     if len(unfinished.shards):
         _forget_rejects(rejects_uri, done)
         decoded = transform.seen_by(settings.views)
-        job = _Job(source.reader, model_uri, scores_uri, rejects_uri, decoded, len(card.class_names), settings)
+        job = Job(source.reader, model_uri, scores_uri, rejects_uri, decoded, len(card.class_names), settings)
         try:
             with original_errors():
-                _stream(job, unfinished, done, progress)
+                _follow(job, unfinished, done, progress)
         except StageError:
             run_task(
                 _check_model, model_uri
@@ -196,7 +210,7 @@ def _count_rows(uris: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """What every process of a scoring needs to know."""
 
     reader: Reader
@@ -208,44 +222,73 @@ class _Job:
     settings: Score
 
 
-def _stream(job: _Job, unfinished: Unfinished, done: dict[str, list[Range]], progress: Progress) -> None:
+def stream(job: Job, unfinished: Unfinished) -> Iterator[list[dict[str, Any]]]:
+    """Scores what is unfinished on the Ray that is running; closing the iterator stops it.
+
+    Yields:
+        For ranges whose files are published: `shard`; `last`, whether it ended the shard; `scored` and `rejected` images; and what they
+        took, `read_seconds` and `model_seconds`, with the CPU time of their processes, `read_cpu_seconds` and `model_cpu_seconds`.
+    """
     import ray
 
-    from pipeline.scorer import CALLS, RangeScorer, prepared
+    from models.card import read_card, read_weights
+    from pipeline.scorer import CALLS, RangeScorer
 
     settings = job.settings
+    size = sum(unfinished.shards["size"].to_pylist())
+    actors = settings.actors or min(default_actors(settings), max(len(unfinished.shards), size // MIN_TASK_BYTES))
+    weights = (
+        ray.remote(read_weights).options(num_cpus=settings.reader_cpus).remote(job.model_uri, read_card(job.model_uri))
+    )
+    parts = unfinished.parts(actors)
+    read = RangeReader(job.reader, job.transform, settings.range_bytes, settings.decode_seconds, ray.put(unfinished))
+    with ray.data.DataContext.current(_context(settings, actors)):
+        ranges = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
+            read,
+            batch_size=1,
+            num_cpus=settings.reader_cpus,
+            batch_format="pyarrow",
+            compute=ray.data.TaskPoolStrategy(settings.readers),
+        )
+        scored = ranges.map_batches(
+            RangeScorer,
+            fn_constructor_args=(job, [weights]),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(
+                size=actors,
+                max_concurrent_calls_per_actor=CALLS,
+                max_tasks_in_flight_per_actor=2 * CALLS,
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=settings.cpus_per_actor,
+            num_gpus=settings.gpus_per_actor,
+        )
+    for batch in _quietly(scored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)):
+        yield cast("pa.Table", batch).to_pylist()
+
+
+def _context(settings: Score, actors: int) -> "ray.data.DataContext":
+    """How Ray Data streams: on CPUs in small blocks and few ahead, as readers take from the actors what they read too early."""
+    import ray
+
+    context = ray.data.DataContext.get_current().copy()
+    if not settings.gpus_per_actor:
+        ahead = actors * CPU_AHEAD * settings.range_bytes
+        context.target_max_block_size = CPU_BLOCK_BYTES
+        context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=ahead)
+    return context
+
+
+def _follow(job: Job, unfinished: Unfinished, done: dict[str, list[Range]], progress: Progress) -> None:
+    """Scores to the end and says how far it is, or stops where too much is rejected."""
+    limit = job.settings.max_reject_fraction
     sizes = dict(zip(unfinished.shards["shard"].to_pylist(), unfinished.shards["size"].to_pylist(), strict=True))
     size = sum(sizes.values())
-    actors = settings.actors or min(default_actors(settings), max(len(sizes), size // MIN_TASK_BYTES))
-    weights = ray.remote(prepared).options(num_cpus=settings.reader_cpus).remote(job.model_uri)
-    parts = unfinished.parts(actors)
-    read = RangeReader(job.reader, job.transform, settings.range_mib, settings.decode_seconds, ray.put(unfinished))
-    ranges = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
-        read,
-        batch_size=1,
-        num_cpus=settings.reader_cpus,
-        batch_format="pyarrow",
-        compute=ray.data.TaskPoolStrategy(settings.readers),
-    )
-    scored = ranges.map_batches(
-        RangeScorer,
-        fn_constructor_args=(job, [weights]),
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(
-            size=actors,
-            max_concurrent_calls_per_actor=CALLS,
-            max_tasks_in_flight_per_actor=2 * CALLS,
-            enable_true_multi_threading=True,
-        ),
-        num_cpus=settings.cpus_per_actor,
-        num_gpus=settings.gpus_per_actor,
-    )
     before = sum(r.stop - r.start for ranges in done.values() for r in ranges)  # of earlier attempts
     images = rejects = ended_images = ended_bytes = 0
     waiting: dict[str, int] = {}  # images of shards that have not ended
-    for batch in _quietly(scored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)):
-        rows: list[dict[str, Any]] = cast("pa.Table", batch).to_pylist()
+    for rows in stream(job, unfinished):
         for row in rows:
             images, rejects = images + row["scored"], rejects + row["rejected"]
             waiting[row["shard"]] = waiting.get(row["shard"], 0) + row["scored"] + row["rejected"]
@@ -254,10 +297,10 @@ def _stream(job: _Job, unfinished: Unfinished, done: dict[str, list[Range]], pro
                 ended_bytes += sizes[row["shard"]]
         expected = before + ended_images * size // ended_bytes if ended_bytes and ended_images else None
         progress.update(before + images, rejects, total=expected and max(expected, before + images + rejects))
-        if images + rejects >= EARLY_CHECK and rejects > settings.max_reject_fraction * (images + rejects):
+        if images + rejects >= EARLY_CHECK and rejects > limit * (images + rejects):
             raise StageError(
                 f"{rejects} of the first {images + rejects} images could not be scored, more than score.max_reject_fraction = "
-                f"{settings.max_reject_fraction:g} allows: look at the rejects in {job.rejects_uri}, "
+                f"{limit:g} allows: look at the rejects in {job.rejects_uri}, "
                 "then raise it, or mend the source and score it in another folder"
             )
 

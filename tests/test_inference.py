@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.architectures import build
-from models.card import read_card
+from models.card import WEIGHTS, read_card, read_weights
 from models.checkpoint import load, save
 from models.config import ModelConfig, Transform, Views
-from models.inference import Inference, Prediction, Predictor, prepare
+from models.inference import Inference, Prediction, Predictor, folded
 from models.transforms import normalize
 
 CLASSES = 20
@@ -75,7 +75,7 @@ def pictures(count: int, side: int, seed: int = 0) -> NDArray[np.uint8]:
 
 
 def predict(uri: str, images: NDArray[np.uint8], **how: Any) -> Prediction:
-    predictor = Predictor(uri, read_card(uri), prepare(uri), Inference(**{"classes_per_image": 5, **how}))
+    predictor = Predictor(uri, Inference(**{"classes_per_image": 5, **how}))
     return predictor(images)
 
 
@@ -98,7 +98,8 @@ def plain_logits(uri: str, images: NDArray[np.uint8]) -> Tensor:
 )
 def test_predictions_are_those_of_the_plain_network(tmp_path: Path, config: ModelConfig) -> None:
     uri = saved(tmp_path, config)
-    assert prepare(uri).folded
+    plain = load(uri).model
+    assert folded(plain, 64) is not plain
     images = pictures(21, 64)
     expected = plain_logits(uri, images).softmax(1).topk(5, dim=1)
     found = predict(uri, images, batch_size=8)
@@ -111,8 +112,8 @@ def test_predictions_are_those_of_the_plain_network(tmp_path: Path, config: Mode
 @pytest.mark.parametrize("name", ["Branching", "Alternating"])
 def test_a_network_that_folding_would_change_is_left_as_it_is(tmp_path: Path, name: str) -> None:
     uri = saved(tmp_path, ModelConfig(architecture=f"test_inference:{name}", transform=SMALL))
-    weights = prepare(uri)
-    assert not weights.folded
+    plain = load(uri).model
+    assert folded(plain, 64) is plain
     images = pictures(5, 64)
     expected = plain_logits(uri, images).softmax(1).topk(5, dim=1)
     found = predict(uri, images)
@@ -120,18 +121,16 @@ def test_a_network_that_folding_would_change_is_left_as_it_is(tmp_path: Path, na
     np.testing.assert_allclose(found.scores, expected.values.numpy(), atol=1e-5)
 
 
-def test_the_model_lives_in_the_memory_of_its_weights(tmp_path: Path) -> None:
+def test_weights_that_were_read_before_are_not_read_again(tmp_path: Path) -> None:
     uri = saved(tmp_path, ModelConfig(architecture="resnet8", options={"width": 4}, transform=SMALL))
-    weights = prepare(uri)
-    for array in weights.state.values():
-        array.flags.writeable = False  # as in Ray's object store
-    predictor = Predictor(uri, read_card(uri), weights, Inference(classes_per_image=2))
-    own = predictor._model.state_dict()
-    assert {name: tensor.data_ptr() for name, tensor in own.items()} == {
-        name: array.ctypes.data for name, array in weights.state.items()
-    }
-    assert len(predictor(pictures(3, 64)).classes) == 3
-    assert predictor(pictures(0, 64)).scores.shape == (0, 2)
+    content = read_weights(uri, read_card(uri))
+    expected = predict(uri, pictures(3, 64))
+    (tmp_path / "model" / WEIGHTS).unlink()
+    predictor = Predictor(uri, Inference(classes_per_image=5), content)
+    images = pictures(3, 64)
+    images.flags.writeable = False  # as in Ray's object store
+    np.testing.assert_array_equal(predictor(images).scores, expected.scores)
+    assert predictor(pictures(0, 64)).scores.shape == (0, 5)
 
 
 @pytest.mark.parametrize(("views", "count"), [("center", 1), ("mirrored", 2), ("five", 5), ("ten", 10)])

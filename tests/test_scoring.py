@@ -62,8 +62,8 @@ def test_a_shard_is_complete_when_its_ranges_cover_it(spans: Sequence[tuple[int,
 
 
 def test_a_range_fits_its_memory() -> None:
-    assert range_rows(Transform(size=224), 128) == 128 * 2**20 // (3 * 224 * 224)
-    assert range_rows(Transform(size=1024, resize=1024), 1) == 1
+    assert range_rows(Transform(size=224), 128 * 2**20) == 128 * 2**20 // (3 * 224 * 224)
+    assert range_rows(Transform(size=1024, resize=1024), 2**20) == 1
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,10 @@ def test_only_what_has_no_file_is_scored_again(scored: str, source: ImageSource,
 
 def test_a_large_shard_is_scored_in_ranges_and_resumes_inside(source: ImageSource) -> None:
     """The reader alone: whatever ranges are done, the others complete the shard."""
-    reader, shard = RangeReader(source.reader, CONFIG.transform, range_mib=1, decode_seconds=10), source.shards()[0]
+    reader, shard = (
+        RangeReader(source.reader, CONFIG.transform, range_bytes=2**20, decode_seconds=10),
+        source.shards()[0],
+    )
 
     def ranges(done: Sequence[Range]) -> list[Range]:
         tables = reader.ranges(shard, done)
