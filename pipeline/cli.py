@@ -114,6 +114,46 @@ def _check_until(recipe: "Recipe", until: str | None) -> None:
 
 
 @app.command()
+def estimate(
+    recipe: RecipeArgument,
+    run_dir: RunDir = None,
+    sets: Sets = None,
+    images: Annotated[int, typer.Option("--images", min=1, help="In the sample that is scored.")] = 1000,
+    seconds: Annotated[float, typer.Option("--seconds", min=1.0, help="When the sample ends at the latest.")] = 120.0,
+    deadline: Annotated[
+        float | None, typer.Option("--deadline", metavar="HOURS", min=0.001, help="Say how many nodes it takes.")
+    ] = None,
+    cluster_file: Annotated[
+        str | None, typer.Option("--cluster-file", metavar="FILE", help="A file for `ray up`: its types of nodes.")
+    ] = None,
+    prices: Annotated[
+        list[str] | None,
+        typer.Option("--price", metavar="TYPE=PRICE", help="Of a node for an hour, by its type or `here`. Repeatable."),
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Score a small sample of U, and say what scoring all of it takes: images/s, hours, bytes, nodes, cost."""
+    from cluster.progress import Display
+    from pipeline import summary
+    from pipeline.estimate import forecast
+    from pipeline.recipe import load
+
+    loaded = load(recipe, sets or [])
+    found = forecast(
+        loaded,
+        run_dir or f"runs/{loaded.name}",
+        Display(out),
+        images=images,
+        seconds=seconds,
+        deadline=deadline,
+        prices=prices or (),
+        cluster_file=cluster_file,
+        verbose=verbose,
+    )
+    summary.print_forecast(out, loaded.name, found)
+
+
+@app.command()
 def ingest(
     source: Annotated[
         str,

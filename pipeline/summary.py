@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
+from rich import box, filesize
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -17,6 +17,7 @@ from rich.text import Text
 
 from cluster import storage
 from pipeline import gallery, report, text
+from pipeline.estimate import Forecast
 from pipeline.recipe import Recipe
 from pipeline.rejects import read_rejects
 from pipeline.store import Finished, RunStore
@@ -145,6 +146,50 @@ def print_selection(console: Console, selection: Mapping[str, Any], class_names:
         console.print(made)
     for line in selection_lines(selection):
         console.print(line, highlight=False)
+
+
+def print_forecast(console: Console, name: str, found: Forecast) -> None:
+    """What a sample showed, and what scoring all of U takes."""
+    sample, cost = found.sample, found.sample.cost
+    facts = table(f"Scoring U of {name}", "", "")
+    about = "" if not found.images_error else f" (about; standard error {text.percent(found.images_error)})"
+    facts.add_row("images", f"{found.images:,}{about}")
+    facts.add_row("shards", f"{found.shards:,}")
+    facts.add_row("bytes to read", filesize.decimal(found.source_bytes))
+    facts.add_row("bytes of the score table", filesize.decimal(round(sample.table_bytes * found.images)))
+    facts.add_row("teacher", found.teacher)
+    facts.add_row("sample", f"{sample.images:,} scored, {sample.rejected:,} rejected, {sample.actors:,} actors")
+    for reason, count in sorted(sample.rejects.items()):
+        facts.add_row(f"  {reason}", f"{count:,}")
+    rate = "too few to tell" if sample.rate is None else f"{sample.rate:,.1f} images/s"
+    facts.add_row("measured rate", rate)
+    read, model = ((cost.read_seconds, cost.read_cpu_seconds), (cost.model_seconds, cost.model_cpu_seconds))
+    for part, (seconds, cpu) in (("reading", read), ("the model", model)):
+        facts.add_row(f"an image takes of {part}", f"{1000 * seconds:,.2f} ms, {1000 * cpu:,.2f} ms of CPU")
+    facts.add_row("until the first scores", text.duration(sample.start_seconds))
+    console.print(facts)
+    columns = ("nodes", "type", "CPU", "GPU", "actors", "images/s", "limit", "read/s", "time", "cost")
+    title = "All of U" if found.deadline is None else f"All of U within {text.duration(found.deadline)}"
+    plans = table(title, *columns)
+    for plan in found.plans():
+        amounts = plan.node.shape.resources
+        per_image = found.source_bytes / found.images
+        plans.add_row(
+            f"{plan.nodes:,}{'' if plan.possible else '*'}",
+            escape(text.plain(" ".join(filter(None, (plan.node.name, plan.node.instance))))),
+            *(f"{amounts.get(resource, 0.0) * plan.nodes:,g}" for resource in ("CPU", "GPU")),
+            f"{plan.actors:,}",
+            f"{plan.rate:,.1f}",
+            plan.limit,
+            filesize.decimal(round(plan.rate * per_image)),
+            text.duration(plan.seconds),
+            text.DASH if plan.cost is None else f"{plan.cost:,.2f}",
+        )
+    console.print(plans)
+    if any(not plan.possible for plan in found.plans()):
+        console.print("* more nodes than there are, or than max_workers of the cluster file allows")
+    if len(found.types) > 1:
+        console.print("Other types are told from the CPU and GPU seconds of an image where the sample ran.")
 
 
 def write_run_report(recipe: Recipe, store: RunStore, done: Mapping[str, Finished]) -> str:

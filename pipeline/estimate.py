@@ -1,0 +1,507 @@
+"""What scoring U will take: a sample of it is scored, as all of it would be, and what that took is scaled to kinds of nodes.
+
+A node's rate follows from what one image takes of it: CPU seconds of reading and of the model or, where a GPU holds the model, seconds
+of the GPU. Whichever runs out first is the limit.
+"""
+
+import itertools
+import math
+import random
+import secrets
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from cluster import storage
+from cluster.errors import InputError, StageError
+from cluster.progress import Display, Progress
+from cluster.reduction import original_errors, run_task
+from cluster.resources import ClusterShape, NodeShape, check, cluster_shape
+from cluster.session import Session
+from pipeline.ranges import Unfinished
+from pipeline.recipe import Recipe, Score
+from pipeline.rejects import read_rejects
+from pipeline.run import demands
+from pipeline.scoring import Job, default_actors, stream
+from pipeline.shards import Reader, Row, Shard, ShardError
+from pipeline.sources import ImageSource, open_source
+from pipeline.store import RunStore
+
+HERE = "here"
+"""Name, for prices, of the nodes that Ray runs on now."""
+ROWS_PER_SHARD = 64
+"""Images of one shard in a sample: few, so that it comes from many shards."""
+LOOKED_AT = 16, 32
+"""Shards, and images of each, from whose size the number of images is told."""
+TAR_BLOCK, TAR_END = 512, 5_632
+"""Bytes of a header, and of the end of a tar: two blocks, and zeros up to a multiple of 10,240 bytes, on average."""
+
+
+@dataclass(frozen=True)
+class SampleReader(Reader):
+    """Reads the first rows of each shard."""
+
+    first_rows: int = ROWS_PER_SHARD
+
+    def read(self, shard: Shard, *arguments: Any, **options: Any) -> Iterator[Row]:
+        """As `Reader.read`."""
+        return itertools.islice(super().read(shard, *arguments, **options), self.first_rows)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one image takes, in seconds: of a reader and of an actor, as time that passes and as CPU time."""
+
+    read_seconds: float
+    read_cpu_seconds: float
+    model_seconds: float
+    model_cpu_seconds: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What scoring a sample showed.
+
+    Attributes:
+        images: that were scored.
+        rejected: that could not be.
+        rejects: how many there are of each reason.
+        cost: of one image.
+        rate: images/s, all in all; None where the sample was too small to tell.
+        start_seconds: until the first images were scored.
+        table_bytes: of the score table, for each image.
+        actors: that scored.
+    """
+
+    images: int
+    rejected: int
+    rejects: dict[str, int]
+    cost: Cost
+    rate: float | None
+    start_seconds: float
+    table_bytes: float
+    actors: int
+
+
+@dataclass(frozen=True)
+class NodeType:
+    """Nodes that are alike.
+
+    Attributes:
+        name: in the cluster file, or `here`.
+        instance: what the cloud calls it; empty where nothing says so.
+        shape: what one has, and how many there are or can be.
+    """
+
+    name: str
+    instance: str
+    shape: NodeShape
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Scoring on some nodes of one type.
+
+    Attributes:
+        actors: on all nodes.
+        rate: images/s, all nodes together.
+        limit: what of the node runs out first: `model`, `readers` or `CPU`.
+        seconds: for all images, start-up included.
+        cost: in the currency of the price; None without one.
+        possible: whether the cluster file allows so many nodes.
+    """
+
+    node: NodeType
+    nodes: int
+    actors: int
+    rate: float
+    limit: str
+    seconds: float
+    cost: float | None
+    possible: bool
+
+
+def count_images(source: ImageSource, seed: int = 0) -> tuple[int, float]:
+    """How many images a source has, without reading it: from the size of some.
+
+    Returns:
+        The number, and its standard error as a share of it; 0 where the listing says it.
+    """
+    if source.reader.layout == "folder":
+        return sum(len(shard.files) for shard in source.listing), 0.0
+    shards, rows = LOOKED_AT
+    chosen = random.Random(seed).sample(source.listing, min(shards, len(source.listing)))
+    with ThreadPoolExecutor(len(chosen)) as pool:
+        found = [sizes for sizes in pool.map(lambda shard: _row_bytes(source.reader, shard, rows), chosen) if sizes]
+    sizes = [size for each in found for size in each]
+    if not sizes:
+        raise StageError(f"no image could be read from {len(chosen)} of the shards of {source.reader.root}")
+    mean = statistics.fmean(sizes)
+    error = statistics.stdev(sizes) / mean / math.sqrt(len(sizes)) if len(sizes) > 1 else 1.0
+    content = source.bytes - sum(TAR_END for shard in source.listing if shard.name.endswith(".tar"))
+    return max(1, round(content / mean)), error
+
+
+def _row_bytes(reader: Reader, shard: Shard, rows: int) -> list[float]:
+    """Bytes that each of the first images of a shard takes in it; nothing where it cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if reader.layout == "parquet":
+            with storage.open_input(storage.join(reader.root, shard.name)) as file:
+                count = pq.read_metadata(file).num_rows
+            return [shard.size / count] if count else []
+        found = list(itertools.islice(reader.read(shard), rows))
+    except (ShardError, OSError, pa.ArrowException):
+        return []
+    return [_in_tar(row) if shard.name.endswith(".tar") else max(1, len(row.data)) for row in found]
+
+
+def _in_tar(row: Row) -> int:
+    """A header and whole blocks of content for the image, and for its label."""
+    content = -(-len(row.data) // TAR_BLOCK) * TAR_BLOCK
+    return TAR_BLOCK + content + (0 if row.label is None else 2 * TAR_BLOCK)
+
+
+def score_sample(
+    source: ImageSource,
+    model_uri: str,
+    place: str,
+    settings: Score,
+    *,
+    images: int,
+    image_bytes: float,
+    seconds: float,
+    shape: ClusterShape,
+    progress: Progress,
+    began: float,
+    seed: int = 0,
+) -> Sample:
+    """Scores some images of a source, on as many actors as one node holds, on the Ray that is running.
+
+    Args:
+        source: U.
+        model_uri: a model directory.
+        place: a folder for what is written; the caller removes it.
+        settings: as for all of U.
+        images: how many, about; from random shards.
+        image_bytes: that one takes in its shard, about.
+        seconds: after the first scores, when it stops at the latest.
+        shape: the cluster's.
+        progress: gets images scored and rejected.
+        began: when the scoring began, by `time.monotonic`.
+        seed: of the choice.
+
+    Raises:
+        StageError: no image could be scored.
+    """
+    from models.card import read_card
+
+    card = read_card(model_uri)
+    each = max([actors_on(node.resources, settings) for node in shape.shapes], default=1)
+    actors = settings.actors or max(1, min(each, default_actors(settings)))
+    settings = settings.model_copy(update={"actors": min(actors, max(1, each))})
+    in_shard = max(1, round(source.bytes / image_bytes / len(source.listing)))
+    count = min(len(source.listing), -(-images // min(in_shard, ROWS_PER_SHARD)))
+    rows = -(-images // count)
+    chosen = sorted(random.Random(seed).sample(source.listing, count), key=lambda shard: shard.name)
+    shards = [replace(shard, size=min(shard.size, round(rows * image_bytes))) for shard in chosen]
+    reader = SampleReader(**source.reader.__dict__, first_rows=rows)
+    scores, rejects = storage.join(place, "scores"), storage.join(place, "rejects")
+    transform = card.model.transform.seen_by(settings.views)
+    job = Job(reader, model_uri, scores, rejects, transform, len(card.class_names), settings)
+    blocks, marks = list[list[dict[str, Any]]](), list[float]()
+    done = rejected = 0
+    with original_errors():
+        for block in stream(job, Unfinished.of(shards, {})):
+            blocks.append(block)
+            marks.append(time.monotonic())
+            done, rejected = done + sum(r["scored"] for r in block), rejected + sum(r["rejected"] for r in block)
+            progress.update(done, rejected)
+            if marks[-1] - marks[0] > seconds:
+                break
+    reasons = dict(read_rejects(rejects)[0])
+    if not done:
+        raise StageError(f"no image of a sample could be scored: {reasons or 'the shards hold none'}")
+    written = sum(file.size for file in storage.list_files(scores, ".parquet"))
+    steady, rate = _steady(blocks, marks, settings.actors or 1)
+    return Sample(
+        images=done,
+        rejected=rejected,
+        rejects=reasons,
+        cost=_cost(steady),
+        rate=rate,
+        start_seconds=marks[0] - began,
+        table_bytes=written / done,
+        actors=settings.actors or 1,
+    )
+
+
+def _steady(
+    blocks: Sequence[list[dict[str, Any]]], marks: Sequence[float], actors: int
+) -> tuple[Sequence[list[dict[str, Any]]], float | None]:
+    """The blocks without the first of each actor, in which much is done for the first time, and images/s between them but for the end,
+    when some actors have nothing left to do."""
+    first, last = 2 * actors, len(blocks) - 2 * actors
+    if last - first < 2 or marks[last - 1] <= marks[first - 1]:
+        return blocks, None
+    images = sum(row["scored"] + row["rejected"] for block in blocks[first:last] for row in block)
+    return blocks[first:], images / (marks[last - 1] - marks[first - 1])
+
+
+def _cost(blocks: Sequence[list[dict[str, Any]]]) -> Cost:
+    rows = [row for block in blocks for row in block]
+    images = max(1, sum(row["scored"] + row["rejected"] for row in rows))
+    names = ("read_seconds", "read_cpu_seconds", "model_seconds", "model_cpu_seconds")
+    return Cost(**{name: sum(row[name] for row in rows) / images for name in names})
+
+
+def actors_on(resources: Mapping[str, float], settings: Score) -> int:
+    """How many actors of a scoring one node holds: on CPUs each beside a reader, on GPUs all beside one."""
+    cpus = resources.get("CPU", 0.0)
+    if settings.gpus_per_actor > 0:
+        beside_a_reader = int((cpus - settings.reader_cpus) / settings.cpus_per_actor)
+        return max(0, min(beside_a_reader, int(resources.get("GPU", 0.0) / settings.gpus_per_actor)))
+    return int(cpus / (settings.cpus_per_actor + settings.reader_cpus))
+
+
+def node_rate(resources: Mapping[str, float], settings: Score, cost: Cost) -> tuple[float, str]:
+    """Images/s of one node, as long as nothing outside it is slower, and what of it runs out first.
+
+    Args:
+        resources: of the node, by Ray's names.
+        settings: of the scoring.
+        cost: of an image, on hardware like the node's.
+    """
+    actors, cpus = actors_on(resources, settings), resources.get("CPU", 0.0)
+    if not actors:
+        return 0.0, "model"
+    rates = {"CPU": cpus / max(cost.read_cpu_seconds + cost.model_cpu_seconds, 1e-9)}
+    if settings.gpus_per_actor > 0:
+        readers = int((cpus - actors * settings.cpus_per_actor) / settings.reader_cpus)
+        rates["model"] = actors / max(cost.model_seconds, 1e-9)
+        rates["readers"] = max(1, min(readers, settings.readers or readers)) / max(cost.read_seconds, 1e-9)
+    limit = min(rates, key=rates.__getitem__)
+    return rates[limit], limit
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What scoring all of U takes.
+
+    Attributes:
+        images: of U, about.
+        images_error: standard error of that, as a share.
+        shards: of U.
+        source_bytes: of U.
+        teacher: what was scored with, in words.
+        settings: of the scoring.
+        sample: what was measured.
+        measured_on: the resources of the node that it was measured on.
+        types: of nodes.
+        deadline: seconds that there are; None where any time will do.
+        prices: of an hour of a node, by the name of its type or instance.
+    """
+
+    images: int
+    images_error: float
+    shards: int
+    source_bytes: int
+    teacher: str
+    settings: Score
+    sample: Sample
+    measured_on: Mapping[str, float]
+    types: Sequence[NodeType]
+    deadline: float | None = None
+    prices: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def efficiency(self) -> float:
+        """The measured rate as a share of what the cost of an image would allow; what else runs on a node takes the rest."""
+        ideal, _ = node_rate(self.measured_on, self.settings, self.sample.cost)
+        if self.sample.rate is None or not ideal:
+            return 1.0
+        return min(1.0, self.sample.rate / ideal)
+
+    def plans(self) -> list[Plan]:
+        """On one node of each type and on as many as there are; with a deadline, on as many as it takes."""
+        return [plan for node in self.types for plan in self._plans(node)]
+
+    def _plans(self, node: NodeType) -> list[Plan]:
+        rate, limit = node_rate(node.shape.resources, self.settings, self.sample.cost)
+        rate *= self.efficiency
+        if not rate:
+            return []
+        if self.deadline is None:
+            counts = sorted({1, max(1, node.shape.count)})
+        else:
+            counts = [math.ceil(self.images / rate / (self.deadline - self.sample.start_seconds))]
+        return [self._plan(node, count, rate * count, limit) for count in counts]
+
+    def _plan(self, node: NodeType, nodes: int, rate: float, limit: str) -> Plan:
+        seconds = self.sample.start_seconds + self.images / rate
+        price = self.prices.get(node.name, self.prices.get(node.instance))
+        cost = None if price is None else price * nodes * seconds / 3600
+        actors = nodes * actors_on(node.shape.resources, self.settings)
+        return Plan(node, nodes, actors, rate, limit, seconds, cost, nodes <= max(1, node.shape.count))
+
+
+def forecast(
+    recipe: Recipe,
+    run_dir: str,
+    display: Display,
+    *,
+    images: int,
+    seconds: float,
+    deadline: float | None,
+    prices: Sequence[str],
+    cluster_file: str | None,
+    verbose: bool = False,
+) -> Forecast:
+    """Scores a sample of a recipe's U with its teacher; with a network of random weights where that is not trained, which is as fast.
+
+    Args:
+        recipe: whose `unlabeled`, `score`, `cluster` and `teacher` count.
+        run_dir: where its teacher is; beside it, a folder is made and removed.
+        display: shows how the sample goes.
+        images: in the sample, about.
+        seconds: when it ends at the latest.
+        deadline: hours.
+        prices: `TYPE=PRICE`, of a node for an hour.
+        cluster_file: a file for `ray up`.
+        verbose: shows Ray's messages.
+
+    Raises:
+        InputError: something given is wrong.
+        StageError: no image could be scored.
+    """
+    source = open_source("unlabeled", recipe.unlabeled)
+    given = [*node_types(ClusterShape(()), cluster_file), NodeType(HERE, "", NodeShape({}, 0))]
+    costs = read_prices(prices, given)
+    store = RunStore(storage.absolute(run_dir))
+    place = f"{store.uri}-estimate-{secrets.token_hex(4)}"
+    storage.check_writable("--run-dir", place)
+    demand = next(one for one in demands(recipe) if one.field == "score.actors")
+    with Session(recipe.cluster, on_start=lambda: check([demand], cluster_shape()), verbose=verbose) as session:
+        count, error = count_images(source)
+        began = time.monotonic()
+        session.start()
+        started = time.monotonic()
+        try:
+            teacher = store.finished("teacher")
+            words = "the run's own, trained"
+            if teacher is None:
+                words = f"a {recipe.teacher.model.architecture} of random weights, as the run has trained none yet"
+                run_task(_untrained, recipe, storage.join(place, "teacher"))
+            model_uri = storage.join(place, "teacher") if teacher is None else teacher.uri
+            shape = cluster_shape()
+            with display.task("sample", min(images, count)) as progress:
+                sample = score_sample(
+                    source,
+                    model_uri,
+                    place,
+                    recipe.score,
+                    images=images,
+                    image_bytes=source.bytes / count,
+                    seconds=seconds,
+                    shape=shape,
+                    progress=progress,
+                    began=time.monotonic() - (started - began),
+                )
+        finally:
+            storage.delete_tree(place)
+        types = node_types(shape, cluster_file)
+    if deadline is not None and 3600 * deadline <= sample.start_seconds:
+        rule = f"is less than the {sample.start_seconds:.0f} s that scoring takes to start"
+        raise InputError("--deadline", deadline, rule, "give more hours")
+    measured = max(shape.shapes, key=lambda node: actors_on(node.resources, recipe.score)).resources
+    return Forecast(
+        images=count,
+        images_error=error,
+        shards=len(source.listing),
+        source_bytes=source.bytes,
+        teacher=words,
+        settings=recipe.score,
+        sample=sample,
+        measured_on=measured,
+        types=types,
+        deadline=None if deadline is None else 3600 * deadline,
+        prices=costs,
+    )
+
+
+def _untrained(recipe: Recipe, uri: str) -> None:
+    from models.architectures import build
+    from models.checkpoint import save
+
+    classes = len(recipe.labeled.classes or ()) or max(1000, recipe.score.classes_per_image)
+    config, names = recipe.teacher.model, [str(number) for number in range(classes)]
+    save(uri, build(config, classes), config=config, class_names=names, metrics={}, provenance={})
+
+
+def node_types(shape: ClusterShape, cluster_file: str | None) -> list[NodeType]:
+    """The nodes that run now, and the worker types of a cluster file.
+
+    Raises:
+        InputError: the file is none.
+    """
+    alike: dict[tuple[float, float], int] = {}
+    for node in shape.fixed:
+        key = (node.resources.get("CPU", 0.0), node.resources.get("GPU", 0.0))
+        alike[key] = alike.get(key, 0) + node.count
+    found = [NodeType(HERE, "", NodeShape({"CPU": cpus, "GPU": gpus}, n)) for (cpus, gpus), n in alike.items()]
+    return found + ([] if cluster_file is None else _from_file(cluster_file))
+
+
+def _from_file(path: str) -> list[NodeType]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        types, most = content["available_node_types"], content["max_workers"]
+        return [
+            NodeType(
+                str(name),
+                str(spec.get("node_config", {}).get("InstanceType", "")),
+                NodeShape(
+                    {key: float(value) for key, value in spec["resources"].items()},
+                    min(int(most), int(spec.get("max_workers", most))),
+                ),
+            )
+            for name, spec in types.items()
+            if name != content.get("head_node_type")
+        ]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError("--cluster-file", path, f"cannot be read ({error})", "give a file for `ray up`") from None
+    except (KeyError, TypeError, ValueError, AttributeError):
+        rule = "has no max_workers and available_node_types with the resources of each"
+        raise InputError("--cluster-file", path, rule, "give a file for `ray up`, such as cluster.yaml") from None
+
+
+def read_prices(given: Sequence[str], types: Sequence[NodeType]) -> dict[str, float]:
+    """Prices by type, from `TYPE=PRICE`.
+
+    Raises:
+        InputError: one that is no number, or of no type.
+    """
+    known = list(dict.fromkeys(name for node in types for name in (node.name, node.instance) if name))
+    prices = {}
+    for item in given:
+        name, _, text = item.rpartition("=")
+        try:
+            price = float(text)
+        except ValueError:
+            price = math.nan
+        if not name or not (math.isfinite(price) and price >= 0):
+            raise InputError(
+                "--price", item, "must have the form TYPE=PRICE", "write e.g. gpu=4.60, for an hour of a node"
+            )
+        if name not in known:
+            raise InputError("--price", item, "names no type of node", f"use one of {', '.join(known)}")
+        prices[name] = price
+    return prices
