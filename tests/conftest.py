@@ -8,9 +8,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import cluster
+
+hypothesis.settings.register_profile("tophat", deadline=None)  # on a shared machine, times say nothing
+hypothesis.settings.load_profile("tophat")
 
 # A home folder of our own, before any test module can load Ray, which reads its token there once; and no credentials of the user's.
 HOME = Path(tempfile.mkdtemp(prefix="tophat-tests-"))

@@ -1,8 +1,9 @@
 """Scoring: the ledger of published ranges, resuming, rejects, and agreement with the plain model."""
 
 import io
+import itertools
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,11 @@ from cluster import storage
 from cluster.errors import ModelError, RunError, StageError
 from cluster.progress import SILENT
 from models.config import ModelConfig, Transform
-from pipeline.ranges import Range, RangeReader, complete, ledger, range_rows
+from pipeline.ranges import FIRST_BYTES, TASK_BYTES, Range, RangeReader, Unfinished, complete, ledger, range_rows
 from pipeline.recipe import Score, Source
 from pipeline.rejects import read_rejects
 from pipeline.scoring import claim, prove, score
+from pipeline.shards import Shard
 from pipeline.sources import ImageSource, open_source
 
 CONFIG = ModelConfig(architecture="resnet8", options={"width": 4}, transform=Transform(size=28, resize=28, flip=False))
@@ -64,6 +66,23 @@ def test_a_shard_is_complete_when_its_ranges_cover_it(spans: Sequence[tuple[int,
 def test_a_range_fits_its_memory() -> None:
     assert range_rows(Transform(size=224), 128 * 2**20) == 128 * 2**20 // (3 * 224 * 224)
     assert range_rows(Transform(size=1024, resize=1024), 2**20) == 1
+
+
+@given(st.lists(st.integers(0, 200 * 2**20), min_size=1, max_size=50), st.integers(1, 64))
+def test_every_shard_is_dealt_to_one_task(sizes: list[int], actors: int) -> None:
+    shards = [Shard(f"{number:03d}.tar", size, "e") for number, size in enumerate(sizes)]
+    parts = Unfinished.of(shards, {}).parts(actors)
+    assert [part["start"] for part in parts] == [0, *(part["stop"] for part in parts[:-1])]
+    assert parts[-1]["stop"] == len(sizes)
+    for number, part in enumerate(parts):
+        assert sum(sizes[part["start"] : part["stop"] - 1]) < TASK_BYTES  # its last shard may be of any size
+        assert (part["first_bytes"] == FIRST_BYTES) == (number < 2 * actors)
+        assert part["first_bytes"] <= part["range_bytes"]
+
+
+def test_a_hundred_thousand_shards_make_few_tasks() -> None:
+    shards = [Shard(f"{number:06d}.tar", 10**6, "e") for number in range(100_000)]
+    assert 1_000 < len(Unfinished.of(shards, {}).parts(4)) < 4_000
 
 
 @pytest.fixture(scope="module")
@@ -164,11 +183,12 @@ def test_a_large_shard_is_scored_in_ranges_and_resumes_inside(source: ImageSourc
         source.shards()[0],
     )
 
-    def ranges(done: Sequence[Range]) -> list[Range]:
-        tables = reader.ranges(shard, done)
+    def ranges(done: Sequence[Range], sizes: Iterator[int] | None = None) -> list[Range]:
+        tables = reader.ranges(shard, done, sizes)
         return [Range(t["shard"], t["start"], t["stop"], t["last"]) for table in tables for t in table.to_pylist()]
 
     assert ranges([]) == [Range("a.tar", 0, 50, True)]
+    assert ranges([], itertools.repeat(1)) == [Range("a.tar", n, n + 1, n == 49) for n in range(50)]
     for done in (
         [Range("a.tar", 0, 10, False)],
         [Range("a.tar", 40, 50, True)],
