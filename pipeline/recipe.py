@@ -177,8 +177,8 @@ class Select(Section):
     """Unbalanced: classes get images in proportion to these, one for each class in the order of the classes."""
     classes_per_image: int | None = Field(default=None, ge=1, le=1000)
     """P to select with, at most the P that was stored; by default that one."""
-    min_score: float | None = Field(default=None, ge=0.0, le=1.0)
-    """Candidates below it are never selected."""
+    min_score: float | None = Field(default=None, allow_inf_nan=False)
+    """Candidates below it are never selected: from 0 to 1, but with `score.logits`, where scores have no bounds."""
     tags: Uri | None = None
     """Parquet files of weak labels (shard, index, class_ids: a list of any length). Then each class gets images at random among those tagged with it, and not the best-scored (section 4.4, "balanced-with-tags")."""
     exclude: tuple[Uri, ...] = ()
@@ -271,6 +271,9 @@ class Recipe(Section):
                 f"select.classes_per_image = {wanted} must be at most score.classes_per_image = {stored}: "
                 "only the stored classes can be selected"
             )
+        least = self.select.min_score
+        if least is not None and not self.score.logits and not 0.0 <= least <= 1.0:
+            raise ValueError(f"select.min_score = {least:g} must be from 0 to 1, as softmax scores are (score.logits = false)")
         if self.deduplicate.near and self.deduplicate.model is None and not self.score.embedding:
             raise ValueError(
                 "deduplicate compares the teacher's features, which score.embedding = false does not keep: "

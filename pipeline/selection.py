@@ -151,8 +151,10 @@ def select_several(
     Raises:
         SourceError: no score files, or one that is not by the contract; names the file.
         StorageError: a location that refuses, or an `out_uri` that holds other Parquet files.
-        InputError: a K or P below 1, or weights that do not fit the classes.
+        InputError: a K or P below 1, a minimum score that is no number, or weights that do not fit the classes.
     """
+    if min_score is not None and not math.isfinite(min_score):
+        raise InputError("min_score", min_score, "must be a finite number", "leave it out for no limit")
     scores_uri = storage.absolute(scores_uri).rstrip("/")
     outs = [_checked_out(scores_uri, one, tags) for one in wanted]
     files = _score_files(scores_uri)

@@ -153,7 +153,7 @@ def embedded(shard: Sequence[str], index: Sequence[int], rows: np.ndarray[Any, A
     return Embedded(pa.array(shard, pa.string()), np.array(index, np.uint32), rows)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32), st.integers(1, 60), st.integers(1, 40), st.data())
 def test_ranking_is_the_same_under_any_split_and_any_merge(
     seed: int, count: int, keep: int, data: st.DataObject

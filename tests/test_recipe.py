@@ -94,6 +94,10 @@ def test_overrides_take_yaml_values() -> None:
     assert recipe.dhat.images_per_shard == 100
 
 
+def test_a_minimum_score_of_logits_may_be_any_number() -> None:
+    assert load("demo", ["score.logits=true", "select.min_score=-2.5"]).select.min_score == -2.5
+
+
 def test_an_override_changes_its_own_section_alone() -> None:
     """The shipped recipes share sections by YAML anchors."""
     demo, changed = load("demo"), load("demo", ["student.model.transform.padding=1"])
@@ -149,6 +153,8 @@ def test_images_seen_and_epochs_take_each_others_place() -> None:
             "select.classes_per_image=4",
             "select.classes_per_image = 4 must be at most score.classes_per_image = 3: only the stored classes",
         ),
+        ("select.min_score=-2", "select.min_score = -2 must be from 0 to 1, as softmax scores are"),
+        ("select.min_score=.nan", "select.min_score = nan: Input should be a finite number"),
         ("pretrain.precision=float16", "precision = float16 needs gpus_per_worker = 1"),
         (
             "seed",

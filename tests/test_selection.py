@@ -123,7 +123,7 @@ def score_rows(draw: st.DrawFn) -> list[Row]:
     return rows
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(rows=score_rows(), K=st.integers(1, 12), data=st.data())
 def test_any_split_and_any_merge_tree_equal_a_sort(rows: list[Row], K: int, data: st.DataObject) -> None:
     P = data.draw(st.integers(1, len(rows[0][2]))) if rows else 1
@@ -418,6 +418,10 @@ class TestBadInput:
         numbers: dict[str, Any] = {"images_per_class": 1, field: 0}
         with pytest.raises(InputError, match=f"{field} = 0: must be at least 1"):
             select(str(tmp_path), str(tmp_path / "out"), **numbers)
+
+    def test_a_minimum_score_that_is_no_number(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="min_score = nan: must be a finite number; leave it out"):
+            select(str(tmp_path), str(tmp_path / "out"), images_per_class=1, min_score=float("nan"))
 
     def test_files_of_others_are_left_alone(self, tmp_path: Path) -> None:
         write_scores(str(tmp_path / "scores"), [("a", 0, [0, 1], [0.5, 0.1])], 1)
