@@ -14,6 +14,7 @@ set size). The first round, which also starts Ray's workers, is not counted.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -292,6 +293,9 @@ def main() -> None:
         serve(arguments.serve)
         return
     peers = list(PEERS) if arguments.peers == "all" else [name for name in arguments.peers.split(",") if name]
+    for name in [name for name in peers if importlib.util.find_spec(name.split()[0]) is None]:
+        print(f"{name.split()[0]} is not installed, and left out")
+        peers.remove(name)
     if arguments.images > 1_000_000:
         peers = [name for name in peers if name != "ray data"]
     images_per_class = arguments.images_per_class or max(1, arguments.images * 16 // 100_000)

@@ -273,7 +273,9 @@ class Recipe(Section):
             )
         least = self.select.min_score
         if least is not None and not self.score.logits and not 0.0 <= least <= 1.0:
-            raise ValueError(f"select.min_score = {least:g} must be from 0 to 1, as softmax scores are (score.logits = false)")
+            raise ValueError(
+                f"select.min_score = {least:g} must be from 0 to 1, as softmax scores are (score.logits = false)"
+            )
         if self.deduplicate.near and self.deduplicate.model is None and not self.score.embedding:
             raise ValueError(
                 "deduplicate compares the teacher's features, which score.embedding = false does not keep: "

@@ -26,7 +26,7 @@ Files = Sequence[tuple[str, int]]  # URIs and sizes
 TASK_BYTES = (32 << 20, 1 << 30)  # of score files that one task reads, at least and at most
 TASKS_PER_CPU = 4
 SAMPLE_ROWS = (1 << 17, 1 << 21)  # at least and at most; between them, a share of the table
-SAMPLE_SHARE = 1 / 80
+SAMPLE_SHARE = 1 / 32
 SAMPLE_SLICES = 16
 
 

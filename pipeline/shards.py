@@ -227,29 +227,35 @@ class Reader:
             self._open(shard.name) as file,
             tarfile.open(fileobj=file, mode="r|gz" if compressed else "r|", tarinfo=_Member) as archive,
         ):
-            index, key, data, label, problem = -1, None, b"", None, None
-            for member in archive:
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                if not (member.isfile() or member.islnk() or member.issym()) or not stem:
-                    continue
-                if (folder, stem) != key:
-                    if key is not None and (wanted is None or index in wanted):
-                        yield Row(index, data, label, problem)
+            index, key, data, label, problem, labels = -1, None, b"", None, None, False
+            try:
+                for member in archive:
+                    folder, _, base = member.name.rpartition("/")
+                    stem, _, extension = base.partition(".")
+                    if not (member.isfile() or member.islnk() or member.issym()) or not stem:
+                        continue
+                    if (folder, stem) != key:
+                        if key is not None and (wanted is None or index in wanted):
+                            yield Row(index, data, label, problem)
+                        labels = labels or label is not None
                     index, key, data, label, problem = index + 1, (folder, stem), b"", None, None
-                if wanted is not None and index not in wanted:
-                    continue
-                plain = extension.lower().rpartition(".")[2]
-                # `x.jpg` is the image; `x.mask.png` only where it is alone.
-                if f".{plain}" in IMAGE_SUFFIXES and (not data or plain == extension.lower()):
-                    if not member.isfile():
-                        problem = "a link"
-                    elif member.size > MAX_IMAGE_BYTES:
-                        problem = f"a file of {member.size} bytes"
-                    else:
-                        data, problem = _content(archive, member), None
-                elif extension in ("cls", "cls.txt") and member.isfile() and member.size < 10_000:
-                    label = _label(_content(archive, member).decode("utf-8", "replace"))
+                    if wanted is not None and index not in wanted:
+                        continue
+                    plain = extension.lower().rpartition(".")[2]
+                    # `x.jpg` is the image; `x.mask.png` only where it is alone.
+                    if f".{plain}" in IMAGE_SUFFIXES and (not data or plain == extension.lower()):
+                        if not member.isfile():
+                            problem = "a link"
+                        elif member.size > MAX_IMAGE_BYTES:
+                            problem = f"a file of {member.size} bytes"
+                        else:
+                            data, problem = _content(archive, member), None
+                    elif extension in ("cls", "cls.txt") and member.isfile() and member.size < 10_000:
+                        label = _label(_content(archive, member).decode("utf-8", "replace"))
+            except (tarfile.TarError, EOFError, ValueError):
+                if data and (label is not None or not labels):  # what is damaged comes after it
+                    yield Row(index, data, label, problem)
+                raise
             if key is not None and (wanted is None or index in wanted):
                 yield Row(index, data, label, problem)
 

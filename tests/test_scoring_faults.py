@@ -139,7 +139,7 @@ def test_an_image_file_that_changed_is_a_reject(place: str) -> None:
 DAMAGE: dict[str, tuple[Callable[[], bytes], int, str]] = {
     "middle.tar": (lambda: _damaged(broken_images.tar(good(20))), 10, "unreadable_shard"),
     "cut.tar": (lambda: broken_images.tar(good(20))[:9000], 4, "unreadable_shard"),
-    "names.tar": (lambda: _long_name(), 1, "unreadable_shard"),
+    "names.tar": (lambda: _long_name(), 2, "unreadable_shard"),
     "cut.parquet": (lambda: parquet(good(20))[:-300], 0, "unreadable_shard"),
 }
 
