@@ -120,7 +120,6 @@ class Predictor:
         self._device = torch.device("cuda" if how.gpu and torch.cuda.is_available() else "cpu")
         if self._device.type == "cpu":
             torch.set_num_threads(how.threads)
-            keep_memory()
         loaded = load(uri, content)
         self.how, self.transform = how, loaded.config.transform
         self.batch_size = how.batch_size or (CPU_BATCH if self._device.type == "cpu" else GPU_BATCH)
@@ -128,6 +127,8 @@ class Predictor:
         model = model.to(self._device).to(memory_format=torch.channels_last)
         self._features = Features(uri, model) if how.features else None
         self._model: Any = torch.compile(model) if how.compile else model
+        if self._device.type == "cpu":
+            keep_memory()  # from now on: what was needed to make the model goes back
 
     @torch.inference_mode()
     def __call__(self, images: NDArray[np.uint8]) -> Prediction:

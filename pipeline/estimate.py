@@ -8,7 +8,6 @@ import itertools
 import math
 import random
 import secrets
-import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,7 @@ from pipeline.ranges import Unfinished
 from pipeline.recipe import Recipe, Score
 from pipeline.rejects import read_rejects
 from pipeline.run import demands
-from pipeline.scoring import Job, default_actors, stream
+from pipeline.scoring import Job, check_views, default_actors, stream
 from pipeline.shards import Reader, Row, Shard, ShardError
 from pipeline.sources import ImageSource, open_source
 from pipeline.store import RunStore
@@ -37,8 +36,8 @@ ROWS_PER_SHARD = 64
 """Images of one shard in a sample: few, so that it comes from many shards."""
 LOOKED_AT = 16, 32
 """Shards, and images of each, from whose size the number of images is told."""
-TAR_BLOCK, TAR_END = 512, 5_632
-"""Bytes of a header, and of the end of a tar: two blocks, and zeros up to a multiple of 10,240 bytes, on average."""
+TAR_END = 5_632
+"""Bytes of the end of a tar: two blocks, and zeros up to a multiple of 10,240 bytes, on average."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +108,10 @@ class Plan:
     Attributes:
         actors: on all nodes.
         rate: images/s, all nodes together.
-        limit: what of the node runs out first: `model`, `readers` or `CPU`.
+        limit: what of the nodes runs out first: `model`, `readers` or `CPU`.
         seconds: for all images, start-up included.
         cost: in the currency of the price; None without one.
-        possible: whether the cluster file allows so many nodes.
+        possible: whether there can be so many nodes, and with the recipe's `actors` and `readers` they are in time.
     """
 
     node: NodeType
@@ -136,18 +135,20 @@ def count_images(source: ImageSource, seed: int = 0) -> tuple[int, float]:
     shards, rows = LOOKED_AT
     chosen = random.Random(seed).sample(source.listing, min(shards, len(source.listing)))
     with ThreadPoolExecutor(len(chosen)) as pool:
-        found = [sizes for sizes in pool.map(lambda shard: _row_bytes(source.reader, shard, rows), chosen) if sizes]
-    sizes = [size for each in found for size in each]
-    if not sizes:
+        found = [one for shard in pool.map(lambda shard: _sizes(source.reader, shard, rows), chosen) for one in shard]
+    seen, images = sum(size for size, _ in found), sum(count for _, count in found)
+    if not images or not seen:
         raise StageError(f"no image could be read from {len(chosen)} of the shards of {source.reader.root}")
-    mean = statistics.fmean(sizes)
-    error = statistics.stdev(sizes) / mean / math.sqrt(len(sizes)) if len(sizes) > 1 else 1.0
+    if source.reader.layout == "parquet" and len(found) == len(source.listing):
+        return images, 0.0
+    squares = sum((size - count * seen / images) ** 2 for size, count in found)  # of a ratio of two sums
+    error = math.sqrt(squares * len(found) / (len(found) - 1)) / seen if len(found) > 1 else 1.0
     content = source.bytes - sum(TAR_END for shard in source.listing if shard.name.endswith(".tar"))
-    return max(1, round(content / mean)), error
+    return max(1, round(content * images / seen)), error
 
 
-def _row_bytes(reader: Reader, shard: Shard, rows: int) -> list[float]:
-    """Bytes that each of the first images of a shard takes in it; nothing where it cannot be read."""
+def _sizes(reader: Reader, shard: Shard, rows: int) -> list[tuple[int, int]]:
+    """Bytes of a shard and how many images they hold: of each of the first images, or of all; nothing where it cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -155,17 +156,15 @@ def _row_bytes(reader: Reader, shard: Shard, rows: int) -> list[float]:
         if reader.layout == "parquet":
             with storage.open_input(storage.join(reader.root, shard.name)) as file:
                 count = pq.read_metadata(file).num_rows
-            return [shard.size / count] if count else []
-        found = list(itertools.islice(reader.read(shard), rows))
+            return [(shard.size, count)]
+        found = list(itertools.islice(reader.read(shard), rows + 1))
     except (ShardError, OSError, pa.ArrowException):
         return []
-    return [_in_tar(row) if shard.name.endswith(".tar") else max(1, len(row.data)) for row in found]
-
-
-def _in_tar(row: Row) -> int:
-    """A header and whole blocks of content for the image, and for its label."""
-    content = -(-len(row.data) // TAR_BLOCK) * TAR_BLOCK
-    return TAR_BLOCK + content + (0 if row.label is None else 2 * TAR_BLOCK)
+    if not shard.name.endswith(".tar"):  # compressed, which images are themselves
+        return [(len(row.data), 1) for row in found]
+    if len(found) == 1:
+        return [(max(1, shard.size - TAR_END), 1)]
+    return [(after.offset - row.offset, 1) for row, after in itertools.pairwise(found)]
 
 
 def score_sample(
@@ -203,6 +202,7 @@ def score_sample(
     from models.card import read_card
 
     card = read_card(model_uri)
+    check_views(card.model.transform, settings)
     each = max([actors_on(node.resources, settings) for node in shape.shapes], default=1)
     actors = settings.actors or max(1, min(each, default_actors(settings)))
     settings = settings.model_copy(update={"actors": min(actors, max(1, each))})
@@ -249,7 +249,7 @@ def _steady(
     when some actors have nothing left to do."""
     first, last = 2 * actors, len(blocks) - 2 * actors
     if last - first < 2 or marks[last - 1] <= marks[first - 1]:
-        return blocks, None
+        return blocks[actors:] or blocks, None
     images = sum(row["scored"] + row["rejected"] for block in blocks[first:last] for row in block)
     return blocks[first:], images / (marks[last - 1] - marks[first - 1])
 
@@ -270,21 +270,30 @@ def actors_on(resources: Mapping[str, float], settings: Score) -> int:
     return int(cpus / (settings.cpus_per_actor + settings.reader_cpus))
 
 
-def node_rate(resources: Mapping[str, float], settings: Score, cost: Cost) -> tuple[float, str]:
-    """Images/s of one node, as long as nothing outside it is slower, and what of it runs out first.
+def nodes_rate(
+    resources: Mapping[str, float], settings: Score, cost: Cost, nodes: int = 1, actors: int | None = None
+) -> tuple[float, str]:
+    """Images/s of some nodes, as long as nothing outside them is slower, and what of them runs out first.
 
     Args:
-        resources: of the node, by Ray's names.
+        resources: of one node, by Ray's names.
         settings: of the scoring.
         cost: of an image, on hardware like the node's.
+        nodes: how many.
+        actors: on all of them, at most.
     """
-    actors, cpus = actors_on(resources, settings), resources.get("CPU", 0.0)
+    most, cpus = nodes * actors_on(resources, settings), nodes * resources.get("CPU", 0.0)
+    actors = min(most, actors or most, settings.actors or most)
     if not actors:
         return 0.0, "model"
-    rates = {"CPU": cpus / max(cost.read_cpu_seconds + cost.model_cpu_seconds, 1e-9)}
+    rates = {
+        "CPU": cpus / max(cost.read_cpu_seconds + cost.model_cpu_seconds, 1e-9),
+        "model": actors / max(cost.model_cpu_seconds, 1e-9),
+    }
+    readers = int((cpus - actors * settings.cpus_per_actor) / settings.reader_cpus)
     if settings.gpus_per_actor > 0:
-        readers = int((cpus - actors * settings.cpus_per_actor) / settings.reader_cpus)
         rates["model"] = actors / max(cost.model_seconds, 1e-9)
+    if settings.gpus_per_actor > 0 or settings.readers:
         rates["readers"] = max(1, min(readers, settings.readers or readers)) / max(cost.read_seconds, 1e-9)
     limit = min(rates, key=rates.__getitem__)
     return rates[limit], limit
@@ -323,7 +332,7 @@ class Forecast:
     @property
     def efficiency(self) -> float:
         """The measured rate as a share of what the cost of an image would allow; what else runs on a node takes the rest."""
-        ideal, _ = node_rate(self.measured_on, self.settings, self.sample.cost)
+        ideal, _ = nodes_rate(self.measured_on, self.settings, self.sample.cost, actors=self.sample.actors)
         if self.sample.rate is None or not ideal:
             return 1.0
         return min(1.0, self.sample.rate / ideal)
@@ -333,22 +342,24 @@ class Forecast:
         return [plan for node in self.types for plan in self._plans(node)]
 
     def _plans(self, node: NodeType) -> list[Plan]:
-        rate, limit = node_rate(node.shape.resources, self.settings, self.sample.cost)
-        rate *= self.efficiency
-        if not rate:
+        one, _ = nodes_rate(node.shape.resources, self.settings, self.sample.cost)
+        if not one:
             return []
         if self.deadline is None:
-            counts = sorted({1, max(1, node.shape.count)})
-        else:
-            counts = [math.ceil(self.images / rate / (self.deadline - self.sample.start_seconds))]
-        return [self._plan(node, count, rate * count, limit) for count in counts]
+            return [self._plan(node, count) for count in sorted({1, max(1, node.shape.count)})]
+        count = math.ceil(self.images / (one * self.efficiency) / (self.deadline - self.sample.start_seconds))
+        return [self._plan(node, count)]
 
-    def _plan(self, node: NodeType, nodes: int, rate: float, limit: str) -> Plan:
+    def _plan(self, node: NodeType, nodes: int) -> Plan:
+        rate, limit = nodes_rate(node.shape.resources, self.settings, self.sample.cost, nodes)
+        rate *= self.efficiency
         seconds = self.sample.start_seconds + self.images / rate
         price = self.prices.get(node.name, self.prices.get(node.instance))
         cost = None if price is None else price * nodes * seconds / 3600
         actors = nodes * actors_on(node.shape.resources, self.settings)
-        return Plan(node, nodes, actors, rate, limit, seconds, cost, nodes <= max(1, node.shape.count))
+        in_time = self.deadline is None or seconds <= 1.001 * self.deadline
+        possible = nodes <= node.shape.count and in_time
+        return Plan(node, nodes, min(actors, self.settings.actors or actors), rate, limit, seconds, cost, possible)
 
 
 def forecast(
@@ -380,6 +391,10 @@ def forecast(
         InputError: something given is wrong.
         StageError: no image could be scored.
     """
+    if deadline is not None and not math.isfinite(deadline):
+        raise InputError("--deadline", deadline, "must be a finite number of hours", "leave it out for no deadline")
+    if recipe.labeled.classes:
+        recipe.check_class_count(len(recipe.labeled.classes))
     source = open_source("unlabeled", recipe.unlabeled)
     given = [*node_types(ClusterShape(()), cluster_file), NodeType(HERE, "", NodeShape({}, 0))]
     costs = read_prices(prices, given)
@@ -387,19 +402,18 @@ def forecast(
     place = f"{store.uri}-estimate-{secrets.token_hex(4)}"
     storage.check_writable("--run-dir", place)
     demand = next(one for one in demands(recipe) if one.field == "score.actors")
-    with Session(recipe.cluster, on_start=lambda: check([demand], cluster_shape()), verbose=verbose) as session:
-        count, error = count_images(source)
-        began = time.monotonic()
-        session.start()
-        started = time.monotonic()
-        try:
-            teacher = store.finished("teacher")
-            words = "the run's own, trained"
-            if teacher is None:
-                words = f"a {recipe.teacher.model.architecture} of random weights, as the run has trained none yet"
-                run_task(_untrained, recipe, storage.join(place, "teacher"))
-            model_uri = storage.join(place, "teacher") if teacher is None else teacher.uri
+    try:
+        with Session(recipe.cluster, on_start=lambda: check([demand], cluster_shape()), verbose=verbose) as session:
+            count, error = count_images(source)
+            began = time.monotonic()
+            session.start()
+            starting = time.monotonic() - began
             shape = cluster_shape()
+            types = node_types(shape, cluster_file)
+            if not any(actors_on(node.shape.resources, recipe.score) for node in types):
+                rule = "describes no node that can score as the recipe says, nor is such a node here for good"
+                raise InputError("--cluster-file", cluster_file, rule, "give the file that the cluster was made with")
+            model_uri, words = _teacher(recipe, store, storage.join(place, "teacher"))
             with display.task("sample", min(images, count)) as progress:
                 sample = score_sample(
                     source,
@@ -407,15 +421,14 @@ def forecast(
                     place,
                     recipe.score,
                     images=images,
-                    image_bytes=source.bytes / count,
+                    image_bytes=max(1.0, source.bytes / count),
                     seconds=seconds,
                     shape=shape,
                     progress=progress,
-                    began=time.monotonic() - (started - began),
+                    began=time.monotonic() - starting,
                 )
-        finally:
-            storage.delete_tree(place)
-        types = node_types(shape, cluster_file)
+    finally:
+        storage.delete_tree(place)  # after the session, whose actors may publish until it ends
     if deadline is not None and 3600 * deadline <= sample.start_seconds:
         rule = f"is less than the {sample.start_seconds:.0f} s that scoring takes to start"
         raise InputError("--deadline", deadline, rule, "give more hours")
@@ -433,6 +446,18 @@ def forecast(
         deadline=None if deadline is None else 3600 * deadline,
         prices=costs,
     )
+
+
+def _teacher(recipe: Recipe, store: RunStore, uri: str) -> tuple[str, str]:
+    """The run's teacher, where it is as the recipe says, or one of random weights, made at `uri`; and what it is, in words."""
+    from models.card import read_card
+
+    teacher = store.finished("teacher")
+    if teacher is not None and read_card(teacher.uri).model == recipe.teacher.model:
+        return teacher.uri, "the run's own, trained"
+    run_task(_untrained, recipe, uri)
+    why = "the run has trained none yet" if teacher is None else "the run's own is another"
+    return uri, f"a {recipe.teacher.model.architecture} of random weights, as {why}"
 
 
 def _untrained(recipe: Recipe, uri: str) -> None:

@@ -177,7 +177,7 @@ class Select(Section):
     """Unbalanced: classes get images in proportion to these, one for each class in the order of the classes."""
     classes_per_image: int | None = Field(default=None, ge=1, le=1000)
     """P to select with, at most the P that was stored; by default that one."""
-    min_score: float | None = Field(default=None, allow_inf_nan=False)
+    min_score: float | None = Field(default=None, ge=-1e6, le=1e6, allow_inf_nan=False)
     """Candidates below it are never selected: from 0 to 1, but with `score.logits`, where scores have no bounds."""
     tags: Uri | None = None
     """Parquet files of weak labels (shard, index, class_ids: a list of any length). Then each class gets images at random among those tagged with it, and not the best-scored (section 4.4, "balanced-with-tags")."""

@@ -122,9 +122,7 @@ def score(
 
     card = read_card(model_uri)
     transform = card.model.transform
-    if settings.views in ("five", "ten") and transform.resize == transform.size:
-        rule = f"has no corners to see where the model's transform.resize and size are both {transform.size}"
-        raise RecipeError("score.views", settings.views, rule, "set it to center or mirrored")
+    check_views(transform, settings)
     done = ledger(scores_uri)
     unfinished = Unfinished.of(source.shards(), done)
     if len(unfinished.shards):
@@ -143,6 +141,17 @@ def score(
     progress.update(found.scored, found.rejected, total=found.listed)
     _check_rejects(found, len(source.shards()), settings)
     return found
+
+
+def check_views(transform: Transform, settings: Score) -> None:
+    """Makes sure that there is something to see in every view.
+
+    Raises:
+        RecipeError: there is not.
+    """
+    if settings.views in ("five", "ten") and transform.resize == transform.size:
+        rule = f"has no corners to see where the model's transform.resize and size are both {transform.size}"
+        raise RecipeError("score.views", settings.views, rule, "set it to center or mirrored")
 
 
 def _check_model(uri: str) -> None:

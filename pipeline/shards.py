@@ -91,12 +91,14 @@ class Row:
         data: the encoded image; empty where there is none.
         label: the class's name or number, where the source has labels.
         problem: why the image's bytes could not be had, although the shard is readable; None when they could.
+        offset: in a tar, the byte where its sample begins.
     """
 
     index: int
     data: bytes
     label: Label = None
     problem: str | None = None
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +229,8 @@ class Reader:
             self._open(shard.name) as file,
             tarfile.open(fileobj=file, mode="r|gz" if compressed else "r|", tarinfo=_Member) as archive,
         ):
-            index, key, data, label, problem, labels = -1, None, b"", None, None, False
+            index, key, data, label, problem, offset = -1, None, b"", None, None, 0
+            certain = unlabeled = False  # `data` is no mask; samples here have no labels
             try:
                 for member in archive:
                     folder, _, base = member.name.rpartition("/")
@@ -236,14 +239,16 @@ class Reader:
                         continue
                     if (folder, stem) != key:
                         if key is not None and (wanted is None or index in wanted):
-                            yield Row(index, data, label, problem)
-                        labels = labels or label is not None
-                    index, key, data, label, problem = index + 1, (folder, stem), b"", None, None
+                            unlabeled = unlabeled or label is None
+                            yield Row(index, data, label, problem, offset)
+                        index, key, data, label, problem = index + 1, (folder, stem), b"", None, None
+                        offset = member.offset
                     if wanted is not None and index not in wanted:
                         continue
                     plain = extension.lower().rpartition(".")[2]
                     # `x.jpg` is the image; `x.mask.png` only where it is alone.
                     if f".{plain}" in IMAGE_SUFFIXES and (not data or plain == extension.lower()):
+                        certain = plain == extension.lower()
                         if not member.isfile():
                             problem = "a link"
                         elif member.size > MAX_IMAGE_BYTES:
@@ -253,11 +258,12 @@ class Reader:
                     elif extension in ("cls", "cls.txt") and member.isfile() and member.size < 10_000:
                         label = _label(_content(archive, member).decode("utf-8", "replace"))
             except (tarfile.TarError, EOFError, ValueError):
-                if data and (label is not None or not labels):  # what is damaged comes after it
-                    yield Row(index, data, label, problem)
+                # Nothing of this sample is lost; what gzip gives just before damage may be damaged too.
+                if data and certain and (unlabeled or label is not None) and not compressed:
+                    yield Row(index, data, label, problem, offset)
                 raise
             if key is not None and (wanted is None or index in wanted):
-                yield Row(index, data, label, problem)
+                yield Row(index, data, label, problem, offset)
 
     def _read_parquet(self, shard: Shard, wanted: frozenset[int] | None) -> Iterator[Row]:
         import pyarrow as pa

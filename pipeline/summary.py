@@ -187,7 +187,9 @@ def print_forecast(console: Console, name: str, found: Forecast) -> None:
         )
     console.print(plans)
     if any(not plan.possible for plan in found.plans()):
-        console.print("* more nodes than there are, or than max_workers of the cluster file allows")
+        console.print("* not possible: max_workers of the cluster file, or score.actors, does not allow it")
+    if sample.rate is None:
+        console.print("The sample was too small to tell a rate: what is above is rough. Raise --images.")
     if len(found.types) > 1:
         console.print("Other types are told from the CPU and GPU seconds of an image where the sample ran.")
 

@@ -22,8 +22,8 @@ from pipeline.estimate import (
     SampleReader,
     actors_on,
     count_images,
-    node_rate,
     node_types,
+    nodes_rate,
     read_prices,
 )
 from pipeline.recipe import Score, Source
@@ -49,10 +49,10 @@ def forecast(
 
 def test_a_cpu_node_is_as_fast_as_its_cpus() -> None:
     assert actors_on({"CPU": 16.0}, Score()) == 16
-    rate, limit = node_rate({"CPU": 16.0}, Score(), COST)
+    rate, limit = nodes_rate({"CPU": 16.0}, Score(), COST)
     assert rate == pytest.approx(16 / 0.04)
     assert limit == "CPU"
-    assert node_rate({"CPU": 0.0}, Score(), COST)[0] == 0
+    assert nodes_rate({"CPU": 0.0}, Score(), COST)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_cpu_node_is_as_fast_as_its_cpus() -> None:
 def test_a_gpu_node_is_as_fast_as_the_slower_of_its_gpus_and_readers(
     cpus: float, gpus: float, expected: float, limit: str
 ) -> None:
-    rate, found = node_rate({"CPU": cpus, "GPU": gpus}, ON_GPUS, COST)
+    rate, found = nodes_rate({"CPU": cpus, "GPU": gpus}, ON_GPUS, COST)
     assert rate == pytest.approx(expected)
     assert found == limit
 
@@ -84,6 +84,25 @@ def test_nodes_for_a_deadline_and_what_they_cost() -> None:
     assert wanted.seconds <= 20 + one / 2.5
     (wanted,) = forecast([node], ON_GPUS, deadline=20 + one).plans()
     assert (wanted.nodes, wanted.possible) == (1, True)
+
+
+def test_no_more_actors_and_readers_than_the_recipe_allows() -> None:
+    node = NodeType("cpu", "", NodeShape({"CPU": 16.0}, 4))
+    one, four = forecast([node], Score(actors=1)).plans()
+    assert (one.actors, four.actors) == (1, 1)
+    assert one.rate == four.rate == pytest.approx(1 / 0.03)
+    _, four = forecast([node], Score(readers=3)).plans()
+    assert four.rate == pytest.approx(3 / 0.02)
+    assert four.limit == "readers"
+    (late,) = forecast([node], Score(actors=1), deadline=60.0).plans()
+    assert not late.possible
+    limited = Forecast(36_000, 0.01, 10, 10**9, "t", Score(actors=1), sample(1 / 0.03), {"CPU": 16.0}, [node])
+    assert limited.efficiency == 1.0  # what it measured was two actors, and one is allowed
+
+
+def test_a_type_that_cannot_be_started() -> None:
+    (plan,) = forecast([NodeType("cpu", "", NodeShape({"CPU": 16.0}, 0))], Score()).plans()
+    assert (plan.nodes, plan.possible) == (1, False)
 
 
 def test_what_else_runs_on_a_node_counts() -> None:
@@ -125,7 +144,8 @@ def write_tars(folder: Path, shards: int, rows: int) -> ImageSource:
     for shard in range(shards):
         with tarfile.open(folder / f"{shard}.tar", "w") as archive:
             for row in range(rows):
-                for name, data in ((f"{row}.png", images[(shard * rows + row) % len(images)]), (f"{row}.cls", b"1")):
+                more = ((f"{row}.cls", b"1"), (f"{row}.json", b"{}" * 400))
+                for name, data in ((f"{row}.png", images[(shard * rows + row) % len(images)]), *more):
                     member = tarfile.TarInfo(name)
                     member.size = len(data)
                     archive.addfile(member, io.BytesIO(data))
@@ -178,6 +198,11 @@ def test_the_command(tophat: Callable[..., Answer], tmp_path: Path) -> None:
     code, output, errors = tophat(*words, "--images", "120", "--deadline", "0.001")
     assert code == 2
     assert "--deadline = 0.001: is less than" in errors
+    code, _, errors = tophat(*words, "--deadline", "inf")
+    assert code == 2
+    assert "--deadline = inf: must be a finite number of hours" in errors
+    code, _, errors = tophat(*words, "--set", "score.gpus_per_actor=1", "--set", "score.cpus_per_actor=64")
+    assert code == 2
     code, _, errors = tophat(*words, "--price", "gpu=much")
     assert code == 2
     assert "--price = 'gpu=much': must have the form TYPE=PRICE" in errors

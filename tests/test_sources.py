@@ -217,9 +217,9 @@ MEMBERS = [(f"{i}.jpg", bytes([i]) * 2000) for i in range(4)]
     ("content", "good"),
     [
         pytest.param(tar(MEMBERS)[: 3 * 2560 + 700], 3, id="inside an image"),
-        pytest.param(tar(MEMBERS)[: 3 * 2560 + 100], 2, id="inside a header"),
-        pytest.param(tar(MEMBERS, trailer=False)[: 3 * 2560], 2, id="between two images"),
-        pytest.param(tar(MEMBERS)[: 2 * 2560] + b"\xff" * 20480, 1, id="garbage"),
+        pytest.param(tar(MEMBERS)[: 3 * 2560 + 100], 3, id="inside a header"),
+        pytest.param(tar(MEMBERS, trailer=False)[: 3 * 2560], 3, id="between two images"),
+        pytest.param(tar(MEMBERS)[: 2 * 2560] + b"\xff" * 20480, 2, id="garbage"),
         pytest.param(b"not a tar" * 1000, 0, id="no tar"),
         pytest.param(b"", 0, id="empty"),
     ],
