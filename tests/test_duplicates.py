@@ -511,7 +511,7 @@ def test_copies_are_found_in_any_layout(ray_local: None, tmp_path: Path, monkeyp
     seen = {row.data for shard in whole.shards() for row in whole.read(shard.name)}
     found_copies = read_copies(str(tmp_path / "out"))
     assert [copy for copy in found_copies if copy[0] != "c.tar"] == sorted(expected)
-    assert [copy[1] for copy in found_copies if copy[0] == "c.tar"] == [i for i in range(9) if images[i] in seen]
+    assert [copy[1] for copy in found_copies if copy[0] == "c.tar"] == [i for i in range(10) if images[i] in seen]
     assert counts == {"images": 70 + 1 + 87 + 40 + 9, "copies": len(found_copies), "unreadable_shards": 1}
     assert len(expected) > 50
     assert storage.list_files(str(tmp_path / "out" / "work")) == []
