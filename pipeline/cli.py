@@ -453,7 +453,8 @@ def _unfinished(store: "RunStore", name: str, unlabeled: "Finished | None") -> s
     if not store.started(name):
         return "not started"
     if name == "scores" and unlabeled is not None:
-        shards = sum(complete(ranges) for ranges in ledger(store.place(name)).values())
+        scored = ledger(store.place(name)).values()
+        shards = sum(ranges[-1].shards for ranges in scored if complete(ranges))
         return f"started: {shards:,} of {unlabeled.outputs['shards']:,} shards"
     return "started"
 

@@ -1,12 +1,12 @@
-"""Ranges: consecutive rows of a shard that are scored together, what their files are called, and how they are read and decoded.
+"""Ranges: what is scored together and has one file, what their files are called, and how they are read and decoded.
 
-The files that ranges have in a score table are the ledger of what is done. A range without one is read again, and nothing else keeps track.
+A range is consecutive rows of a shard or, where shards are small, several whole shards. The files that ranges have in a score table are the
+ledger of what is done. A range without one is read again, and nothing else keeps track.
 """
 
-import itertools
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -30,30 +30,40 @@ MAX_RANGE_ROWS, MAX_RANGE_BYTES = 65_536, 2**40
 READ_TASKS = 2_000
 """Tasks, about at most, that the shards of a scoring are dealt to: enough for thousands of readers, few enough to plan in a second."""
 TASK_BYTES, MIN_TASK_BYTES = 64 * 2**20, 2**20
+SMALL_BYTES = 2**20
+"""Encoded bytes of a shard that shares its file with those that follow it, until they have so many together."""
 FIRST_BYTES = 2**18
 """Encoded bytes of the first range of the tasks that start first: the first images are scored while others are still read."""
 SHARES = 8
 """A task reads this share of what remains for each actor, within those bounds: the actors end together, and no task is tiny."""
-_RANGE_FILE = re.compile(r"(?P<shard>.+)/(?P<start>\d{8,})-(?P<stop>\d{8,})(?P<last>-last)?\.parquet", re.DOTALL)
+_RANGE_FILE = re.compile(
+    r"(?P<shard>.+)/(?P<start>\d{8,})-(?P<stop>\d{8,})(?P<last>-last|-(?P<shards>\d+)-shards)?\.parquet", re.DOTALL
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Consecutive rows `[start, stop)` of a shard, scored together.
+    """Consecutive rows `[start, stop)` of a shard, or whole shards that follow each other in the source's listing.
 
     Attributes:
-        last: whether the shard ends here.
+        shard: the first one, where there are several.
+        start: 0, where there are several.
+        stop: where there are several, how many images they hold together.
+        last: whether the shard, or the last one, ends here.
+        shards: how many there are.
     """
 
     shard: str
     start: int
     stop: int
     last: bool
+    shards: int = 1
 
     @property
     def file(self) -> str:
         """Name of its file, under the folder of the score table."""
-        return f"{_folder(self.shard)}/{self.start:08d}-{self.stop:08d}{'-last' if self.last else ''}.parquet"
+        end = f"-{self.shards}-shards" if self.shards > 1 else "-last" if self.last else ""
+        return f"{_folder(self.shard)}/{self.start:08d}-{self.stop:08d}{end}.parquet"
 
     @classmethod
     def of_file(cls, path: str) -> "Range | None":
@@ -66,6 +76,7 @@ class Range:
             int(match["start"]),
             int(match["stop"]),
             match["last"] is not None,
+            int(match["shards"] or 1),
         )
 
 
@@ -79,7 +90,7 @@ def _folder(shard: str) -> str:
 
 
 def ledger(scores_uri: str) -> dict[str, list[Range]]:
-    """The published ranges of every shard, in row order."""
+    """The published ranges of every shard, in row order; of several shards, those of the first."""
     found: dict[str, list[Range]] = {}
     for entry in storage.list_files(scores_uri, ".parquet"):
         published = None if entry.path.startswith(f"{REJECTS}/") else Range.of_file(entry.path)
@@ -105,12 +116,49 @@ def range_rows(transform: Transform, range_bytes: int) -> int:
     return max(1, min(MAX_RANGE_ROWS, range_bytes // (3 * transform.size**2)))
 
 
+def finished(shards: Sequence[Shard], done: Mapping[str, Sequence[Range]]) -> list[bool]:
+    """Of every shard, whether ranges cover it.
+
+    Args:
+        shards: the source's listing, all of it.
+        done: the ledger.
+    """
+    found: list[bool] = []
+    followers = 0  # shards to come that a range of several shards has
+    for shard in shards:
+        ranges = done.get(shard.name, ())
+        found.append(followers > 0 or complete(ranges))
+        followers = max([followers - 1, 0, *(r.shards - 1 for r in ranges)])
+    return found
+
+
+def surplus(shards: Sequence[Shard], done: Mapping[str, Sequence[Range]]) -> list[Range]:
+    """Ranges with rows that ranges before them have too: what a process that outlived its scoring published beside the next one's.
+
+    Args:
+        shards: the source's listing, all of it.
+        done: the ledger.
+    """
+    found: list[Range] = []
+    followers = 0
+    for shard in shards:
+        position = None if followers else 0  # where the shard goes on; None where it has ended
+        followers = max(followers - 1, 0)
+        for published in done.get(shard.name, ()):
+            if position is None or published.start < position:
+                found.append(published)
+            else:
+                position = None if published.last else published.stop
+                followers = published.shards - 1
+    return found
+
+
 @dataclass(frozen=True)
 class Unfinished:
     """The shards that a scoring has to read: one object that every reader shares, so that a hundred thousand shards cost each task nothing.
 
     Attributes:
-        shards: from `shard_table`.
+        shards: from `shard_table`, with the `ordinal` of each in the source's listing.
         done: the published ranges of those that are scored in part.
     """
 
@@ -120,8 +168,9 @@ class Unfinished:
     @classmethod
     def of(cls, shards: Sequence[Shard], done: Mapping[str, Sequence[Range]]) -> "Unfinished":
         """Those of `shards` whose ranges do not cover them."""
-        missing = [shard for shard in shards if not complete(done.get(shard.name, ()))]
-        return cls(shard_table(missing), {s.name: tuple(done[s.name]) for s in missing if s.name in done})
+        missing = [n for n, is_finished in enumerate(finished(shards, done)) if not is_finished]
+        table = shard_table(shards[n] for n in missing).append_column("ordinal", pa.array(missing, pa.int64()))
+        return cls(table, {shards[n].name: tuple(done[shards[n].name]) for n in missing if shards[n].name in done})
 
     def parts(self, actors: int) -> list[dict[str, int]]:
         """The rows of the table, dealt to tasks: `start`, `stop`, and the encoded bytes after which a range ends, of the first range
@@ -178,9 +227,10 @@ class RangeReader:
         assert self._unfinished is not None
         unfinished: Unfinished = ray.get(self._unfinished)
         for part in batch.to_pylist():
-            sizes = _doubling(part["first_bytes"], part["range_bytes"])
-            for shard in shards_of(unfinished.shards.slice(part["start"], part["stop"] - part["start"])):
-                yield from _timed(self.ranges(shard, unfinished.done.get(shard.name, ()), sizes))
+            table = unfinished.shards.slice(part["start"], part["stop"] - part["start"])
+            shards = zip(table["ordinal"].to_pylist(), shards_of(table), strict=True)
+            size = RangeSize(part["first_bytes"], part["range_bytes"])
+            yield from _timed(self.ranges(shards, unfinished.done, size))
 
     @cached_property
     def _decoder(self) -> "Decoder":
@@ -190,35 +240,58 @@ class RangeReader:
         seconds = self._decode_seconds
         return Decoder(partial(evaluation_image, transform=self._transform, seconds=seconds), seconds)
 
-    def ranges(self, shard: Shard, covered: Sequence[Range], sizes: Iterator[int] | None = None) -> Iterator[pa.Table]:
-        """The ranges of a shard that have no file, each a table of one row.
-
-        What comes last is marked so even when it is empty: only then the shard is complete. A shard that is missing or has changed is not:
-        the next attempt reads it again.
+    def ranges(
+        self, shards: Iterable[tuple[int, Shard]], done: Mapping[str, Sequence[Range]], size: "RangeSize | None" = None
+    ) -> Iterator[pa.Table]:
+        """The ranges of shards that have no file, each a table of one row.
 
         Args:
-            shard: of the reader's source.
-            covered: the ranges that have a file, in row order.
-            sizes: for each range, the encoded bytes after which it ends; by default as many as its rows have.
+            shards: of the reader's source, with their ordinals in its listing, ascending.
+            done: their published ranges, in row order.
+            size: of a range; by default as many rows as fit.
 
         Raises:
             StorageError: the store is out of reach, or refuses.
         """
+        size = size or RangeSize(MAX_RANGE_BYTES, MAX_RANGE_BYTES)
+        held: list[_Decoded] = []  # whole shards that follow each other
+        before = -1
+        for ordinal, shard in shards:
+            for one in self._ranges(shard, done.get(shard.name, ()), size):
+                fits = one.whole and ordinal == before + 1 and one.rows + sum(h.rows for h in held) <= self._rows
+                if held and not fits:
+                    yield _table(held)
+                    size.grow()
+                    held = []
+                held.append(one)
+                before = ordinal
+                if not one.whole or sum(h.bytes for h in held) >= min(size.bytes, SMALL_BYTES):
+                    yield _table(held)
+                    size.grow()
+                    held = []
+        if held:
+            yield _table(held)
+
+    def _ranges(self, shard: Shard, covered: Sequence[Range], size: "RangeSize") -> Iterator["_Decoded"]:
+        """Those of one shard, in row order.
+
+        What comes last is marked so even when it is empty: only then the shard is complete. A shard that is missing or has changed is not:
+        the next attempt reads it again.
+        """
         pending: _Decoded | None = None
-        sizes = sizes or itertools.repeat(MAX_RANGE_BYTES)
-        position, problem, range_bytes = 0, None, 0
+        position, problem = 0, None
         try:
             for row in self._reader.read(shard, unchanged=True):
                 position = row.index + 1
                 if any(done.start <= row.index < done.stop for done in covered):
                     continue
-                full = pending is not None and (pending.rows >= self._rows or pending.bytes >= range_bytes)
+                full = pending is not None and (pending.rows >= self._rows or pending.bytes >= size.bytes)
                 if pending is not None and (full or pending.stop != row.index):
                     self._reader.check(shard)
-                    yield pending.table(last=False)
+                    yield pending
                     pending = None
                 if pending is None:
-                    pending, range_bytes = _Decoded(shard, row.index), next(sizes)
+                    pending = _Decoded(shard, row.index)
                 pending.add(row, self._decoder)
             self._reader.check(shard)
         except ShardError as error:
@@ -228,19 +301,22 @@ class RangeReader:
         gone = isinstance(problem, MissingShardError)
         ended = any(done.last for done in covered)
         if pending is not None and (ended or gone or pending.stop != position):
-            yield pending.table(last=False)
+            yield pending
             pending = None
-        if gone:
-            yield _Decoded(shard, position).table(last=False, problem=problem)
-        elif not ended:
-            yield (pending or _Decoded(shard, position)).table(last=True, problem=problem)
+        if gone or not ended:
+            yield (pending or _Decoded(shard, position)).end(problem)
 
 
-def _doubling(first: int, last: int) -> Iterator[int]:
-    size = min(first, last)
-    while True:
-        yield size
-        size = min(2 * size, last)
+class RangeSize:
+    """Encoded bytes after which a range ends: `first`, growing twofold with each range to `last`."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.bytes = min(first, last)
+        self._last = last
+
+    def grow(self) -> None:
+        """A range has ended."""
+        self.bytes = min(2 * self.bytes, self._last)
 
 
 def _timed(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
@@ -255,12 +331,14 @@ def _timed(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
 
 
 class _Decoded:
-    """A range under way: its images, and what could not be decoded."""
+    """Consecutive rows of a shard: their images, and what could not be decoded."""
 
     def __init__(self, shard: Shard, start: int) -> None:
         self.shard = shard
         self.start = start
         self.stop = start
+        self.last = False
+        self.missing = False
         self.bytes = 0
         self.indices: list[int] = []
         self.images: list[npt.NDArray[np.uint8]] = []
@@ -269,6 +347,11 @@ class _Decoded:
     @property
     def rows(self) -> int:
         return self.stop - self.start
+
+    @property
+    def whole(self) -> bool:
+        """Whether this is all of the shard."""
+        return self.start == 0 and self.last
 
     def add(self, row: Row, decoder: "Decoder") -> None:
         from models.transforms import UndecodableImage
@@ -281,26 +364,37 @@ class _Decoded:
             self.images.append(decoder(row.data))
             self.indices.append(row.index)
         except UndecodableImage as error:
-            self.rejects.append({"index": row.index, "reason": error.reason, "error": error.detail})
+            self._reject(row.index, error.reason, error.detail)
 
-    def table(self, *, last: bool, problem: ShardError | None = None) -> pa.Table:
-        """One row. The images are one binary value, so that Ray never splits a range over blocks."""
-        rejects = list(self.rejects)
+    def end(self, problem: ShardError | None) -> "_Decoded":
+        """Nothing more of the shard is to come, because of a problem or because it ends here."""
+        self.missing = isinstance(problem, MissingShardError)
+        self.last = not self.missing
         if problem is not None:
-            rejects.append({"index": None, "reason": problem.reason, "error": str(problem)})
-        content = np.stack(self.images).tobytes() if self.images else b""
-        return pa.table(
-            {
-                "shard": pa.array([self.shard.name], pa.string()),
-                "start": pa.array([self.start], pa.int64()),
-                "stop": pa.array([self.stop], pa.int64()),
-                "last": pa.array([last], pa.bool_()),
-                "missing": pa.array([isinstance(problem, MissingShardError)], pa.bool_()),
-                "indices": pa.array([self.indices], pa.list_(pa.uint32())),
-                "images": pa.array([content], pa.large_binary()),
-                "rejects": pa.array([rejects], pa.list_(_REJECT)),
-            }
-        )
+            self._reject(None, problem.reason, str(problem))
+        return self
+
+    def _reject(self, index: int | None, reason: str, error: str) -> None:
+        self.rejects.append({"shard": self.shard.name, "index": index, "reason": reason, "error": error})
 
 
-_REJECT = pa.struct([("index", pa.uint32()), ("reason", pa.string()), ("error", pa.string())])
+def _table(parts: Sequence[_Decoded]) -> pa.Table:
+    """One row: rows of one shard, or several whole shards. The images are one binary value, so that Ray never splits a range over blocks."""
+    images = [image for part in parts for image in part.images]
+    return pa.table(
+        {
+            "shards": pa.array([[part.shard.name for part in parts]], pa.list_(pa.string())),
+            "start": pa.array([parts[0].start], pa.int64()),
+            "stop": pa.array([parts[0].start + sum(part.rows for part in parts)], pa.int64()),
+            "last": pa.array([parts[-1].last], pa.bool_()),
+            "missing": pa.array([parts[0].missing], pa.bool_()),
+            "size": pa.array([sum(part.shard.size for part in parts)], pa.int64()),
+            "counts": pa.array([[len(part.indices) for part in parts]], pa.list_(pa.int32())),
+            "indices": pa.array([[index for part in parts for index in part.indices]], pa.list_(pa.uint32())),
+            "images": pa.array([np.stack(images).tobytes() if images else b""], pa.large_binary()),
+            "rejects": pa.array([[reject for part in parts for reject in part.rejects]], pa.list_(_REJECT)),
+        }
+    )
+
+
+_REJECT = pa.struct([("shard", pa.string()), ("index", pa.uint32()), ("reason", pa.string()), ("error", pa.string())])

@@ -62,6 +62,8 @@ class RangeScorer:
         images = [np.frombuffer(v.as_buffer(), np.uint8).reshape(-1, 3, side, side) for v in block["images"]]
         indices = [v.values.to_numpy() for v in block["indices"]]
         rows: list[dict[str, Any]] = block.drop_columns(["images", "indices"]).to_pylist()
+        for row in rows:
+            row["range"] = Range(row["shards"][0], row["start"], row["stop"], row["last"], len(row["shards"]))
         with self._model:
             began = time.monotonic()
             found = self._predict(images[0] if len(images) == 1 else np.concatenate(images))
@@ -70,8 +72,8 @@ class RangeScorer:
         parts = [found.of(start, stop) for start, stop in pairwise(ends)]
         list(self._publishers.map(self._publish, rows, indices, parts))
         return {
-            "shard": [row["shard"] for row in rows],
-            "last": [row["last"] for row in rows],
+            "shard": [row["range"].shard for row in rows],
+            "ended_bytes": [row["size"] if row["last"] else 0 for row in rows],
             "scored": [len(part) for part in images],
             "rejected": [sum(r["index"] is not None for r in row["rejects"]) for row in rows],
             **{name: [row[name] for row in rows] for name in ("read_seconds", "read_cpu_seconds")},
@@ -80,21 +82,22 @@ class RangeScorer:
         }
 
     def _publish(self, row: dict[str, Any], indices: npt.NDArray[np.uint32], found: "Prediction") -> None:
-        job, published = self._job, Range(row["shard"], row["start"], row["stop"], row["last"])
+        job, file = self._job, row["range"].file
         if row["rejects"]:
             # Before the scores: where those exist, the range is complete.
-            rejects = [Reject(published.shard, r["index"], r["reason"], r["error"]) for r in row["rejects"]]
-            publish_rejects(storage.join(job.rejects_uri, published.file), rejects)
+            publish_rejects(storage.join(job.rejects_uri, file), [Reject(**reject) for reject in row["rejects"]])
         if row["missing"]:
             return
-        table = score_table(published.shard, indices, found.classes, found.scores, job.classes, found.features)
+        codes = np.repeat(np.arange(len(row["shards"]), dtype=np.int32), row["counts"])
+        shard = pa.DictionaryArray.from_arrays(codes, pa.array(row["shards"], pa.string()))
+        table = score_table(shard, indices, found.classes, found.scores, job.classes, found.features)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
-        storage.publish(storage.join(job.scores_uri, published.file), sink.getvalue().to_pybytes())
+        storage.publish(storage.join(job.scores_uri, file), sink.getvalue().to_pybytes())
 
 
 def score_table(
-    shard: str,
+    shard: pa.DictionaryArray,
     indices: Sequence[int] | npt.NDArray[np.uint32],
     class_ids: npt.NDArray[np.int32],
     scores: npt.NDArray[np.float32],
@@ -104,8 +107,8 @@ def score_table(
     """Rows of a score table.
 
     Args:
-        shard: of all rows.
-        indices: [N], rows of the shard.
+        shard: [N], of strings.
+        indices: [N], each row's place in its shard.
         class_ids: int32 [N, P], in score order.
         scores: float32 [N, P], descending.
         classes: how many classes there are, for the schema's metadata.
@@ -118,9 +121,7 @@ def score_table(
     more = {} if embedding is None else {"embedding": lists(embedding)}
     return pa.table(
         {
-            "shard": pa.DictionaryArray.from_arrays(
-                pa.array(np.zeros(len(indices), np.int32)), pa.array([shard], pa.string())
-            ),
+            "shard": shard,
             "index": pa.array(indices, pa.uint32()),
             "class_ids": lists(class_ids),
             "scores": lists(scores),

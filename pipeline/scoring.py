@@ -1,12 +1,12 @@
 """Stage (2), first half: the teacher on every image of U (section 3.2, "Data selection and labeling").
 
-Ray Data streams shards through two operators: readers decode a shard into row ranges of uint8 images, and actors that hold the teacher
+Ray Data streams shards through two operators: readers decode shards into ranges of uint8 images, and actors that hold the teacher
 score a range at a time and publish it as one Parquet file. The published files are the ledger of what is done: a range without a file is
 scored again, and nothing else keeps track.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -20,7 +20,7 @@ from cluster.progress import Progress
 from cluster.reduction import original_errors, parallel_map, run_task
 from cluster.resources import cluster_shape
 from models.config import Transform
-from pipeline.ranges import MIN_TASK_BYTES, Range, RangeReader, Unfinished, complete, ledger
+from pipeline.ranges import MIN_TASK_BYTES, Range, RangeReader, Unfinished, finished, ledger, surplus
 from pipeline.recipe import Score
 from pipeline.rejects import read_rejects
 from pipeline.shards import ChangedShardError, MissingShardError, Reader
@@ -123,8 +123,13 @@ def score(
     card = read_card(model_uri)
     transform = card.model.transform
     check_views(transform, settings)
+    shards = source.shards()
     done = ledger(scores_uri)
-    unfinished = Unfinished.of(source.shards(), done)
+    if twice := surplus(shards, done):
+        for published in twice:
+            storage.delete_file(storage.join(scores_uri, published.file))
+        done = ledger(scores_uri)
+    unfinished = Unfinished.of(shards, done)
     if len(unfinished.shards):
         _forget_rejects(rejects_uri, done)
         decoded = transform.seen_by(settings.views)
@@ -139,7 +144,7 @@ def score(
             raise
     found = prove(source, scores_uri, rejects_uri)
     progress.update(found.scored, found.rejected, total=found.listed)
-    _check_rejects(found, len(source.shards()), settings)
+    _check_rejects(found, len(shards), settings)
     return found
 
 
@@ -160,7 +165,7 @@ def _check_model(uri: str) -> None:
     load(uri)
 
 
-def _forget_rejects(rejects_uri: str, done: dict[str, list[Range]]) -> None:
+def _forget_rejects(rejects_uri: str, done: Mapping[str, Sequence[Range]]) -> None:
     """Removes the rejects of ranges that have no scores: those are tried again."""
     kept = {published.file for ranges in done.values() for published in ranges}
     for entry in storage.list_files(rejects_uri, ".parquet"):
@@ -189,11 +194,14 @@ def prove(source: ImageSource, scores_uri: str, rejects_uri: str) -> Scored:
     done = ledger(scores_uri)
     reasons, wholes = read_rejects(rejects_uri, wholes=True)
     gone = {reject.shard for reject in wholes if reject.reason in GONE}
+    shards = source.shards()
+    if twice := surplus(shards, done):
+        raise StageError(f"{twice[0].file} holds images that another file holds too: run the same command again")
     listed, files = 0, []
-    for shard in source.shards():
-        ranges = done.get(shard.name, [])
-        if not complete(ranges) and shard.name not in gone:
+    for shard, is_finished in zip(shards, finished(shards, done), strict=True):
+        if not is_finished and shard.name not in gone:
             raise StageError(f"{shard.name} is not scored completely: run the same command again")
+        ranges = done.get(shard.name, [])
         listed += sum(r.stop - r.start for r in ranges)
         files += [storage.join(scores_uri, r.file) for r in ranges]
     groups = [files[start : start + FILES_PER_COUNT] for start in range(0, len(files), FILES_PER_COUNT)]
@@ -203,8 +211,8 @@ def prove(source: ImageSource, scores_uri: str, rejects_uri: str) -> Scored:
         raise StageError(
             f"{listed} images are listed, but {scored} are scored and {rejected} rejected: remove {scores_uri} and score again"
         )
-    shards = len({reject.shard for reject in wholes})
-    return Scored(scores_uri, rejects_uri, listed, scored, rejected, shards, dict(sorted(reasons.items())))
+    unreadable = len({reject.shard for reject in wholes})
+    return Scored(scores_uri, rejects_uri, listed, scored, rejected, unreadable, dict(sorted(reasons.items())))
 
 
 def _count_rows(uris: Sequence[str]) -> int:
@@ -235,8 +243,8 @@ def stream(job: Job, unfinished: Unfinished) -> Iterator[list[dict[str, Any]]]:
     """Scores what is unfinished on the Ray that is running; closing the iterator stops it.
 
     Yields:
-        For ranges whose files are published: `shard`; `last`, whether it ended the shard; `scored` and `rejected` images; and what they
-        took, `read_seconds` and `model_seconds`, with the CPU time of their processes, `read_cpu_seconds` and `model_cpu_seconds`.
+        For ranges whose files are published: `shard`, the first; `ended_bytes`, of shards that ended; `scored` and `rejected` images; and
+        what they took, `read_seconds` and `model_seconds`, with the CPU time of their processes, `read_cpu_seconds` and `model_cpu_seconds`.
     """
     import ray
 
@@ -289,11 +297,10 @@ def _context(settings: Score, actors: int) -> "ray.data.DataContext":
     return context
 
 
-def _follow(job: Job, unfinished: Unfinished, done: dict[str, list[Range]], progress: Progress) -> None:
+def _follow(job: Job, unfinished: Unfinished, done: Mapping[str, Sequence[Range]], progress: Progress) -> None:
     """Scores to the end and says how far it is, or stops where too much is rejected."""
     limit = job.settings.max_reject_fraction
-    sizes = dict(zip(unfinished.shards["shard"].to_pylist(), unfinished.shards["size"].to_pylist(), strict=True))
-    size = sum(sizes.values())
+    size = sum(unfinished.shards["size"].to_pylist())
     before = sum(r.stop - r.start for ranges in done.values() for r in ranges)  # of earlier attempts
     images = rejects = ended_images = ended_bytes = 0
     waiting: dict[str, int] = {}  # images of shards that have not ended
@@ -301,9 +308,9 @@ def _follow(job: Job, unfinished: Unfinished, done: dict[str, list[Range]], prog
         for row in rows:
             images, rejects = images + row["scored"], rejects + row["rejected"]
             waiting[row["shard"]] = waiting.get(row["shard"], 0) + row["scored"] + row["rejected"]
-            if row["last"]:
+            if row["ended_bytes"]:
                 ended_images += waiting.pop(row["shard"])
-                ended_bytes += sizes[row["shard"]]
+                ended_bytes += row["ended_bytes"]
         expected = before + ended_images * size // ended_bytes if ended_bytes and ended_images else None
         progress.update(before + images, rejects, total=expected and max(expected, before + images + rejects))
         if images + rejects >= EARLY_CHECK and rejects > limit * (images + rejects):

@@ -1,13 +1,13 @@
 """Scoring: the ledger of published ranges, resuming, rejects, and agreement with the plain model."""
 
 import io
-import itertools
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -18,9 +18,21 @@ from cluster import storage
 from cluster.errors import ModelError, RunError, StageError
 from cluster.progress import SILENT
 from models.config import ModelConfig, Transform
-from pipeline.ranges import FIRST_BYTES, TASK_BYTES, Range, RangeReader, Unfinished, complete, ledger, range_rows
+from pipeline.ranges import (
+    FIRST_BYTES,
+    TASK_BYTES,
+    Range,
+    RangeReader,
+    RangeSize,
+    Unfinished,
+    complete,
+    finished,
+    ledger,
+    range_rows,
+    surplus,
+)
 from pipeline.recipe import Score, Source
-from pipeline.rejects import read_rejects
+from pipeline.rejects import publish_rejects, read_rejects
 from pipeline.scoring import claim, prove, score
 from pipeline.shards import Shard
 from pipeline.sources import ImageSource, open_source
@@ -34,10 +46,13 @@ SETTINGS = Score(classes_per_image=3, batch_size=16, actors=1, cpus_per_actor=0.
     st.integers(0, 10**9),
     st.integers(0, 10**6),
     st.booleans(),
+    st.integers(1, 10**6),
 )
-def test_a_range_is_read_back_from_its_file_name(name: str, start: int, length: int, last: bool) -> None:
+def test_a_range_is_read_back_from_its_file_name(name: str, start: int, length: int, last: bool, shards: int) -> None:
     one = Range(f"folder/{name}.tar", start, start + length, last)
     assert Range.of_file(one.file) == one
+    several = Range(f"folder/{name}.tar", 0, length, True, shards)
+    assert Range.of_file(several.file) == several
 
 
 def test_other_files_are_no_ranges() -> None:
@@ -61,6 +76,39 @@ def test_other_files_are_no_ranges() -> None:
 )
 def test_a_shard_is_complete_when_its_ranges_cover_it(spans: Sequence[tuple[int, int, bool]], whole: bool) -> None:
     assert complete([Range("a", *span) for span in spans]) is whole
+
+
+LISTING = tuple(Shard(name, 1, "e") for name in "abcdef")
+
+
+def test_a_range_of_several_shards_finishes_all_of_them() -> None:
+    done = {"b": [Range("b", 0, 9, True, 3)], "e": [Range("e", 0, 2, False), Range("e", 2, 4, True)]}
+    assert finished(LISTING, done) == [False, True, True, True, True, False]
+    assert surplus(LISTING, done) == []
+    unfinished = Unfinished.of(LISTING, done)
+    assert unfinished.shards.select(["shard", "ordinal"]).to_pylist() == [
+        {"shard": "a", "ordinal": 0},
+        {"shard": "f", "ordinal": 5},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ranges", "extra"),
+    [
+        ([Range("a", 0, 9, True, 3), Range("b", 0, 3, True)], [1]),
+        ([Range("a", 0, 9, True, 3), Range("c", 0, 7, True, 2), Range("d", 0, 3, True)], [1]),
+        ([Range("a", 0, 3, True), Range("a", 0, 9, True, 3)], [1]),
+        ([Range("a", 0, 6, True, 2), Range("a", 0, 9, True, 3)], [1]),
+        ([Range("a", 0, 4, False), Range("a", 3, 6, True), Range("a", 4, 6, True)], [1]),
+        ([Range("a", 0, 4, True), Range("a", 4, 6, True)], [1]),
+        ([Range("a", 2, 4, False), Range("a", 6, 6, True)], []),
+    ],
+)
+def test_what_is_scored_twice_is_found(ranges: list[Range], extra: list[int]) -> None:
+    done: dict[str, list[Range]] = {}
+    for one in ranges:
+        done.setdefault(one.shard, []).append(one)
+    assert surplus(LISTING, done) == [ranges[number] for number in extra]
 
 
 def test_a_range_fits_its_memory() -> None:
@@ -166,13 +214,36 @@ def test_scores_agree_with_the_plain_model(scored: str, source: ImageSource, mod
 def test_only_what_has_no_file_is_scored_again(scored: str, source: ImageSource, model: str) -> None:
     before = {entry.path: entry.etag for entry in storage.list_files(scored)}
     table = read_scores(scored)
-    lost = next(path for path in before if path.startswith("b.tar"))
+    (lost,) = before  # small shards share a file
+    assert lost == "a.tar/00000000-00000090-3-shards.parquet"
     storage.delete_file(storage.join(scored, lost))
-    with pytest.raises(StageError, match=r"b\.tar is not scored completely"):
+    b = table.filter(pc.equal(table["shard"], "b.tar"))
+    b_alone = storage.join(scored, Range("b.tar", 0, 20, True).file)
+    sink = pa.BufferOutputStream()
+    pq.write_table(b, sink)
+    storage.publish(b_alone, sink.getvalue().to_pybytes())
+    rejects = [r for r in read_rejects(f"{scored}-rejects", limit=9)[1] if r.shard == "b.tar" and r.index is not None]
+    publish_rejects(storage.join(f"{scored}-rejects", Range("b.tar", 0, 20, True).file), rejects)
+    with pytest.raises(StageError, match=r"a\.tar is not scored completely"):
         prove(source, scored, f"{scored}-rejects")
+    before = {entry.path: entry.etag for entry in storage.list_files(scored)}
     score(source, model, scored, f"{scored}-rejects", SETTINGS, SILENT)
     after = {entry.path: entry.etag for entry in storage.list_files(scored)}
-    assert {path for path in after if after[path] != before.get(path)} == {lost}
+    assert before.items() < after.items()
+    assert {path.split("/")[0] for path in after} == {"a.tar", "b.tar", "c.tar"}
+    assert read_scores(scored).equals(table)
+
+
+def test_what_two_files_hold_is_scored_once(scored: str, source: ImageSource, model: str) -> None:
+    table = read_scores(scored)
+    again = Range("a.tar", 10, 30, False)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.slice(10, 20), sink)
+    storage.publish(storage.join(scored, again.file), sink.getvalue().to_pybytes())
+    with pytest.raises(StageError, match=r"a\.tar/00000010-00000030\.parquet holds images that another file holds too"):
+        prove(source, scored, f"{scored}-rejects")
+    score(source, model, scored, f"{scored}-rejects", SETTINGS, SILENT)
+    assert not storage.exists(storage.join(scored, again.file))
     assert read_scores(scored).equals(table)
 
 
@@ -183,12 +254,11 @@ def test_a_large_shard_is_scored_in_ranges_and_resumes_inside(source: ImageSourc
         source.shards()[0],
     )
 
-    def ranges(done: Sequence[Range], sizes: Iterator[int] | None = None) -> list[Range]:
-        tables = reader.ranges(shard, done, sizes)
-        return [Range(t["shard"], t["start"], t["stop"], t["last"]) for table in tables for t in table.to_pylist()]
+    def ranges(done: Sequence[Range], size: RangeSize | None = None) -> list[Range]:
+        return of_tables(reader.ranges([(0, shard)], {shard.name: done}, size))
 
     assert ranges([]) == [Range("a.tar", 0, 50, True)]
-    assert ranges([], itertools.repeat(1)) == [Range("a.tar", n, n + 1, n == 49) for n in range(50)]
+    assert ranges([], RangeSize(1, 1)) == [Range("a.tar", n, n + 1, n == 49) for n in range(50)]
     for done in (
         [Range("a.tar", 0, 10, False)],
         [Range("a.tar", 40, 50, True)],
@@ -198,6 +268,61 @@ def test_a_large_shard_is_scored_in_ranges_and_resumes_inside(source: ImageSourc
     ):
         together = sorted([*done, *ranges(done)], key=lambda r: (r.start, r.stop))
         assert complete(together), (done, together)
+
+
+def of_tables(tables: Iterable[pa.Table]) -> list[Range]:
+    rows = [row for table in tables for row in table.to_pylist()]
+    return [Range(row["shards"][0], row["start"], row["stop"], row["last"], len(row["shards"])) for row in rows]
+
+
+def test_small_shards_share_a_range(tmp_path: Path) -> None:
+    """The reader alone: neighbours in the listing only, whole ones only, and no more than a range may hold."""
+    images = tiny.digits()["two"]
+    for number in range(8):
+        write_tar(tmp_path / f"{number}.tar", images[4 * number : 4 * number + 4])
+    source = open_source("U", Source(uri=str(tmp_path)))
+    shards = list(enumerate(source.shards()))
+    (tmp_path / "3.tar").unlink()
+
+    def ranges(rows: int = 100, size: RangeSize | None = None, skip: int | None = None, **done: Range) -> list[Range]:
+        reader = RangeReader(source.reader, CONFIG.transform, range_bytes=rows * 3 * 28**2, decode_seconds=10)
+        given = [(ordinal, shard) for ordinal, shard in shards if ordinal != skip]
+        return of_tables(reader.ranges(given, {one.shard: [one] for one in done.values()}, size))
+
+    missing = Range("3.tar", 0, 0, False)
+    assert ranges() == [Range("0.tar", 0, 12, True, 3), missing, Range("4.tar", 0, 16, True, 4)]
+    assert ranges(skip=5) == [
+        Range("0.tar", 0, 12, True, 3),
+        missing,
+        Range("4.tar", 0, 4, True),
+        Range("6.tar", 0, 8, True, 2),
+    ]
+    assert ranges(rows=11, skip=3)[:2] == [Range("0.tar", 0, 8, True, 2), Range("2.tar", 0, 4, True)]
+    assert ranges(size=RangeSize(1, 1), rows=9, skip=3)[0] == Range("0.tar", 0, 1, False)
+    assert ranges(skip=3, done=Range("1.tar", 0, 1, False))[:3] == [
+        Range("0.tar", 0, 4, True),
+        Range("1.tar", 1, 4, True),
+        Range("2.tar", 0, 4, True),
+    ]
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.data())
+def test_whatever_files_are_lost_what_they_had_is_unfinished(counts: list[int], data: st.DataObject) -> None:
+    shards = [Shard(f"{number:02d}.tar", count, "e") for number, count in enumerate(counts)]
+    expected: list[bool] = []
+    done: dict[str, list[Range]] = {}
+    while len(expected) < len(shards):
+        first = len(expected)
+        several = data.draw(st.integers(1, len(shards) - first))
+        is_kept = data.draw(st.booleans())
+        if is_kept:
+            images = sum(counts[first : first + several])
+            done[shards[first].name] = [Range(shards[first].name, 0, images, True, several)]
+        expected += [is_kept] * several
+    assert finished(shards, done) == expected
+    assert surplus(shards, done) == []
+    unfinished = Unfinished.of(shards, done).shards["ordinal"].to_pylist()
+    assert unfinished == [number for number, is_finished in enumerate(expected) if not is_finished]
 
 
 def test_too_many_rejects_stop_the_run(source: ImageSource, model: str, tmp_path: Path, ray_local: None) -> None:

@@ -87,8 +87,9 @@ def read(source: ImageSource) -> Iterator[dict[str, object]]:
     """What the readers hand to the model, without Ray."""
     reader = RangeReader(source.reader, TRANSFORM, range_bytes=2**20, decode_seconds=0.3)
     for shard in source.shards():
-        for table in reader.ranges(shard, ()):
-            yield from table.to_pylist()
+        for table in reader.ranges([(0, shard)], {}):
+            for row in table.to_pylist():
+                yield row | {"shard": row["shards"][0]}
 
 
 def good(count: int) -> list[bytes]:
