@@ -455,7 +455,8 @@ def _unfinished(store: "RunStore", name: str, unlabeled: "Finished | None") -> s
     if name == "scores" and unlabeled is not None:
         scored = ledger(store.place(name)).values()
         shards = sum(ranges[-1].shards for ranges in scored if complete(ranges))
-        return f"started: {shards:,} of {unlabeled.outputs['shards']:,} shards"
+        total = unlabeled.outputs["shards"]
+        return f"started: {min(shards, total):,} of {total:,} shards"
     return "started"
 
 

@@ -133,7 +133,8 @@ def finished(shards: Sequence[Shard], done: Mapping[str, Sequence[Range]]) -> li
 
 
 def surplus(shards: Sequence[Shard], done: Mapping[str, Sequence[Range]]) -> list[Range]:
-    """Ranges with rows that ranges before them have too: what a process that outlived its scoring published beside the next one's.
+    """Ranges with rows that ranges before them have too, or beyond the end that those saw: what a process that outlived its scoring
+    published beside the next one's.
 
     Args:
         shards: the source's listing, all of it.
@@ -167,7 +168,7 @@ class Unfinished:
 
     @classmethod
     def of(cls, shards: Sequence[Shard], done: Mapping[str, Sequence[Range]]) -> "Unfinished":
-        """Those of `shards` whose ranges do not cover them."""
+        """Those of a listing, all of it, whose ranges do not cover them."""
         missing = [n for n, is_finished in enumerate(finished(shards, done)) if not is_finished]
         table = shard_table(shards[n] for n in missing).append_column("ordinal", pa.array(missing, pa.int64()))
         return cls(table, {shards[n].name: tuple(done[shards[n].name]) for n in missing if shards[n].name in done})
@@ -254,23 +255,25 @@ class RangeReader:
             StorageError: the store is out of reach, or refuses.
         """
         size = size or RangeSize(MAX_RANGE_BYTES, MAX_RANGE_BYTES)
-        held: list[_Decoded] = []  # whole shards that follow each other
+        held = _Held()
         before = -1
         for ordinal, shard in shards:
+            alone = shard.size >= SMALL_BYTES
+            if held.parts and (alone or ordinal != before + 1):
+                yield held.table()
+                size.grow()
+            before = ordinal
             for one in self._ranges(shard, done.get(shard.name, ()), size):
-                fits = one.whole and ordinal == before + 1 and one.rows + sum(h.rows for h in held) <= self._rows
-                if held and not fits:
-                    yield _table(held)
+                if held.parts and not (one.whole and held.rows + one.rows <= self._rows):
+                    yield held.table()
                     size.grow()
-                    held = []
-                held.append(one)
-                before = ordinal
-                if not one.whole or sum(h.bytes for h in held) >= min(size.bytes, SMALL_BYTES):
-                    yield _table(held)
+                held.add(one)
+                if alone or not one.whole or held.bytes >= min(size.bytes, SMALL_BYTES):
+                    yield held.table()
                     size.grow()
-                    held = []
-        if held:
-            yield _table(held)
+                del one  # or its images would stay while the next ones are decoded
+        if held.parts:
+            yield held.table()
 
     def _ranges(self, shard: Shard, covered: Sequence[Range], size: "RangeSize") -> Iterator["_Decoded"]:
         """Those of one shard, in row order.
@@ -378,23 +381,38 @@ class _Decoded:
         self.rejects.append({"shard": self.shard.name, "index": index, "reason": reason, "error": error})
 
 
-def _table(parts: Sequence[_Decoded]) -> pa.Table:
-    """One row: rows of one shard, or several whole shards. The images are one binary value, so that Ray never splits a range over blocks."""
-    images = [image for part in parts for image in part.images]
-    return pa.table(
-        {
-            "shards": pa.array([[part.shard.name for part in parts]], pa.list_(pa.string())),
-            "start": pa.array([parts[0].start], pa.int64()),
-            "stop": pa.array([parts[0].start + sum(part.rows for part in parts)], pa.int64()),
-            "last": pa.array([parts[-1].last], pa.bool_()),
-            "missing": pa.array([parts[0].missing], pa.bool_()),
-            "size": pa.array([sum(part.shard.size for part in parts)], pa.int64()),
-            "counts": pa.array([[len(part.indices) for part in parts]], pa.list_(pa.int32())),
-            "indices": pa.array([[index for part in parts for index in part.indices]], pa.list_(pa.uint32())),
-            "images": pa.array([np.stack(images).tobytes() if images else b""], pa.large_binary()),
-            "rejects": pa.array([[reject for part in parts for reject in part.rejects]], pa.list_(_REJECT)),
-        }
-    )
+class _Held:
+    """Rows of one shard, or several whole shards, that become a range."""
+
+    def __init__(self) -> None:
+        self.parts: list[_Decoded] = []
+        self.rows = 0
+        self.bytes = 0
+
+    def add(self, part: _Decoded) -> None:
+        self.parts.append(part)
+        self.rows += part.rows
+        self.bytes += part.bytes
+
+    def table(self) -> pa.Table:
+        """One row; nothing is held from then on. The images are one binary value, so that Ray never splits a range over blocks."""
+        parts, rows = self.parts, self.rows
+        self.parts, self.rows, self.bytes = [], 0, 0
+        images = [image for part in parts for image in part.images]
+        return pa.table(
+            {
+                "shards": pa.array([[part.shard.name for part in parts]], pa.list_(pa.string())),
+                "start": pa.array([parts[0].start], pa.int64()),
+                "stop": pa.array([parts[0].start + rows], pa.int64()),
+                "last": pa.array([parts[-1].last], pa.bool_()),
+                "missing": pa.array([parts[0].missing], pa.bool_()),
+                "size": pa.array([sum(part.shard.size for part in parts)], pa.int64()),
+                "counts": pa.array([[len(part.indices) for part in parts]], pa.list_(pa.int32())),
+                "indices": pa.array([[index for part in parts for index in part.indices]], pa.list_(pa.uint32())),
+                "images": pa.array([np.stack(images).tobytes() if images else b""], pa.large_binary()),
+                "rejects": pa.array([[reject for part in parts for reject in part.rejects]], pa.list_(_REJECT)),
+            }
+        )
 
 
 _REJECT = pa.struct([("shard", pa.string()), ("index", pa.uint32()), ("reason", pa.string()), ("error", pa.string())])

@@ -73,7 +73,8 @@ class RangeScorer:
         list(self._publishers.map(self._publish, rows, indices, parts))
         return {
             "shard": [row["range"].shard for row in rows],
-            "ended_bytes": [row["size"] if row["last"] else 0 for row in rows],
+            "last": [row["last"] for row in rows],
+            "size": [row["size"] for row in rows],
             "scored": [len(part) for part in images],
             "rejected": [sum(r["index"] is not None for r in row["rejects"]) for row in rows],
             **{name: [row[name] for row in rows] for name in ("read_seconds", "read_cpu_seconds")},

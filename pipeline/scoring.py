@@ -125,13 +125,12 @@ def score(
     check_views(transform, settings)
     shards = source.shards()
     done = ledger(scores_uri)
-    if twice := surplus(shards, done):
-        for published in twice:
-            storage.delete_file(storage.join(scores_uri, published.file))
-        done = ledger(scores_uri)
+    for published in surplus(shards, done):
+        storage.delete_file(storage.join(scores_uri, published.file))
+        done[published.shard].remove(published)
+    _forget_rejects(rejects_uri, done)
     unfinished = Unfinished.of(shards, done)
     if len(unfinished.shards):
-        _forget_rejects(rejects_uri, done)
         decoded = transform.seen_by(settings.views)
         job = Job(source.reader, model_uri, scores_uri, rejects_uri, decoded, len(card.class_names), settings)
         try:
@@ -209,7 +208,8 @@ def prove(source: ImageSource, scores_uri: str, rejects_uri: str) -> Scored:
     rejected = sum(reasons.values()) - len(wholes)
     if listed != scored + rejected:
         raise StageError(
-            f"{listed} images are listed, but {scored} are scored and {rejected} rejected: remove {scores_uri} and score again"
+            f"{listed} images are listed, but {scored} are scored and {rejected} rejected: run the same command again; "
+            f"if it says the same, remove {scores_uri}, and score again"
         )
     unreadable = len({reject.shard for reject in wholes})
     return Scored(scores_uri, rejects_uri, listed, scored, rejected, unreadable, dict(sorted(reasons.items())))
@@ -243,8 +243,9 @@ def stream(job: Job, unfinished: Unfinished) -> Iterator[list[dict[str, Any]]]:
     """Scores what is unfinished on the Ray that is running; closing the iterator stops it.
 
     Yields:
-        For ranges whose files are published: `shard`, the first; `ended_bytes`, of shards that ended; `scored` and `rejected` images; and
-        what they took, `read_seconds` and `model_seconds`, with the CPU time of their processes, `read_cpu_seconds` and `model_cpu_seconds`.
+        For ranges whose files are published: `shard`, the first; `last`, whether it ended; `size`, bytes of its shards; `scored` and
+        `rejected` images; and what they took, `read_seconds` and `model_seconds`, with the CPU time of their processes,
+        `read_cpu_seconds` and `model_cpu_seconds`.
     """
     import ray
 
@@ -308,9 +309,9 @@ def _follow(job: Job, unfinished: Unfinished, done: Mapping[str, Sequence[Range]
         for row in rows:
             images, rejects = images + row["scored"], rejects + row["rejected"]
             waiting[row["shard"]] = waiting.get(row["shard"], 0) + row["scored"] + row["rejected"]
-            if row["ended_bytes"]:
+            if row["last"]:
                 ended_images += waiting.pop(row["shard"])
-                ended_bytes += row["ended_bytes"]
+                ended_bytes += row["size"]
         expected = before + ended_images * size // ended_bytes if ended_bytes and ended_images else None
         progress.update(before + images, rejects, total=expected and max(expected, before + images + rejects))
         if images + rejects >= EARLY_CHECK and rejects > limit * (images + rejects):

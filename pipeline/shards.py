@@ -1,13 +1,15 @@
 """Shards of images and how they are read: WebDataset tars, Parquet with an image column, groups of image files."""
 
+import io
 import random
 import re
 import tarfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from cluster import storage
 from cluster.errors import SourceError, StorageError, TophatError, one_line
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 Layout = Literal["webdataset", "parquet", "folder"]
 Label = int | str | None
+T = TypeVar("T")
 
 IMAGE_SUFFIXES = (
     ".jpg",
@@ -34,6 +37,8 @@ IMAGE_SUFFIXES = (
     ".avif",
 )
 RETRY_SECONDS = (0.5, 2.0, 8.0)
+READ_BYTES = 4 * 2**20
+"""Of one request to an object store, at most: large, because each takes tens of milliseconds whatever its size."""
 MAX_IMAGE_BYTES = 256 * 2**20
 MAX_HEADER_BYTES = 2**20
 _LONG_HEADERS = (b"g", b"x", b"X", b"L", b"K")
@@ -142,7 +147,7 @@ class Reader:
             rows: only these indices, when given.
             unchanged: whether an image of a virtual shard that changed since it was listed is withheld; of other shards, `check` tells.
 
-        A store that fails for a moment is asked again, from the row that came last.
+        A store that fails for a moment is asked again, from the byte that came last.
 
         Raises:
             ShardError: the shard is damaged; rows that came before are good.
@@ -156,33 +161,18 @@ class Reader:
             "folder": partial(self._read_files, unchanged=unchanged),
         }
         read = reads[self.layout]
-        last = -1
-        for pause in (*RETRY_SECONDS, None):
-            try:
-                for row in read(shard, wanted):
-                    if row.index > last:
-                        last = row.index
-                        yield replace(row, label=self._named(row.label))
-                return
-            except FileNotFoundError:
-                raise MissingShardError("the shard vanished since it was listed") from None
-            except (tarfile.TarError, EOFError, ValueError, SourceError) as error:
-                raise ShardError(one_line(f"{type(error).__name__}: {error}")) from None
-            except OSError as error:
-                if not storage.is_outage(error):
-                    kind = (
-                        MissingShardError if error.errno is not None else ShardError
-                    )  # Arrow speaks of content without a number
-                    raise kind(one_line(f"{type(error).__name__}: {error}")) from None
-                self._wait(shard, pause, error)
-
-    def _wait(self, shard: Shard, pause: float | None, error: OSError) -> None:
-        """Sleeps after an outage; after the last attempt, says what happened."""
-        if pause is None:
-            uri, times = storage.join(self.root, shard.name), len(RETRY_SECONDS) + 1
-            rule = f"could not be read in {times} attempts ({error})"
-            raise StorageError("source", uri, rule, "check the store, then go on") from None
-        time.sleep(pause * random.uniform(0.5, 1.5))  # not all readers at once
+        try:
+            for row in read(shard, wanted):
+                yield replace(row, label=self._named(row.label))
+        except FileNotFoundError:
+            raise MissingShardError("the shard vanished since it was listed") from None
+        except (tarfile.TarError, EOFError, ValueError, SourceError) as error:
+            raise ShardError(one_line(f"{type(error).__name__}: {error}")) from None
+        except OSError as error:
+            kind = (
+                MissingShardError if error.errno is not None else ShardError
+            )  # Arrow speaks of content without a number
+            raise kind(one_line(f"{type(error).__name__}: {error}")) from None
 
     def check(self, shard: Shard) -> None:
         """Makes sure that a shard is still what was listed; the images of a virtual one are checked when they are read.
@@ -194,17 +184,15 @@ class Reader:
         """
         if shard.files:
             return
-        for pause in (*RETRY_SECONDS, None):
-            try:
-                if storage.etag(storage.join(self.root, shard.name)) != shard.etag:
-                    raise ChangedShardError("the shard changed since it was listed")
-                return
-            except FileNotFoundError:
-                raise MissingShardError("the shard vanished since it was listed") from None
-            except OSError as error:
-                if not storage.is_outage(error):
-                    raise MissingShardError(one_line(f"{type(error).__name__}: {error}")) from None
-                self._wait(shard, pause, error)
+        uri = storage.join(self.root, shard.name)
+        try:
+            now = _asked(uri, lambda: storage.etag(uri))
+        except FileNotFoundError:
+            raise MissingShardError("the shard vanished since it was listed") from None
+        except OSError as error:
+            raise MissingShardError(one_line(f"{type(error).__name__}: {error}")) from None
+        if now != shard.etag:
+            raise ChangedShardError("the shard changed since it was listed")
 
     def gone(self, shard: Shard) -> MissingShardError | None:
         """What `check` says about a shard that could not be read, if anything: that it is damaged is then of no interest."""
@@ -214,9 +202,11 @@ class Reader:
             return error
         return None
 
-    def _open(self, name: str) -> Any:
-        filesystem, path = storage.filesystem(storage.join(self.root, name))
-        return filesystem.open_input_file(path)
+    def _open(self, name: str) -> "pa.NativeFile | _RemoteFile":
+        uri = storage.join(self.root, name)
+        filesystem, path = storage.filesystem(uri)
+        file = _asked(uri, lambda: filesystem.open_input_file(path))
+        return _RemoteFile(uri, file) if storage.is_remote(uri) else file
 
     def _named(self, label: Label) -> Label:
         if isinstance(label, int) and self.class_names is not None and 0 <= label < len(self.class_names):
@@ -227,7 +217,8 @@ class Reader:
         compressed = not shard.name.endswith(".tar")
         with (
             self._open(shard.name) as file,
-            tarfile.open(fileobj=file, mode="r|gz" if compressed else "r|", tarinfo=_Member) as archive,
+            _buffered(file) as content,
+            tarfile.open(fileobj=content, mode="r|gz" if compressed else "r|", tarinfo=_Member) as archive,
         ):
             index, key, data, label, problem, offset = -1, None, b"", None, None, 0
             certain = unlabeled = False  # `data` is no mask; samples here have no labels
@@ -304,12 +295,84 @@ class Reader:
                     with self._open(path) as file:
                         data, problem = file.read(), None
                         if unchanged and shard.etags:
-                            now = storage.etag(storage.join(self.root, path), file)
+                            native = file.native if isinstance(file, _RemoteFile) else file
+                            now = storage.etag(storage.join(self.root, path), native)
                             if now != shard.etags[index]:
                                 data, problem = b"", "the file changed since it was listed"
                 except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
                     data, problem = b"", one_line(f"{type(error).__name__}: {error.strerror or error}")
                 yield Row(index, data, folder, problem)
+
+
+def _asked(uri: str, ask: Callable[[], T]) -> T:
+    """What `ask` returns, after some attempts if the store fails for a moment.
+
+    Raises:
+        StorageError: it fails for longer.
+    """
+    for pause in RETRY_SECONDS:
+        try:
+            return ask()
+        except OSError as error:
+            if not storage.is_outage(error):
+                raise
+        time.sleep(pause * random.uniform(0.5, 1.5))  # not all readers at once
+    try:
+        return ask()
+    except OSError as error:
+        if not storage.is_outage(error):
+            raise
+        rule = f"could not be read in {len(RETRY_SECONDS) + 1} attempts ({error})"
+        raise StorageError("source", uri, rule, "check the store, then go on") from None
+
+
+class _RemoteFile(io.RawIOBase):
+    """An object that is read from where it is, and again from there if the store fails for a moment.
+
+    Attributes:
+        native: the opened object.
+    """
+
+    def __init__(self, uri: str, native: "pa.NativeFile") -> None:
+        self.native = native
+        self._uri = uri
+        self._size: int = native.size()
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        wanted = max(0, min(len(view), self._size - self._at))
+        if wanted:
+            content = _asked(self._uri, lambda: self.native.read_at(wanted, self._at))
+            wanted = len(content)
+            view[:wanted] = content
+            self._at += wanted
+        return wanted
+
+    def readall(self) -> bytes:
+        return self.read(self._size - self._at) or b""
+
+    def close(self) -> None:
+        self.native.close()
+        super().close()
+
+
+def _buffered(file: "pa.NativeFile | _RemoteFile") -> Any:
+    """For reading from the beginning to the end, a little at a time."""
+    return io.BufferedReader(file, READ_BYTES) if isinstance(file, _RemoteFile) else nullcontext(file)
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pipeline.ranges
 import tiny
 from cluster import storage
 from cluster.errors import ModelError, RunError, StageError
@@ -236,15 +237,18 @@ def test_only_what_has_no_file_is_scored_again(scored: str, source: ImageSource,
 
 def test_what_two_files_hold_is_scored_once(scored: str, source: ImageSource, model: str) -> None:
     table = read_scores(scored)
-    again = Range("a.tar", 10, 30, False)
+    rejects = read_rejects(f"{scored}-rejects", limit=9)
+    again = Range("b.tar", 2, 9, False)
     sink = pa.BufferOutputStream()
-    pq.write_table(table.slice(10, 20), sink)
+    pq.write_table(table.filter(pc.equal(table["shard"], "b.tar")).slice(2, 6), sink)
+    publish_rejects(storage.join(f"{scored}-rejects", again.file), [r for r in rejects[1] if r.index == 5])
     storage.publish(storage.join(scored, again.file), sink.getvalue().to_pybytes())
-    with pytest.raises(StageError, match=r"a\.tar/00000010-00000030\.parquet holds images that another file holds too"):
+    with pytest.raises(StageError, match=r"b\.tar/00000002-00000009\.parquet holds images that another file holds too"):
         prove(source, scored, f"{scored}-rejects")
     score(source, model, scored, f"{scored}-rejects", SETTINGS, SILENT)
     assert not storage.exists(storage.join(scored, again.file))
     assert read_scores(scored).equals(table)
+    assert read_rejects(f"{scored}-rejects", limit=9)[0] == rejects[0]
 
 
 def test_a_large_shard_is_scored_in_ranges_and_resumes_inside(source: ImageSource) -> None:
@@ -275,8 +279,8 @@ def of_tables(tables: Iterable[pa.Table]) -> list[Range]:
     return [Range(row["shards"][0], row["start"], row["stop"], row["last"], len(row["shards"])) for row in rows]
 
 
-def test_small_shards_share_a_range(tmp_path: Path) -> None:
-    """The reader alone: neighbours in the listing only, whole ones only, and no more than a range may hold."""
+def test_small_shards_share_a_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader alone: neighbours in the listing only, whole ones only, small ones only, and no more than a range may hold."""
     images = tiny.digits()["two"]
     for number in range(8):
         write_tar(tmp_path / f"{number}.tar", images[4 * number : 4 * number + 4])
@@ -304,6 +308,15 @@ def test_small_shards_share_a_range(tmp_path: Path) -> None:
         Range("1.tar", 1, 4, True),
         Range("2.tar", 0, 4, True),
     ]
+    encoded = sum(len(image) for image in images[:4])
+    monkeypatch.setattr(pipeline.ranges, "SMALL_BYTES", 2**15)  # more than a tar has
+    assert encoded * 8 < 2**15
+    assert ranges(size=RangeSize(encoded + 1, 2**20), skip=3)[:2] == [
+        Range("0.tar", 0, 8, True, 2),
+        Range("2.tar", 0, 4, True),
+    ]
+    monkeypatch.setattr(pipeline.ranges, "SMALL_BYTES", min(shard.size for _, shard in shards))
+    assert ranges(skip=3) == [Range(f"{n}.tar", 0, 4, True) for n in (0, 1, 2, 4, 5, 6, 7)]
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.data())

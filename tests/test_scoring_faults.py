@@ -298,6 +298,26 @@ def test_reads_and_writes_outlast_faults_and_a_stall_is_cut(s3: str) -> None:
     assert set(proxy.injected) == set(FAULTS)
 
 
+@pytest.mark.parametrize("layout", ["webdataset", "parquet"])
+def test_a_shard_is_read_in_few_requests_and_outlasts_faults(s3: str, layout: str) -> None:
+    images = [random.Random(number).randbytes(100_000) for number in range(100)]
+    name, content = ("a.tar", broken_images.tar(images)) if layout == "webdataset" else ("a.parquet", parquet(images))
+    storage.publish(storage.join(s3, name), content)
+    shard = open_source("U", Source(uri=s3)).shards()[0]
+    port = urlsplit(os.environ["AWS_ENDPOINT_URL"]).port
+    assert port is not None
+    for share, requests in ((0.0, 12), (0.4, 200)):
+        with (
+            faulty_proxy(port, share, seed=3, stall=2.0) as proxy,
+            killing.environment(AWS_ENDPOINT_URL=proxy.url, TOPHAT_S3_TIMEOUT="1"),
+        ):
+            source = open_source("U", Source(uri=s3))
+            listed = proxy.requests
+            assert [row.data for row in source.reader.read(shard)] == images
+            assert proxy.requests - listed <= requests
+            assert bool(proxy.injected) == bool(share)
+
+
 def test_a_timeout_that_cannot_be(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOPHAT_S3_TIMEOUT", "soon")
     with pytest.raises(StorageError, match=r"^TOPHAT_S3_TIMEOUT = 'soon': must be from 1 to 3600 seconds"):
