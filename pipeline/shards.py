@@ -260,7 +260,7 @@ class Reader:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with self._open(shard.name) as file, pq.ParquetFile(file) as parquet:
+        with self._open(shard.name) as file, pq.ParquetFile(file, buffer_size=READ_BYTES) as parquet:
             names = parquet.schema_arrow.names
             if self.image_column not in names:
                 raise SourceError(
@@ -352,18 +352,17 @@ class _RemoteFile(io.RawIOBase):
         self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
         return self._at
 
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        wanted = max(0, min(len(view), self._size - self._at))
-        if wanted:
-            content = _asked(self._uri, lambda: self.native.read_at(wanted, self._at))
-            wanted = len(content)
-            view[:wanted] = content
-            self._at += wanted
-        return wanted
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._size - self._at)
+        wanted = left if size < 0 else min(size, left)
+        content: bytes = _asked(self._uri, lambda: self.native.read_at(wanted, self._at)) if wanted else b""
+        self._at += len(content)
+        return content
 
-    def readall(self) -> bytes:
-        return self.read(self._size - self._at) or b""
+    def readinto(self, buffer: Any) -> int:
+        content = self.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
 
     def close(self) -> None:
         self.native.close()
