@@ -31,17 +31,17 @@ def parallel_map(
         num_cpus: what each task reserves.
 
     Raises:
-        whatever `fn` raised, after the remaining tasks were canceled.
+        whatever `fn` raised; tasks that have not ended are left to Ray, which ends them with the job.
     """
     import ray
 
-    with _Flight(in_flight, num_cpus) as flight:
-        for item in items:
-            while flight.full:
-                yield from (ray.get(result) for (result,) in flight.land())
-            flight.launch(fn, item)
-        while flight.busy:
+    flight = _Flight(in_flight, num_cpus)
+    for item in items:
+        while flight.full:
             yield from (ray.get(result) for (result,) in flight.land())
+        flight.launch(fn, item)
+    while flight.busy:
+        yield from (ray.get(result) for (result,) in flight.land())
 
 
 def scatter(
@@ -68,29 +68,29 @@ def scatter(
         Notes, and references to the objects that came with each, in the order in which they arrive.
 
     Raises:
-        whatever `fn` raised, after the remaining tasks were canceled.
+        whatever `fn` raised; tasks that have not ended are left to Ray, which ends them with the job.
     """
     import ray
 
-    with _Flight(in_flight, num_cpus, values + 1) as flight:
-        drawn = iter(items)
-        while True:
-            while flight.full:
-                yield from ((ray.get(note), rest) for note, *rest in flight.land())
-            if (item := next(drawn, None)) is None:
-                break
-            flight.launch(fn, *item)
-        while flight.busy:
+    flight = _Flight(in_flight, num_cpus, values + 1)
+    drawn = iter(items)
+    while True:
+        while flight.full:
             yield from ((ray.get(note), rest) for note, *rest in flight.land())
+        if (item := next(drawn, None)) is None:
+            break
+        flight.launch(fn, *item)
+    while flight.busy:
+        yield from ((ray.get(note), rest) for note, *rest in flight.land())
 
 
 def run_task(fn: Callable[..., R], *args: object, num_cpus: float = 1.0) -> R:
     """`fn(*args)` in one Ray task, with the retries and errors of the others; references among `args` are resolved."""
     import ray
 
-    with _Flight(1, num_cpus) as flight:
-        flight.launch(fn, *args)
-        result: R = ray.get(flight.land()[0][0])
+    flight = _Flight(1, num_cpus)
+    flight.launch(fn, *args)
+    result: R = ray.get(flight.land()[0][0])
     return result
 
 
@@ -110,7 +110,8 @@ def cpus() -> float:
 class _Flight:
     """The unfinished tasks.
 
-    A task has a marker, which tells the caller that it succeeded, and results, which stay where they are.
+    A task has a marker, which tells the caller that it succeeded, and results, which stay where they are. None is ever canceled: in Ray
+    2.60, canceling a task that is just about to end can end the caller ("Tried to complete task that was not pending").
     """
 
     def __init__(self, limit: int | None, num_cpus: float, results: int | None = None) -> None:
@@ -123,15 +124,6 @@ class _Flight:
         self._several = results is not None
         self._functions: dict[Callable[..., Any], Any] = {}
         self._values: dict[Any, list[Any]] = {}
-
-    def __enter__(self) -> "_Flight":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        import ray
-
-        for marker in self._values:
-            ray.cancel(marker)
 
     @property
     def busy(self) -> bool:
