@@ -255,25 +255,22 @@ class RangeReader:
             StorageError: the store is out of reach, or refuses.
         """
         size = size or RangeSize(MAX_RANGE_BYTES, MAX_RANGE_BYTES)
-        held = _Held()
+        held = _Held(size)
         before = -1
         for ordinal, shard in shards:
             alone = shard.size >= SMALL_BYTES
             if held.parts and (alone or ordinal != before + 1):
-                yield held.table()
-                size.grow()
+                yield held.take()
             before = ordinal
             for one in self._ranges(shard, done.get(shard.name, ()), size):
                 if held.parts and not (one.whole and held.rows + one.rows <= self._rows):
-                    yield held.table()
-                    size.grow()
+                    yield held.take()
                 held.add(one)
                 if alone or not one.whole or held.bytes >= min(size.bytes, SMALL_BYTES):
-                    yield held.table()
-                    size.grow()
+                    yield held.take()
                 del one  # or its images would stay while the next ones are decoded
         if held.parts:
-            yield held.table()
+            yield held.take()
 
     def _ranges(self, shard: Shard, covered: Sequence[Range], size: "RangeSize") -> Iterator["_Decoded"]:
         """Those of one shard, in row order.
@@ -384,20 +381,22 @@ class _Decoded:
 class _Held:
     """Rows of one shard, or several whole shards, that become a range."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: RangeSize) -> None:
         self.parts: list[_Decoded] = []
         self.rows = 0
         self.bytes = 0
+        self._size = size
 
     def add(self, part: _Decoded) -> None:
         self.parts.append(part)
         self.rows += part.rows
         self.bytes += part.bytes
 
-    def table(self) -> pa.Table:
-        """One row; nothing is held from then on. The images are one binary value, so that Ray never splits a range over blocks."""
+    def take(self) -> pa.Table:
+        """The range, as one row; nothing is held from then on. The images are one binary value, so that Ray never splits a range over blocks."""
         parts, rows = self.parts, self.rows
         self.parts, self.rows, self.bytes = [], 0, 0
+        self._size.grow()
         images = [image for part in parts for image in part.images]
         return pa.table(
             {

@@ -140,14 +140,12 @@ class Reader:
     class_names: tuple[str, ...] | None = None
 
     def read(self, shard: Shard, rows: Collection[int] | None = None, *, unchanged: bool = False) -> Iterator[Row]:
-        """The images of a shard in row order.
+        """The images of a shard in row order. A store that fails for a moment is asked again, from the byte that came last.
 
         Args:
             shard: of this source.
             rows: only these indices, when given.
             unchanged: whether an image of a virtual shard that changed since it was listed is withheld; of other shards, `check` tells.
-
-        A store that fails for a moment is asked again, from the byte that came last.
 
         Raises:
             ShardError: the shard is damaged; rows that came before are good.
@@ -169,9 +167,8 @@ class Reader:
         except (tarfile.TarError, EOFError, ValueError, SourceError) as error:
             raise ShardError(one_line(f"{type(error).__name__}: {error}")) from None
         except OSError as error:
-            kind = (
-                MissingShardError if error.errno is not None else ShardError
-            )  # Arrow speaks of content without a number
+            # Arrow speaks of damaged content without a number.
+            kind = ShardError if error.errno is None else MissingShardError
             raise kind(one_line(f"{type(error).__name__}: {error}")) from None
 
     def check(self, shard: Shard) -> None:

@@ -179,10 +179,10 @@ def _members(*names: str) -> bytes:
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_shard_keeps_its_good_rows_and_says_what_it_is(tmp_path: Path, name: str) -> None:
-    make, least, reason = DAMAGE[name]
+    make, whole_rows, reason = DAMAGE[name]
     storage.publish(f"{tmp_path}/{name}", make())
     (row,) = read(open_source("U", Source(uri=str(tmp_path))))
-    assert row["indices"] == list(range(least))
+    assert row["indices"] == list(range(whole_rows))
     whole = [r for r in row["rejects"] if r["index"] is None]  # type: ignore[attr-defined]
     assert [r["reason"] for r in whole] == [reason]
     assert row["last"]
