@@ -263,6 +263,10 @@ def test_a_large_shard_is_scored_in_ranges_and_resumes_inside(source: ImageSourc
 
     assert ranges([]) == [Range("a.tar", 0, 50, True)]
     assert ranges([], RangeSize(1, 1)) == [Range("a.tar", n, n + 1, n == 49) for n in range(50)]
+    growing = ranges([], RangeSize(1, 2**20))
+    assert complete(growing)
+    assert 1 < len(growing) < 25
+    assert max(one.stop - one.start for one in growing) > 10
     for done in (
         [Range("a.tar", 0, 10, False)],
         [Range("a.tar", 40, 50, True)],

@@ -1,5 +1,6 @@
 """Scoring what is broken, on stores that fail and processes that die: nothing is lost, nothing is told wrong."""
 
+import io
 import os
 import random
 import signal
@@ -22,6 +23,7 @@ from faulty_proxy import FAULTS, faulty_proxy
 from models.config import ModelConfig, Transform
 from models.decoding import Decoder
 from models.transforms import UndecodableImage, evaluation_image
+from pipeline import shards
 from pipeline.ranges import RangeReader
 from pipeline.recipe import Score, Source
 from pipeline.rejects import REJECTS
@@ -164,7 +166,6 @@ def _long_name() -> bytes:
 
 def _members(*names: str) -> bytes:
     """A tar of these files, images but for labels and JSON, and then damage."""
-    import io
     import tarfile
 
     sink = io.BytesIO()
@@ -316,6 +317,46 @@ def test_a_shard_is_read_in_few_requests_and_outlasts_faults(s3: str, layout: st
             assert [row.data for row in source.reader.read(shard)] == images
             assert proxy.requests - listed <= requests
             assert bool(proxy.injected) == bool(share)
+
+
+class Flaky:
+    """An opened object whose every second read meets an outage, as pyarrow reports one."""
+
+    def __init__(self, content: bytes) -> None:
+        self._file = pa.BufferReader(content)
+        self.calls: list[int] = []
+
+    def size(self) -> int:
+        return int(self._file.size())
+
+    def read_at(self, size: int, offset: int) -> bytes:
+        self.calls.append(offset)
+        if len(self.calls) % 2:
+            raise OSError("AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 56")
+        return bytes(self._file.read_at(size, offset))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def test_a_failed_read_goes_on_at_its_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "RETRY_SECONDS", (0.0, 0.0))
+    content = random.Random(0).randbytes(10_000)
+    flaky = Flaky(content)
+    with io.BufferedReader(shards._RemoteFile("s3://bucket/a", flaky), 4000) as file:
+        assert b"".join(iter(lambda: file.read(700), b"")) == content
+    assert flaky.calls == [0, 0, 4000, 4000, 8000, 8000]
+
+    def outage() -> None:
+        raise OSError("AWS Error SLOW_DOWN")
+
+    def damage() -> None:
+        raise OSError("Couldn't deserialize thrift")
+
+    with pytest.raises(StorageError, match=r"^source = 's3://bucket/a': could not be read in 3 attempts \(AWS Error"):
+        shards._asked("s3://bucket/a", outage)
+    with pytest.raises(OSError, match="thrift"):
+        shards._asked("s3://bucket/a", damage)
 
 
 def test_a_timeout_that_cannot_be(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
