@@ -61,7 +61,8 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         StorageError: the scheme is not supported or the URI has no bucket.
     """
     scheme, path = _split(uri)
-    return _filesystem(scheme, tuple(sorted(_endpoint_environment().items()))), path
+    environment = () if scheme == "file" else tuple(sorted(_endpoint_environment().items()))
+    return _filesystem(scheme, environment), path
 
 
 def ray_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:

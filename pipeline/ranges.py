@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 MAX_RANGE_ROWS, MAX_RANGE_BYTES = 65_536, 2**40
 READ_TASKS = 2_000
 """Tasks, about at most, that the shards of a scoring are dealt to: enough for thousands of readers, few enough to plan in a second."""
-TASK_BYTES, MIN_TASK_BYTES = 64 * 2**20, 2**20
+TASK_BYTES, MIN_TASK_BYTES = 64 * 2**20, 2 * 2**20
 SMALL_BYTES = 2**20
-"""Encoded bytes of a shard that shares its file with those that follow it, until they have so many together."""
+"""Encoded bytes below which a shard shares its file with those that follow it."""
 FIRST_BYTES = 2**18
 """Encoded bytes of the first range of the tasks that start first: the first images are scored while others are still read."""
 SHARES = 8
@@ -266,7 +266,7 @@ class RangeReader:
                 if held.parts and not (one.whole and held.rows + one.rows <= self._rows):
                     yield held.take()
                 held.add(one)
-                if alone or not one.whole or held.bytes >= min(size.bytes, SMALL_BYTES):
+                if alone or not one.whole or held.bytes >= size.bytes:
                     yield held.take()
                 del one  # or its images would stay while the next ones are decoded
         if held.parts:
