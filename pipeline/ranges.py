@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 MAX_RANGE_ROWS, MAX_RANGE_BYTES = 65_536, 2**40
 READ_TASKS = 2_000
 """Tasks, about at most, that the shards of a scoring are dealt to: enough for thousands of readers, few enough to plan in a second."""
-TASK_BYTES, MIN_TASK_BYTES = 64 * 2**20, 2 * 2**20
+TASK_BYTES, MIN_TASK_BYTES = 64 * 2**20, 2**20
 SMALL_BYTES = 2**20
 """Encoded bytes below which a shard shares its file with those that follow it."""
 FIRST_BYTES = 2**18
