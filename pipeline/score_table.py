@@ -12,7 +12,7 @@ from typing import Any
 from cluster import storage
 from cluster.errors import SourceError, one_line
 from pipeline.quotas import random_scores
-from pipeline.top import Bool, Int32, Scored, UInt32
+from pipeline.top import Bool, Int32, Scored, UInt32, UInt64
 
 # isort: split
 # After cluster.storage: pyarrow.parquet loads pyarrow.fs, which reads the environment that cluster.storage sets.
@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 COLUMNS = ["shard", "index", "class_ids", "scores"]
 CLASSES_METADATA = b"tophat.num_classes"
@@ -70,7 +69,7 @@ class Exclusions:
     """
 
     shards: pa.StringArray
-    images: NDArray[np.uint64]
+    images: UInt64
 
     def among(self, shard: pa.DictionaryArray, index: UInt32) -> Bool | None:
         """Which images of a batch are excluded, bool [N]; None when none is."""

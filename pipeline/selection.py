@@ -19,14 +19,13 @@ from cluster.reduction import parallel_map, run_task
 from pipeline.quotas import quotas
 from pipeline.reducer import Files, Reduced, Reduction, Request
 from pipeline.score_table import CLASSES_METADATA, most_class, read_exclusions, read_layout
-from pipeline.top import Int64, Top, concatenate, merge, ranks, sort_order
+from pipeline.top import Int64, Top, UInt64, merge, ranks, sort_order, unify, used
 
 # isort: split
 # After cluster.storage: pyarrow.parquet loads pyarrow.fs, which reads the environment that cluster.storage sets.
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 SCHEMA = pa.schema(
     [
@@ -37,6 +36,8 @@ SCHEMA = pa.schema(
         pa.field("index", pa.uint32(), nullable=False),
     ]
 )
+ENCODED = SCHEMA.set(3, SCHEMA.field(3).with_type(pa.dictionary(pa.int32(), pa.string())))
+"""The same, with the names of shards as they are held in memory."""
 METADATA = b"tophat.selection"
 
 ROW_GROUP_ROWS = 1 << 18
@@ -269,8 +270,21 @@ class _Range:
     unselected: int
 
 
-def _publish(plans: Sequence[_Plan], number: int, bucket: int, *tops: Top) -> tuple[_Range, Top]:
-    """Writes the files of one bucket; returns what is in them, and one candidate for each image; runs in a Ray task."""
+@dataclass(frozen=True)
+class _Images:
+    """Different images, in the order of their shards' names and then of their indices.
+
+    Attributes:
+        shards: pyarrow string array, sorted.
+        images: uint64 [N]: the ordinal of the shard in the upper half, the index in the lower.
+    """
+
+    shards: pa.StringArray
+    images: UInt64
+
+
+def _publish(plans: Sequence[_Plan], number: int, bucket: int, *tops: Top) -> tuple[_Range, _Images]:
+    """Writes the files of one bucket; returns what is in them, and their different images; runs in a Ray task."""
     plan = plans[number]
     edges = plan.request().edges
     first, last = edges[bucket], edges[bucket + 1]
@@ -292,17 +306,20 @@ def _write(plan: _Plan, part: int, parts: int, top: Top, start: int, stop: int) 
         "images_per_class": plan.images_per_class,
         "classes_per_image": plan.classes_per_image,
     }
-    num_classes = str(len(plan.quotas))
-    schema = SCHEMA.with_metadata({METADATA: json.dumps(metadata), CLASSES_METADATA: num_classes})
+    said = {METADATA.decode(): json.dumps(metadata), CLASSES_METADATA.decode(): str(len(plan.quotas))}
     rank = ranks(top.class_id[start:stop]).astype(np.int32)
     sink = pa.BufferOutputStream()
     plain = {"class_id": "DELTA_BINARY_PACKED", "rank": "DELTA_BINARY_PACKED"}
-    with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=["shard"], column_encoding=plain) as writer:
+    with pq.ParquetWriter(
+        sink, ENCODED, compression="zstd", use_dictionary=["shard"], column_encoding=plain, store_schema=False
+    ) as writer:  # which would say that `shard` is a dictionary
+        writer.add_key_value_metadata(said)
         for first in range(start, max(stop, start + 1), ROW_GROUP_ROWS):
             rows = slice(first, min(first + ROW_GROUP_ROWS, stop))
-            shard = pa.DictionaryArray.from_arrays(top.shard[rows], top.shards).cast(pa.string())
+            shards, shard = used(top.shards, top.shard[rows])
             numbers = (top.class_id[rows], rank[rows.start - start : rows.stop - start], top.score[rows])
-            writer.write_table(pa.table([*map(pa.array, numbers), shard, pa.array(top.index[rows])], schema))
+            names = pa.DictionaryArray.from_arrays(shard, shards)
+            writer.write_table(pa.table([*map(pa.array, numbers), names, pa.array(top.index[rows])], schema=ENCODED))
     storage.publish(storage.join(plan.out_uri, _part(part)), sink.getvalue().to_pybytes())
 
 
@@ -310,34 +327,34 @@ def _part(number: int) -> str:
     return f"part-{number:05d}.parquet"
 
 
-def _images(top: Top) -> Top:
-    """One candidate for each different image of the sorted `top`.
+def _images(top: Top) -> _Images:
+    """The different images of the sorted `top`.
 
     Raises:
         SourceError: an image has two scores for a class.
     """
-    order, same = _by_image(top)
-    twice = np.flatnonzero(same & (top.class_id[order[1:]] == top.class_id[order[:-1]]))
+    order = sort_order(top.shard.view(np.uint32), top.index)
+    image = (top.shard[order].astype(np.uint64) << np.uint64(32)) | top.index[order]
+    is_same = image[1:] == image[:-1]
+    twice = np.flatnonzero(is_same & (top.class_id[order[1:]] == top.class_id[order[:-1]]))
     if len(twice):
         row = order[twice[0]]
         name = f"{top.shards[int(top.shard[row])].as_py()}, index {top.index[row]}"
         rule = f"has two scores for class {top.class_id[row]}"
         raise SourceError("scores", name, rule, "remove the score file that repeats another's rows")
-    rows = order[np.concatenate([[True], ~same])[: len(order)]]
-    return Top(top.class_id[rows], top.score[rows], top.shard[rows], top.index[rows], top.shards)
+    return _Images(top.shards, image[np.concatenate([[True], ~is_same])[: len(image)]])
 
 
-def _by_image(top: Top) -> tuple[Int64, NDArray[np.bool_]]:
-    """The stable order of `top` by image, and where two neighbors in it are of the same image (one less)."""
-    order = sort_order(top.shard.view(np.uint32), top.index)
-    shard, index = top.shard[order], top.index[order]
-    return order, (shard[1:] == shard[:-1]) & (index[1:] == index[:-1])
-
-
-def _count_images(*images: Top) -> int:
+def _count_images(*several: _Images) -> int:
     """Different images among all; runs in a Ray task."""
-    every = concatenate(images)
-    return len(every) - int(np.count_nonzero(_by_image(every)[1]))
+    _, places = unify([one.shards for one in several])
+    ordinals = [
+        place.astype(np.uint64)[one.images >> np.uint64(32)] for one, place in zip(several, places, strict=True)
+    ]
+    indices = np.concatenate([one.images for one in several]) & np.uint64(0xFFFFFFFF)
+    every = (np.concatenate(ordinals) << np.uint64(32)) | indices
+    every.sort(kind="stable")  # a merge of runs that are sorted
+    return len(every) - int(np.count_nonzero(every[1:] == every[:-1]))
 
 
 def _selected(plan: _Plan, reduced: Reduced) -> Selected:
@@ -406,7 +423,7 @@ def read_selection(uri: str) -> pa.Table:
                 table = pq.ParquetFile(source, read_dictionary=["shard"]).read()
             except ValueError as error:
                 raise SourceError("selection", uri, f"holds {file.path}, which cannot be read ({error})", fix) from None
-        if not table.schema.equals(SCHEMA.set(3, SCHEMA.field(3).with_type(pa.dictionary(pa.int32(), pa.string())))):
+        if not table.schema.equals(ENCODED):
             raise SourceError("selection", uri, f"holds {file.path}, which has other columns", fix)
         tables.append(table)
     said = json.loads((tables[0].schema.metadata or {}).get(METADATA, b"{}")) if tables else {}

@@ -19,6 +19,7 @@ Bool = NDArray[np.bool_]
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 UInt32 = NDArray[np.uint32]
+UInt64 = NDArray[np.uint64]
 Float32 = NDArray[np.float32]
 
 PENDING = 1 << 16  # candidates that wait for a merge, at least
@@ -83,26 +84,30 @@ def merge(tops: Sequence[Top], quotas: Int64) -> Top:
     """
     every = concatenate(tops)
     kept = _first(every, quotas)
-    shard = every.shard[kept]
-    used = np.bincount(shard, minlength=len(every.shards)) > 0
+    shards, shard = used(every.shards, every.shard[kept])
     return Top(
         every.class_id[kept],
         every.score[kept],
-        (np.cumsum(used, dtype=np.int32) - np.int32(1))[shard],
+        shard,
         every.index[kept],
-        every.shards.filter(pa.array(used)),
+        shards,
         every.account + Account(unselected=len(every) - len(kept)),
     )
 
 
+def used(strings: pa.Array, places: NDArray[Any]) -> tuple[pa.Array, Int32]:
+    """Those of `strings` that are at some of `places`, in the same order, and where in them each place is now (int32 [N])."""
+    wanted = np.bincount(places, minlength=len(strings)) > 0
+    return strings.filter(pa.array(wanted)), (np.cumsum(wanted, dtype=np.int32) - np.int32(1))[places]
+
+
 def concatenate(tops: Sequence[Top]) -> Top:
     """All candidates of `tops`, at least one, as they stand; their shards in the order of their names."""
-    shards, ordinals = _unify([top.shards for top in tops])
-    bases = np.cumsum([0] + [len(top.shards) for top in tops[:-1]])
+    shards, places = unify([top.shards for top in tops])
     return Top(
         np.concatenate([top.class_id for top in tops]),
         np.concatenate([top.score for top in tops]),
-        np.concatenate([ordinals[base:][top.shard] for top, base in zip(tops, bases.tolist(), strict=True)]),
+        np.concatenate([place[top.shard] for top, place in zip(tops, places, strict=True)]),
         np.concatenate([top.index for top in tops]),
         shards,
         sum((top.account for top in tops), Account()),
@@ -124,12 +129,13 @@ def split(top: Top, edges: Sequence[int]) -> list[Top]:
     return [Top(class_id[i], score[i], shard[i], index[i], top.shards) for i in places]
 
 
-def _unify(dictionaries: Sequence[pa.StringArray]) -> tuple[pa.StringArray, Int32]:
-    """The distinct strings of all, in the order of their UTF-8 bytes, and the place in them of every given string."""
+def unify(dictionaries: Sequence[pa.StringArray]) -> tuple[pa.StringArray, list[Int32]]:
+    """The distinct strings of all, at least one, in the order of their UTF-8 bytes, and the places in them of each one's."""
     every = pa.concat_arrays(dictionaries)
     distinct = every.unique()
     distinct = distinct.take(pc.sort_indices(distinct))  # Arrow compares strings by their bytes
-    return distinct, pc.index_in(every, distinct).to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
+    places = pc.index_in(every, distinct).to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
+    return distinct, np.split(places, np.cumsum([len(one) for one in dictionaries[:-1]]))
 
 
 def _first(top: Top, quotas: Int64) -> Int64:
@@ -254,16 +260,15 @@ class Sieve:
             nonfinite -= int(np.count_nonzero(~finite[batch.excluded]))
             chosen = chosen[~batch.excluded[rows]]
             rows = chosen // max(per_image, 1)
-        codes = batch.shard.indices.to_numpy(zero_copy_only=False)[rows]
-        used = np.bincount(codes, minlength=len(batch.shard.dictionary)) > 0
-        shards = batch.shard.dictionary.filter(pa.array(used)).cast(pa.string())
+        shards, codes = used(batch.shard.dictionary, batch.shard.indices.to_numpy(zero_copy_only=False)[rows])
+        shards = shards.cast(pa.string())
         shards.validate(full=True)  # that it is UTF-8, which its order rests on
         held_back = score.size - excluded - nonfinite - len(chosen)
         account = Account(batch.images, score.size, excluded, nonfinite, held_back)
         return Top(
             class_id[chosen],
             score[chosen] + np.float32(0),  # no negative zero: it equals zero, and its bits do not
-            (np.cumsum(used, dtype=np.int32) - np.int32(1))[codes],
+            codes,
             batch.index[rows],
             shards,
             Account(unselected=-len(chosen)) if self._supplement else account,

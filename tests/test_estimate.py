@@ -13,20 +13,9 @@ import pytest
 import tiny
 from cluster.errors import InputError, StageError
 from cluster.resources import ClusterShape, NodeShape
-from pipeline.estimate import (
-    HERE,
-    Cost,
-    Forecast,
-    NodeType,
-    Sample,
-    SampleReader,
-    actors_on,
-    count_images,
-    node_types,
-    nodes_rate,
-    read_prices,
-)
+from pipeline.estimate import HERE, Forecast, NodeType, node_types, nodes_rate, read_prices
 from pipeline.recipe import Score, Source
+from pipeline.sampling import Cost, Sample, SampleReader, actors_on, count_images
 from pipeline.sources import ImageSource, open_source
 
 ROOT = Path(__file__).parent.parent
@@ -203,6 +192,7 @@ def test_the_command(tophat: Callable[..., Answer], tmp_path: Path) -> None:
     assert "--deadline = inf: must be a finite number of hours" in errors
     code, _, errors = tophat(*words, "--set", "score.gpus_per_actor=1", "--set", "score.cpus_per_actor=64")
     assert code == 2
+    assert "score.actors = 1: needs 64 CPU + 1 GPU on one node, and the cluster's nodes have" in errors
     code, _, errors = tophat(*words, "--price", "gpu=much")
     assert code == 2
     assert "--price = 'gpu=much': must have the form TYPE=PRICE" in errors

@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 from cluster import storage
 from cluster.errors import InputError, SourceError, StorageError
 from cluster.reduction import scatter
+from pipeline import selection
 from pipeline import top as top_module
 from pipeline.quotas import quotas
-from pipeline.selection import Selected, Wanted, read_selection, select, select_several
+from pipeline.selection import SCHEMA, Selected, Wanted, read_selection, select, select_several
 from pipeline.top import Int64, Scored, Sieve, Top, merge
 
 Row = tuple[str, int, list[int], list[float]]  # shard, index, class ids, scores
@@ -145,6 +146,16 @@ def test_any_split_and_any_merge_tree_equal_a_sort(rows: list[Row], K: int, data
     assert tops[0].account.candidates == len(expected) + tops[0].account.unselected + tops[0].account.nonfinite
 
 
+@given(st.lists(st.sets(st.tuples(st.sampled_from(HOSTILE), st.integers(0, 2**32 - 1)), max_size=9), min_size=1))
+def test_images_of_several_ranges_are_counted_once(several: list[set[tuple[str, int]]]) -> None:
+    tops = [
+        top_of([scored([(*image, [0], [0.5]) for image in images], 1)] if images else [], quota(9))
+        for images in several
+    ]
+    count = selection._count_images(*(selection._images(merge([top], quota(9))) for top in tops))
+    assert count == len(set().union(*several))
+
+
 @pytest.mark.parametrize(("levels", "K"), [(8, 15), (1 << 20, 15), (1 << 20, 2)])
 def test_thresholds_prune_and_keep_ties(levels: int, K: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many compactions in a row: the buffer is small, and with few levels ties straddle the threshold."""
@@ -243,6 +254,8 @@ class TestSelect:
         selected = select(str(tmp_path / "scores"), str(tmp_path / "out"), images_per_class=40, min_score=0.3)
         expected = brute_force(rows, 40, min_score=0.3)
         assert rows_of(selected.uri) == expected
+        assert selected.distinct_images == len({(row[3], row[4]) for row in expected}) < len(expected)
+        assert pq.read_table(selected.uri).schema.equals(SCHEMA)  # to whoever reads it otherwise, shards are strings
         query = f"""
             select class_id, rank - 1, score, shard, index from (
                 select *, row_number() over (partition by class_id order by score desc, shard, index) as rank
@@ -318,7 +331,7 @@ class TestSelect:
     def test_large_selections_are_split_between_classes_and_stale_parts_go(
         self, rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from pipeline import reducer, selection
+        from pipeline import reducer
 
         write_scores(str(tmp_path / "scores"), rows, 3, num_classes=9)
         monkeypatch.setattr(reducer, "scatter", in_process)  # where parts are small
@@ -592,7 +605,7 @@ class TestVariants:
     def test_a_memory_limit_takes_several_passes_and_gives_the_same_bytes(
         self, rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from pipeline import reducer, selection
+        from pipeline import reducer
 
         monkeypatch.setattr(reducer, "scatter", in_process)
         monkeypatch.setattr(selection, "PART_ROWS", 100)
