@@ -31,7 +31,7 @@ READ_TASKS = 2_000
 """Tasks, about at most, that the shards of a scoring are dealt to: enough for thousands of readers, few enough to plan in a second."""
 TASK_BYTES, MIN_TASK_BYTES = 64 * 2**20, 2**20
 SMALL_BYTES = 2**20
-"""Encoded bytes below which a shard shares its file with those that follow it."""
+"""Size of a shard, in bytes, below which it shares its file with those that follow it."""
 FIRST_BYTES = 2**18
 """Encoded bytes of the first range of the tasks that start first: the first images are scored while others are still read."""
 SHARES = 8

@@ -306,14 +306,18 @@ def _write(plan: _Plan, part: int, parts: int, top: Top, start: int, stop: int) 
         "images_per_class": plan.images_per_class,
         "classes_per_image": plan.classes_per_image,
     }
-    said = {METADATA.decode(): json.dumps(metadata), CLASSES_METADATA.decode(): str(len(plan.quotas))}
     rank = ranks(top.class_id[start:stop]).astype(np.int32)
     sink = pa.BufferOutputStream()
     plain = {"class_id": "DELTA_BINARY_PACKED", "rank": "DELTA_BINARY_PACKED"}
     with pq.ParquetWriter(
-        sink, ENCODED, compression="zstd", use_dictionary=["shard"], column_encoding=plain, store_schema=False
-    ) as writer:  # which would say that `shard` is a dictionary
-        writer.add_key_value_metadata(said)
+        sink,
+        ENCODED,
+        compression="zstd",
+        use_dictionary=["shard"],
+        column_encoding=plain,
+        store_schema=False,  # which would tell readers that `shard` is a dictionary
+    ) as writer:
+        writer.add_key_value_metadata({METADATA: json.dumps(metadata), CLASSES_METADATA: str(len(plan.quotas))})
         for first in range(start, max(stop, start + 1), ROW_GROUP_ROWS):
             rows = slice(first, min(first + ROW_GROUP_ROWS, stop))
             shards, shard = used(top.shards, top.shard[rows])
@@ -348,11 +352,13 @@ def _images(top: Top) -> _Images:
 def _count_images(*several: _Images) -> int:
     """Different images among all; runs in a Ray task."""
     _, places = unify([one.shards for one in several])
-    ordinals = [
-        place.astype(np.uint64)[one.images >> np.uint64(32)] for one, place in zip(several, places, strict=True)
+    low = np.uint64(0xFFFFFFFF)
+    runs = [
+        (place.astype(np.uint64)[one.images >> np.uint64(32)] << np.uint64(32)) | (one.images & low)
+        for one, place in zip(several, places, strict=True)
     ]
-    indices = np.concatenate([one.images for one in several]) & np.uint64(0xFFFFFFFF)
-    every = (np.concatenate(ordinals) << np.uint64(32)) | indices
+    every = np.concatenate(runs)
+    del runs
     every.sort(kind="stable")  # a merge of runs that are sorted
     return len(every) - int(np.count_nonzero(every[1:] == every[:-1]))
 

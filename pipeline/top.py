@@ -82,7 +82,7 @@ def merge(tops: Sequence[Top], quotas: Int64) -> Top:
         tops: at least one; sorted or not.
         quotas: int64 [C], K of each class.
     """
-    every = concatenate(tops)
+    every = _concatenate(tops)
     kept = _first(every, quotas)
     shards, shard = used(every.shards, every.shard[kept])
     return Top(
@@ -101,7 +101,7 @@ def used(strings: pa.Array, places: NDArray[Any]) -> tuple[pa.Array, Int32]:
     return strings.filter(pa.array(wanted)), (np.cumsum(wanted, dtype=np.int32) - np.int32(1))[places]
 
 
-def concatenate(tops: Sequence[Top]) -> Top:
+def _concatenate(tops: Sequence[Top]) -> Top:
     """All candidates of `tops`, at least one, as they stand; their shards in the order of their names."""
     shards, places = unify([top.shards for top in tops])
     return Top(
@@ -241,7 +241,7 @@ class Sieve:
 
     def top(self) -> Top:
         """What passed so far, in no order; all of the first K of each class that reach the starting thresholds."""
-        return concatenate([self._top, *self._pending])
+        return _concatenate([self._top, *self._pending])
 
     def _pass(self, batch: Scored) -> Top:
         per_image = batch.scores.shape[1]

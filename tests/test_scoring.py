@@ -313,7 +313,7 @@ def test_small_shards_share_a_range(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         Range("2.tar", 0, 4, True),
     ]
     encoded = sum(len(image) for image in images[:4])
-    monkeypatch.setattr(pipeline.ranges, "SMALL_BYTES", 2**15)  # more than a tar has
+    monkeypatch.setattr(pipeline.ranges, "SMALL_BYTES", 2**15)  # more than a tar
     assert encoded * 8 < 2**15
     assert ranges(size=RangeSize(encoded + 1, 2**20), skip=3)[:2] == [
         Range("0.tar", 0, 8, True, 2),
@@ -321,6 +321,23 @@ def test_small_shards_share_a_range(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ]
     monkeypatch.setattr(pipeline.ranges, "SMALL_BYTES", min(shard.size for _, shard in shards))
     assert ranges(skip=3) == [Range(f"{n}.tar", 0, 4, True) for n in (0, 1, 2, 4, 5, 6, 7)]
+
+
+def test_small_shards_fill_a_range_as_large_ones_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = tiny.digits()["zero"]
+    for number in range(6):
+        write_tar(tmp_path / f"{number}.tar", images[9 * number : 9 * number + 9])
+    source = open_source("U", Source(uri=str(tmp_path)))
+    shards = list(enumerate(source.shards()))
+    small, four = 1 + max(shard.size for _, shard in shards), sum(len(image) for image in images[:36])
+    assert small < four  # together they are not small
+    monkeypatch.setattr(pipeline.ranges, "SMALL_BYTES", small)
+    reader = RangeReader(source.reader, CONFIG.transform, range_bytes=100 * 3 * 28**2, decode_seconds=10)
+    assert of_tables(reader.ranges(shards, {})) == [Range("0.tar", 0, 54, True, 6)]
+    assert of_tables(reader.ranges(shards, {}, RangeSize(four, four))) == [
+        Range("0.tar", 0, 36, True, 4),
+        Range("4.tar", 0, 18, True, 2),
+    ]
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.data())
