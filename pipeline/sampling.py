@@ -157,12 +157,7 @@ def score_sample(
     each = max([actors_on(node.resources, settings) for node in shape.shapes], default=1)
     actors = settings.actors or max(1, min(each, default_actors(settings)))
     settings = settings.model_copy(update={"actors": min(actors, max(1, each))})
-    in_shard = max(1, round(source.bytes / image_bytes / len(source.listing)))
-    count = min(len(source.listing), -(-images // min(in_shard, ROWS_PER_SHARD)))
-    rows = -(-images // count)
-    chosen = sorted(random.Random(seed).sample(source.listing, count), key=lambda shard: shard.name)
-    shards = [replace(shard, size=min(shard.size, round(rows * image_bytes))) for shard in chosen]
-    reader = SampleReader(**source.reader.__dict__, first_rows=rows)
+    reader, shards = _drawn(source, images, image_bytes, seed)
     scores, rejects = storage.join(place, "scores"), storage.join(place, "rejects")
     transform = card.model.transform.seen_by(settings.views)
     job = Job(reader, model_uri, scores, rejects, transform, len(card.class_names), settings)
@@ -191,6 +186,16 @@ def score_sample(
         table_bytes=written / done,
         actors=settings.actors or 1,
     )
+
+
+def _drawn(source: ImageSource, images: int, image_bytes: float, seed: int) -> tuple[SampleReader, list[Shard]]:
+    """Shards at random, as large as what is read of them, and a reader of the first rows of each: about `images` together."""
+    in_shard = max(1, round(source.bytes / image_bytes / len(source.listing)))
+    count = min(len(source.listing), -(-images // min(in_shard, ROWS_PER_SHARD)))
+    rows = -(-images // count)
+    chosen = sorted(random.Random(seed).sample(source.listing, count), key=lambda shard: shard.name)
+    shards = [replace(shard, size=min(shard.size, round(rows * image_bytes))) for shard in chosen]
+    return SampleReader(**source.reader.__dict__, first_rows=rows), shards
 
 
 def _steady(

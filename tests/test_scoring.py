@@ -283,13 +283,18 @@ def of_tables(tables: Iterable[pa.Table]) -> list[Range]:
     return [Range(row["shards"][0], row["start"], row["stop"], row["last"], len(row["shards"])) for row in rows]
 
 
+def small_shards(folder: Path, images: list[bytes], each: int) -> tuple[ImageSource, list[tuple[int, Shard]]]:
+    """Tars of so many images each, and their ordinals in the listing."""
+    for number, start in enumerate(range(0, len(images), each)):
+        write_tar(folder / f"{number}.tar", images[start : start + each])
+    source = open_source("U", Source(uri=str(folder)))
+    return source, list(enumerate(source.shards()))
+
+
 def test_small_shards_share_a_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reader alone: neighbours in the listing only, whole ones only, small ones only, and no more than a range may hold."""
-    images = tiny.digits()["two"]
-    for number in range(8):
-        write_tar(tmp_path / f"{number}.tar", images[4 * number : 4 * number + 4])
-    source = open_source("U", Source(uri=str(tmp_path)))
-    shards = list(enumerate(source.shards()))
+    images = tiny.digits()["two"][:32]
+    source, shards = small_shards(tmp_path, images, 4)
     (tmp_path / "3.tar").unlink()
 
     def ranges(rows: int = 100, size: RangeSize | None = None, skip: int | None = None, **done: Range) -> list[Range]:
@@ -324,11 +329,8 @@ def test_small_shards_share_a_range(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_small_shards_fill_a_range_as_large_ones_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = tiny.digits()["zero"]
-    for number in range(6):
-        write_tar(tmp_path / f"{number}.tar", images[9 * number : 9 * number + 9])
-    source = open_source("U", Source(uri=str(tmp_path)))
-    shards = list(enumerate(source.shards()))
+    images = tiny.digits()["zero"][:54]
+    source, shards = small_shards(tmp_path, images, 9)
     small, four = 1 + max(shard.size for _, shard in shards), sum(len(image) for image in images[:36])
     assert small < four  # together they are not small
     monkeypatch.setattr(pipeline.ranges, "SMALL_BYTES", small)
