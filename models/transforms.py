@@ -35,6 +35,14 @@ REASONS: tuple[str, ...] = get_args(Reason)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """What is decoded. PIL's other formats run programs, read other files or are no images of the web."""
 
+SIGNATURES = {
+    "JPEG": (b"\xff\xd8\xff",),
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "GIF": (b"GIF87a", b"GIF89a"),
+    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+}
+"""What files of these formats begin with."""
+
 DETAIL = 200
 """Longest detail, in characters."""
 
@@ -233,9 +241,7 @@ def _undecodable(error: Exception, data: bytes) -> UndecodableImage:
 
 def known(data: bytes) -> str | None:
     """The format whose signature the bytes begin with, as far as a signature alone tells one."""
-    signatures = {"TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "PNG": (b"\x89PNG\r\n\x1a\n",)}
-    signatures |= {"JPEG": (b"\xff\xd8\xff",), "GIF": (b"GIF87a", b"GIF89a")}
-    found = next((name for name, starts in signatures.items() if data.startswith(starts)), None)
+    found = next((name for name, starts in SIGNATURES.items() if data.startswith(starts)), None)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         found = "WEBP"
     return "AVIF" if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis", b"mif1", b"msf1") else found

@@ -408,10 +408,19 @@ class _Held:
                 "size": pa.array([sum(part.shard.size for part in parts)], pa.int64()),
                 "counts": pa.array([[len(part.indices) for part in parts]], pa.list_(pa.int32())),
                 "indices": pa.array([[index for part in parts for index in part.indices]], pa.list_(pa.uint32())),
-                "images": pa.array([np.stack(images).tobytes() if images else b""], pa.large_binary()),
+                "images": _one_value(images),
                 "rejects": pa.array([[reject for part in parts for reject in part.rejects]], pa.list_(_REJECT)),
             }
         )
+
+
+def _one_value(images: Sequence[npt.NDArray[np.uint8]]) -> pa.LargeBinaryArray:
+    """Images of one size as one binary value, copied once."""
+    size = sum(image.nbytes for image in images)
+    value = pa.allocate_buffer(size)
+    if images:
+        np.stack(images, out=np.frombuffer(value, np.uint8).reshape(len(images), *images[0].shape))
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, pa.py_buffer(np.array([0, size])), value])
 
 
 _REJECT = pa.struct([("shard", pa.string()), ("index", pa.uint32()), ("reason", pa.string()), ("error", pa.string())])

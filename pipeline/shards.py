@@ -161,7 +161,8 @@ class Reader:
         read = reads[self.layout]
         try:
             for row in read(shard, wanted):
-                yield replace(row, label=self._named(row.label))
+                label = self._named(row.label)
+                yield row if label is row.label else replace(row, label=label)
         except FileNotFoundError:
             raise MissingShardError("the shard vanished since it was listed") from None
         except (tarfile.TarError, EOFError, ValueError, SourceError) as error:
