@@ -80,7 +80,8 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
     from cluster.resources import check, cluster_shape
     from cluster.session import Session
     from pipeline import summary
-    from pipeline.run import changed_sources, demands, open_sources
+    from pipeline.deduplication import features_model
+    from pipeline.run import changed_sources, demands, open_sources, stages_of
     from pipeline.run import run as run_pipeline
     from pipeline.stages import Run
     from pipeline.store import RunStore
@@ -89,6 +90,8 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
     store = RunStore(storage.absolute(run_dir))
     sources = open_sources(recipe, store)
     store.claim(recipe.name, recipe.to_yaml())
+    if until is None or "embeddings" in stages_of(recipe)[: stages_of(recipe).index(until) + 1]:
+        features_model("deduplicate.model", recipe.deduplicate, store)  # hours before it is needed
     with Session(recipe.cluster, on_start=lambda: check(demands(recipe), cluster_shape()), verbose=verbose) as session:
         this = Run(recipe, store, session, Display(out), sources)
         done = run_pipeline(this, until)
@@ -151,6 +154,8 @@ def estimate(
         verbose=verbose,
     )
     summary.print_forecast(out, loaded.name, found)
+    if loaded.deduplicate.second_pass:
+        out.print(f"Not counted: the pass over U for deduplicate.model = {loaded.deduplicate.model}.", markup=False)
 
 
 @app.command()
@@ -337,7 +342,12 @@ def duplicates(
         typer.Option("--against", metavar="URI", help="Labeled images that must not be in U. Repeatable."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", metavar="DIR", help="Whose features are compared: a model directory.")
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="DIR",
+            help="Whose features are compared; by default torchvision's ResNet-18, downloaded.",
+        ),
     ] = None,
     scores: Annotated[
         str | None,
@@ -372,14 +382,17 @@ def duplicates(
             raise InputError("--source", "nothing", rule, "add it, or give --out and --decisions alone")
         done = deduplication.decide(to, decisions)
     else:
+        from cluster import storage
         from cluster.progress import Display
         from pipeline.recipe import deduplicate_settings
+        from pipeline.store import RunStore
 
         options = {"nearest": nearest, "within": within, "copies": copies, "decisions": decisions, "model": model}
         settings, score = deduplicate_settings(sets or [], **options)
-        subject = deduplication.subject(_open("--source", source), against or [], settings, scores)
+        store = RunStore(storage.absolute(to))
+        subject = deduplication.subject(store, _open("--source", source), against or [], settings, scores)
         with _session(address, verbose) as session:
-            done = deduplication.find(to, subject, settings, score, session.start, Display(out))
+            done = deduplication.find(store, subject, settings, score, session.start, Display(out))
     title = f"Left out of U: {done['excluded'].uri}"
     counts = {"near-duplicates": done["excluded"].outputs["near"], "copies": done["excluded"].outputs["copies"]}
     out.print(_pairs(title, counts | {"decided in the review": done["excluded"].outputs["decided"]}))

@@ -13,13 +13,13 @@ from typing import Any, Protocol
 import yaml
 
 from cluster import storage
-from cluster.errors import InputError, RunError
+from cluster.errors import InputError, ModelError, RunError
 from cluster.progress import Display
 from pipeline import scoring
 from pipeline.copies import find_copies
 from pipeline.duplicates import LabeledSet, embed, find_pairs, left_out, read_pairs
 from pipeline.labeled import REJECTED, load_labels
-from pipeline.recipe import Deduplicate, Score, Source
+from pipeline.recipe import RESNET18, TEACHER, Deduplicate, Score, Source
 from pipeline.review import Review, decided, read_decisions, write_review
 from pipeline.sources import ImageSource, open_source
 from pipeline.store import Finished, RunStore, fingerprint, read_json
@@ -78,6 +78,36 @@ def surveyed_sets(labeled_uri: str, names: Sequence[str]) -> tuple[LabeledSet, .
         source, labels = load_labels(storage.join(labeled_uri, name))
         sets.append(LabeledSet(name, source, tuple(np.flatnonzero(shard != REJECTED) for shard in labels)))
     return tuple(sets)
+
+
+def features_model(field: str, settings: Deduplicate, store: RunStore) -> str | None:
+    """Directory of the model whose features are compared, which torchvision's gets in the run; None for the teacher, or without need.
+
+    Args:
+        field: what names the model, for messages.
+        settings: with the model.
+        store: of the run.
+
+    Raises:
+        ModelError: there is none, or it cannot be had.
+    """
+    from models.card import CARD, read_card
+
+    if not settings.second_pass:
+        return None
+    if settings.model == RESNET18:
+        uri = store.place(RESNET18)
+        if not storage.exists(storage.join(uri, CARD)):
+            from models.pretrained import publish_resnet18
+
+            publish_resnet18(uri, field)
+        return uri
+    uri = storage.absolute(settings.model)
+    try:
+        read_card(uri)
+    except ModelError as error:
+        raise ModelError(field, settings.model, error.rule, f"name a model directory, or {RESNET18}") from None
+    return uri
 
 
 def deduplicate(
@@ -144,7 +174,7 @@ def _pairs(once: Once, display: Display, subject: Subject, settings: Deduplicate
     sections = {"deduplicate": settings.model_dump(mode="json", exclude={"decisions", "copies", "model"})}
     inputs = {"embeddings": embeddings.fingerprint, "labeled": subject.inputs["labeled"]}
     if subject.embeddings is not None:
-        inputs["unlabeled embeddings"] = subject.inputs["embeddings"]
+        inputs["scores"] = subject.inputs["embeddings"]
     return once("pairs", sections, inputs, work)
 
 
@@ -214,10 +244,13 @@ def _publish_excluded(uri: str, images: pa.Table, reason: str) -> None:
 # Without a run
 
 
-def subject(unlabeled: ImageSource, against: Sequence[str], settings: Deduplicate, scores_uri: str | None) -> Subject:
-    """What `tophat duplicates` compares.
+def subject(
+    store: RunStore, unlabeled: ImageSource, against: Sequence[str], settings: Deduplicate, scores_uri: str | None
+) -> Subject:
+    """What `tophat duplicates` compares; its folder is claimed, and torchvision's model put there, once all else is well.
 
     Args:
+        store: the folder.
         unlabeled: U.
         against: URIs of labeled images.
         settings: with the model.
@@ -225,32 +258,42 @@ def subject(unlabeled: ImageSource, against: Sequence[str], settings: Deduplicat
 
     Raises:
         InputError: something is missing, or the scores are another model's.
+        ModelError: the model cannot be had.
+        RunError: the folder is another's.
     """
     from models.card import read_card
 
     if not settings.on:
         raise InputError("--nearest", "nothing", "must be given", "add --nearest N, --within D or --copies")
+    text = yaml.safe_dump({"deduplicate": settings.model_dump(mode="json")})
     inputs = {"unlabeled": unlabeled.fingerprint()}
     if not settings.near:
+        store.claim(CLAIM, text)
         return Subject(unlabeled, (), "", None, inputs)
-    for option, value in (("--against", against), ("--model", settings.model)):
-        if not value:
-            raise InputError(option, "nothing", "must be given", f"add {option}, or look for --copies alone")
-    model = storage.absolute(str(settings.model))
+    if not against:
+        raise InputError("--against", "nothing", "must be given", "add --against, or look for --copies alone")
+    if settings.model == TEACHER:
+        raise InputError("--model", TEACHER, "is known to a recipe's run only", "give the teacher's model directory")
+    if settings.model == RESNET18 and scores_uri is not None:
+        raise InputError("--scores", scores_uri, "are of a model that is not named", "add --model DIR, the model")
+    model = None if settings.model == RESNET18 else features_model("--model", settings, store)
     sets = tuple(LabeledSet(uri, open_source("--against", Source(uri=uri))) for uri in dict.fromkeys(against))
-    inputs["model"] = read_card(model).weights.sha256
     inputs["labeled"] = fingerprint([[labeled.name, labeled.source.fingerprint()] for labeled in sets])
-    if scores_uri is not None:
+    if scores_uri is not None and model is not None:
         scores_uri = storage.absolute(scores_uri)
         owner = storage.join(scores_uri, scoring.OWNER)
-        if storage.exists(owner) and read_json(owner).get("model") != inputs["model"]:
+        if storage.exists(owner) and read_json(owner).get("model") != read_card(model).weights.sha256:
             raise RunError("--scores", scores_uri, "holds scores made with another model", "give that --model")
         inputs["embeddings"] = fingerprint([[f.path, f.size, f.etag] for f in storage.list_files(scores_uri)])
+    store.claim(CLAIM, text)
+    model = features_model("--model", settings, store)
+    assert model is not None
+    inputs["model"] = read_card(model).weights.sha256
     return Subject(unlabeled, sets, model, scores_uri, inputs)
 
 
 def find(
-    out_uri: str,
+    store: RunStore,
     what: Subject,
     settings: Deduplicate,
     score: Score,
@@ -260,18 +303,13 @@ def find(
     """Deduplicates into a folder of its own; the stages by name. Goes on where it stopped.
 
     Args:
-        out_uri: the folder.
+        store: the folder, which is claimed.
         what: is compared.
         settings: what is left out.
         score: batch size and actors of an embedding.
         start: starts Ray.
         display: shows progress.
-
-    Raises:
-        RunError: the folder is another's.
     """
-    store = RunStore(storage.absolute(out_uri))
-    store.claim(CLAIM, yaml.safe_dump({"deduplicate": settings.model_dump(mode="json")}))
     start()
     return {s.name: s for s in deduplicate(store.once, display, what, settings, score, "--decisions")}
 

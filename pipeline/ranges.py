@@ -420,7 +420,9 @@ def _one_value(images: Sequence[npt.NDArray[np.uint8]]) -> pa.LargeBinaryArray:
     value = pa.allocate_buffer(size)
     if images:
         np.stack(images, out=np.frombuffer(value, np.uint8).reshape(len(images), *images[0].shape))
-    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, pa.py_buffer(np.array([0, size])), value])
+    return pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), 1, [None, pa.py_buffer(np.array([0, size], np.int64)), value]
+    )
 
 
 _REJECT = pa.struct([("shard", pa.string()), ("index", pa.uint32()), ("reason", pa.string()), ("error", pa.string())])

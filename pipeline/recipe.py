@@ -125,6 +125,10 @@ class Score(Section):
         return self
 
 
+RESNET18, TEACHER = "resnet18", "teacher"
+"""Models that `deduplicate.model` knows by name."""
+
+
 class Deduplicate(Section):
     """What of U is left out before selection: near-duplicates of evaluation images (supplement 5) and copies inside U. Off by default."""
 
@@ -134,8 +138,8 @@ class Deduplicate(Section):
     """Images of U at most so far from a validation or test image are left out: Euclidean, between L2-normalized features."""
     copies: bool = False
     """Of images of U with the same bytes only the first, by shard and index, stays."""
-    model: Uri | None = None
-    """Directory of the model whose features are compared; by default the teacher, whose features `score.embedding` keeps."""
+    model: Uri = RESNET18
+    """Whose features are compared: `resnet18`, torchvision's, trained on ImageNet, downloaded once, which takes a second pass over U; `teacher`, whose features `score.embedding` keeps; or a model directory."""
     pairs: int = Field(default=10_000, ge=1, le=10**6)
     """Nearest pairs that are ranked and shown for review: at least as many as are left out."""
     index: Literal["exact", "ivf", "hnsw"] = "exact"
@@ -151,9 +155,19 @@ class Deduplicate(Section):
         return self.nearest is not None or self.within is not None
 
     @property
+    def second_pass(self) -> bool:
+        """Whether U goes through another model than the teacher."""
+        return self.near and self.model != TEACHER
+
+    @property
     def on(self) -> bool:
         """Whether anything is left out."""
         return self.near or self.copies
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _none(cls, model: object) -> object:
+        return TEACHER if model is None else model  # as it was written once
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -276,10 +290,10 @@ class Recipe(Section):
             raise ValueError(
                 f"select.min_score = {least:g} must be from 0 to 1, as softmax scores are (score.logits = false)"
             )
-        if self.deduplicate.near and self.deduplicate.model is None and not self.score.embedding:
+        if self.deduplicate.near and self.deduplicate.model == TEACHER and not self.score.embedding:
             raise ValueError(
-                "deduplicate compares the teacher's features, which score.embedding = false does not keep: "
-                "set it to true, or give deduplicate.model"
+                "deduplicate.model = teacher compares features that score.embedding = false does not keep: "
+                f"set it to true, or the model to {RESNET18} or a model directory"
             )
         return self
 

@@ -24,6 +24,8 @@ CALLS = 2
 """Blocks that an actor works on at once: one is in the model, the other is read or published."""
 PUBLISHERS = 8
 """Files that an actor publishes at once."""
+REPEATING = ["shard", "class_ids.list.element"]
+"""Columns of a score table whose values repeat; dictionaries of the others would be as large as they are."""
 
 
 class RangeScorer:
@@ -93,7 +95,7 @@ class RangeScorer:
         shard = pa.DictionaryArray.from_arrays(codes, pa.array(row["shards"], pa.string()))
         table = score_table(shard, indices, found.classes, found.scores, job.classes, found.features)
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
+        pq.write_table(table, sink, compression="zstd", use_dictionary=REPEATING)
         storage.publish(storage.join(job.scores_uri, file), sink.getvalue().to_pybytes())
 
 

@@ -228,7 +228,8 @@ def deduplicate(
     from models.card import read_card
 
     settings = this.recipe.deduplicate
-    model = teacher.uri if settings.model is None else settings.model
+    other = deduplication.features_model("deduplicate.model", settings, this.store)
+    model = teacher.uri if other is None else other
     inputs = {
         "unlabeled": unlabeled.fingerprint,
         "labeled": labeled.stage.fingerprint,
@@ -236,7 +237,7 @@ def deduplicate(
         "embeddings": scores.fingerprint,
     }
     sets = deduplication.surveyed_sets(labeled.stage.uri, ("validation", "test"))
-    embeddings = scores.uri if settings.model is None else None
+    embeddings = scores.uri if other is None else None
     subject = deduplication.Subject(_unlabeled_source(unlabeled), sets, model, embeddings, inputs)
     field = "deduplicate.decisions"
     return deduplication.deduplicate(this.once, this.display, subject, settings, this.recipe.score, field)

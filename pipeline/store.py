@@ -97,8 +97,8 @@ class RunStore:
         return Finished(name, content["fingerprint"], self.place(name), content["outputs"], content["seconds"], inputs)
 
     def current(self, stage: Finished) -> bool:
-        """Whether what a stage was made from is finished and still the same, all the way up."""
-        found = {name: self.finished(name) for name in stage.inputs}
+        """Whether the stages that a stage was made from are finished and still the same, all the way up."""
+        found = {name: self.finished(name) for name in stage.inputs if self.started(name)}
         return all(
             parent is not None and parent.fingerprint == stage.inputs[name] and self.current(parent)
             for name, parent in found.items()

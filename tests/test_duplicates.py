@@ -406,8 +406,9 @@ def found(planted: Path, model: str, tmp_path_factory: pytest.TempPathFactory, r
         ["pairs=100", "score.actors=1", "score.cpus_per_actor=0.5"], nearest=25, copies=True, model=model
     )
     unlabeled = open_source("U", Source(uri=str(planted / "u")))
-    subject = deduplication.subject(unlabeled, [str(planted / "test")], chosen, None)
-    deduplication.find(out, subject, chosen, score, lambda: None, Display(Console(quiet=True), enabled=False))
+    store = RunStore(out)
+    subject = deduplication.subject(store, unlabeled, [str(planted / "test")], chosen, None)
+    deduplication.find(store, subject, chosen, score, lambda: None, Display(Console(quiet=True), enabled=False))
     return out
 
 
@@ -788,7 +789,9 @@ def test_mistakes_on_the_command_line(
         (["--decisions", "x.json"], "holds no pairs to decide on"),
         (["--source", u], "--nearest = 'nothing': must be given"),
         (["--source", u, "--nearest", "3"], "--against = 'nothing'"),
-        (["--source", u, "--nearest", "3", "--against", test], "--model = 'nothing'"),
+        (["--source", u, "--nearest", "3", "--against", test, "--model", "teacher"], "--model = 'teacher'"),
+        (["--source", u, "--nearest", "3", "--against", test, "--scores", out], "--scores = "),
+        (["--source", u, "--nearest", "3", "--against", test, "--model", u], f"--model = '{u}': has no model.json"),
         (["--source", u, "--nearest", "0", "--against", test, "--model", model], "nearest"),
         (["--source", u, "--nearest", "3", "--set", "pairs=2"], "pairs = 2 must be at least nearest = 3"),
         (["--source", u, "--nearest", "3", "--set", "index=flat"], "index"),
@@ -798,6 +801,7 @@ def test_mistakes_on_the_command_line(
         lines = [line for line in errors.splitlines() if line.startswith("error: ")]
         assert (code, len(lines)) == (2, 1), errors
         assert said in lines[0]
+    assert not os.path.exists(out)
 
 
 # In a run
@@ -819,7 +823,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_makes_an_exclusion_list_before_selection(folders: Path, tmp_path: Path, ray_local: None) -> None:
     changes = {
         "score": {"classes_per_image": 2, "batch_size": 32, "embedding": True},
-        "deduplicate": {"nearest": 5, "pairs": 20, "copies": True},
+        "deduplicate": {"nearest": 5, "pairs": 20, "copies": True, "model": "teacher"},
     }
     del_validation = tiny.recipe(str(folders), **changes)
     del del_validation["labeled"]["validation"]  # held out of D: only those images of it are compared
@@ -854,6 +858,7 @@ def test_a_run_makes_an_exclusion_list_before_selection(folders: Path, tmp_path:
     again = until_excluded(decisions=str(tmp_path / "decisions.json"))
     assert [name for name, stage in again.items() if stage.fresh] == ["excluded"]
     assert again["excluded"].outputs == {"near": 5, "copies": 2, "decided": 2}
+    assert all(store.current(stage) for stage in again.values())
     nothing = until_excluded(nearest=None, within=0.0, copies=False)
     assert [name for name, stage in nothing.items() if stage.fresh] == ["pairs", "excluded"]
     assert len(listed(store.uri)) == 5
@@ -864,7 +869,8 @@ def test_a_recipe_without_the_section_is_as_before(folders: Path) -> None:
     assert not recipe.deduplicate.on
     assert "embeddings" not in stages_of(recipe)
     with pytest.raises(RecipeError, match=r"score\.embedding = false does not keep"):
-        validate(tiny.recipe(str(folders), deduplicate={"nearest": 5}))
-    assert validate(tiny.recipe(str(folders), deduplicate={"nearest": 5, "model": "m"})).deduplicate.on
+        validate(tiny.recipe(str(folders), deduplicate={"nearest": 5, "model": "teacher"}))
+    assert validate(tiny.recipe(str(folders), deduplicate={"nearest": 5})).deduplicate.model == "resnet18"
+    assert validate(tiny.recipe(str(folders), deduplicate={"model": None})).deduplicate.model == "teacher"
     with pytest.raises(RecipeError, match="decisions needs nearest or within"):
         validate(tiny.recipe(str(folders), deduplicate={"copies": True, "decisions": "d.json"}))

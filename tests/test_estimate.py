@@ -181,7 +181,9 @@ def test_the_command(tophat: Callable[..., Answer], tmp_path: Path) -> None:
     assert "120 scored, 0 rejected, 2 actors" in output
     assert "g6.12xlarge" in output
     assert not list(tmp_path.glob("run*"))  # nothing stays
-    code, output, _ = tophat(*words, "--images", "120", "--deadline", "0.5")
+    assert "Not counted" not in output
+    code, output, _ = tophat(*words, "--images", "120", "--deadline", "0.5", "--set", "deduplicate.nearest=5")
+    assert "Not counted: the pass over U for deduplicate.model = resnet18." in output
     assert code == 0
     assert "All of U within 30 min 00 s" in output
     code, output, errors = tophat(*words, "--images", "120", "--deadline", "0.001")

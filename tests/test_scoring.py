@@ -212,6 +212,14 @@ def test_scores_agree_with_the_plain_model(scored: str, source: ImageSource, mod
     np.testing.assert_allclose(scores, top.values.numpy(), atol=1e-5)
 
 
+def test_what_never_repeats_has_no_dictionary(scored: str) -> None:
+    for entry in storage.list_files(scored, ".parquet"):
+        row_group = pq.read_metadata(storage.join(scored, entry.path)).row_group(0)
+        columns = {c.path_in_schema: c for c in map(row_group.column, range(row_group.num_columns))}
+        assert {name for name, c in columns.items() if c.has_dictionary_page} == {"shard", "class_ids.list.element"}
+        assert "scores.list.element" in columns
+
+
 def test_only_what_has_no_file_is_scored_again(scored: str, source: ImageSource, model: str) -> None:
     before = {entry.path: entry.etag for entry in storage.list_files(scored)}
     table = read_scores(scored)
