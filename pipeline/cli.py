@@ -80,8 +80,7 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
     from cluster.resources import check, cluster_shape
     from cluster.session import Session
     from pipeline import summary
-    from pipeline.deduplication import features_model
-    from pipeline.run import changed_sources, demands, open_sources, stages_of
+    from pipeline.run import changed_sources, demands, open_sources
     from pipeline.run import run as run_pipeline
     from pipeline.stages import Run
     from pipeline.store import RunStore
@@ -90,8 +89,6 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
     store = RunStore(storage.absolute(run_dir))
     sources = open_sources(recipe, store)
     store.claim(recipe.name, recipe.to_yaml())
-    if until is None or "embeddings" in stages_of(recipe)[: stages_of(recipe).index(until) + 1]:
-        features_model("deduplicate.model", recipe.deduplicate, store)  # hours before it is needed
     with Session(recipe.cluster, on_start=lambda: check(demands(recipe), cluster_shape()), verbose=verbose) as session:
         this = Run(recipe, store, session, Display(out), sources)
         done = run_pipeline(this, until)
@@ -390,7 +387,7 @@ def duplicates(
         options = {"nearest": nearest, "within": within, "copies": copies, "decisions": decisions, "model": model}
         settings, score = deduplicate_settings(sets or [], **options)
         store = RunStore(storage.absolute(to))
-        subject = deduplication.subject(store, _open("--source", source), against or [], settings, scores)
+        subject = deduplication.prepare(store, _open("--source", source), against or [], settings, scores)
         with _session(address, verbose) as session:
             done = deduplication.find(store, subject, settings, score, session.start, Display(out))
     title = f"Left out of U: {done['excluded'].uri}"

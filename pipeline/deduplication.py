@@ -244,10 +244,10 @@ def _publish_excluded(uri: str, images: pa.Table, reason: str) -> None:
 # Without a run
 
 
-def subject(
+def prepare(
     store: RunStore, unlabeled: ImageSource, against: Sequence[str], settings: Deduplicate, scores_uri: str | None
 ) -> Subject:
-    """What `tophat duplicates` compares; its folder is claimed, and torchvision's model put there, once all else is well.
+    """Claims the folder of `tophat duplicates`, once nothing is wrong with what it compares, and puts torchvision's model there.
 
     Args:
         store: the folder.

@@ -166,8 +166,8 @@ class Deduplicate(Section):
 
     @field_validator("model", mode="before")
     @classmethod
-    def _none(cls, model: object) -> object:
-        return TEACHER if model is None else model  # as it was written once
+    def _null_is_the_teacher(cls, model: object) -> object:
+        return TEACHER if model is None else model
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

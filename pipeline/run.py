@@ -63,8 +63,15 @@ def run(this: Run, until: str | None = None) -> dict[str, Finished]:
 
     Returns:
         The stages that are finished, by name, in order.
+
+    Raises:
+        ModelError: near-duplicates are looked for with a model that cannot be had.
     """
     done: dict[str, Finished] = {}
+    names = stages_of(this.recipe)
+    if "embeddings" in names[: len(names) if until is None else names.index(until) + 1]:
+        # Hours before it is needed: what is wrong with it can be mended now.
+        deduplication.features_model("deduplicate.model", this.recipe.deduplicate, this.store)
 
     def reached(stage: Finished) -> bool:
         done[stage.name] = stage

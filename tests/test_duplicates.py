@@ -407,7 +407,7 @@ def found(planted: Path, model: str, tmp_path_factory: pytest.TempPathFactory, r
     )
     unlabeled = open_source("U", Source(uri=str(planted / "u")))
     store = RunStore(out)
-    subject = deduplication.subject(store, unlabeled, [str(planted / "test")], chosen, None)
+    subject = deduplication.prepare(store, unlabeled, [str(planted / "test")], chosen, None)
     deduplication.find(store, subject, chosen, score, lambda: None, Display(Console(quiet=True), enabled=False))
     return out
 
