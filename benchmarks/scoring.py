@@ -13,7 +13,8 @@ the same cores. Reported are medians over the rounds:
 - whole: images/s from the start of the process to its last score, everything included;
 - steady: images/s between a quarter and nine tenths of the images (of `limit` and `naive`: once the model is loaded);
 - first: seconds from the start of the process to the first scores;
-- peak: memory of all processes of the contender together (proportional set size).
+- peak: memory of all processes of the contender together (proportional set size);
+- / first: of a sweep, the steady rate against the one of its first folder. A round goes through all folders, so that these are compared too.
 
 The contenders:
 
@@ -308,8 +309,12 @@ def serve(name: str, folder: Path, cores: int, gpu: bool) -> None:
     print("answer", json.dumps([images, images / at, steady, clock.marks[0][0]]), flush=True)
 
 
-def once(name: str, folder: Path, cores: int, gpu: bool) -> tuple[int, float, float | None, float, float]:
-    """One run: images, whole, steady, first, peak GiB."""
+Run = tuple[int, float, float | None, float, float]
+"""Images, whole, steady, first, peak GiB."""
+
+
+def once(name: str, folder: Path, cores: int, gpu: bool) -> Run:
+    """One run of one contender."""
     command = [
         sys.executable,
         "-m",
@@ -339,35 +344,39 @@ def once(name: str, folder: Path, cores: int, gpu: bool) -> tuple[int, float, fl
     return images, whole, steady, first, memory.peak
 
 
-def compare(folder: Path, names: list[str], rounds: int, cores: int, gpu: bool) -> None:
-    """Runs the contenders in turn, `rounds` times, and prints medians and ratios."""
-    found: dict[str, list[tuple[int, float, float | None, float, float]]] = {name: [] for name in names}
+def compare(folders: dict[Path, str], names: list[str], rounds: int, cores: int, gpu: bool) -> None:
+    """Runs the contenders in turn, `rounds` times, on every folder in turn, and prints medians and ratios."""
+    found: dict[tuple[Path, str], list[Run]] = {(folder, name): [] for folder in folders for name in names}
     for number in range(rounds):
-        for name in names:
+        # Every other round backwards: what the machine loses or gains in the meantime is nobody's.
+        for folder, name in list(found)[:: -1 if number % 2 else 1]:
             run = once(name, folder, cores, gpu)
-            found[name].append(run)
+            found[folder, name].append(run)
             steady = "      -" if run[2] is None else f"{run[2]:7.1f}"
             print(
-                f"round {number + 1}: {name:<13} whole {run[1]:7.1f}/s, steady {steady}/s, first {run[3]:.1f} s",
+                f"round {number + 1}: {folder.name}, {name:<13} whole {run[1]:7.1f}/s, steady {steady}/s, first {run[3]:.1f} s",
                 flush=True,
             )
-    for run in found["limit"] + found[OURS] if OURS in names else []:
-        assert run[0] == found["limit"][0][0], found
 
-    def median(name: str, column: int) -> float:
-        values = [run[column] for run in found[name]]
-        return statistics.median(v for v in values if v is not None) if any(values) else float("nan")
+    def median(folder: Path, name: str, column: int) -> float:
+        values = [value for run in found[folder, name] if (value := run[column]) is not None]
+        return statistics.median(values) if values else float("nan")
 
-    print(
-        f"\n{'medians':<13} {'whole/s':>9} {'ours / it':>9} {'steady/s':>9} {'ours / it':>9} {'first s':>8} {'peak GiB':>9}"
-    )
-    for name in names:
-        ratios = [median(OURS, column) / median(name, column) for column in (1, 2)]
-        peak = max(run[4] for run in found[name])
+    first = next(iter(folders))
+    for folder, title in folders.items():
+        for run in found[folder, "limit"] + found[folder, OURS]:
+            assert run[0] == found[folder, "limit"][0][0], found
+        print(f"\n{title}, {cores} cores, medians of {rounds} rounds")
         print(
-            f"{name:<13} {median(name, 1):9.1f} {ratios[0]:9.2f} {median(name, 2):9.1f} {ratios[1]:9.2f} "
-            f"{median(name, 3):8.1f} {peak:9.2f}"
+            f"{'':<13} {'whole/s':>9} {'ours / it':>9} {'steady/s':>9} {'ours / it':>9} {'/ first':>8} {'first s':>8} {'peak GiB':>9}"
         )
+        for name in names:
+            ratios = [median(folder, OURS, column) / median(folder, name, column) for column in (1, 2)]
+            peak = max(run[4] for run in found[folder, name])
+            print(
+                f"{name:<13} {median(folder, name, 1):9.1f} {ratios[0]:9.2f} {median(folder, name, 2):9.1f} {ratios[1]:9.2f} "
+                f"{median(folder, name, 2) / median(first, name, 2):8.2f} {median(folder, name, 3):8.1f} {peak:9.2f}"
+            )
 
 
 def _folders(arguments: argparse.Namespace, base: Path) -> Iterator[tuple[Path, str]]:
@@ -414,9 +423,8 @@ def main() -> None:
         peers.remove("daft")
     base = arguments.folder or Path(tempfile.mkdtemp(prefix="tophat-scoring-"))
     try:
-        for folder, title in _folders(arguments, base):
-            print(f"\n{title}, {arguments.cores} cores, {arguments.rounds} rounds", flush=True)
-            compare(folder, ["limit", OURS, *peers], arguments.rounds, arguments.cores, arguments.gpu)
+        folders = dict(_folders(arguments, base))
+        compare(folders, ["limit", OURS, *peers], arguments.rounds, arguments.cores, arguments.gpu)
     finally:
         if arguments.folder is None:
             shutil.rmtree(base)
