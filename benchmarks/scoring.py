@@ -2,8 +2,8 @@
 
     python -m benchmarks.scoring --heavy --images 2000 --shards 20 --rounds 5 --peers all
     python -m benchmarks.scoring --light --images 100000 --shards 100 --rounds 5 --peers all
-    python -m benchmarks.scoring --light --sweep images
-    python -m benchmarks.scoring --light --sweep shards --images 100000
+    python -m benchmarks.scoring --light --images 1000,10000,100000 --shards 1,10,100
+    python -m benchmarks.scoring --light --images 100000 --shards 10,10000
 
 The same JPEGs lie in the given folder twice, as tar shards and as files: random crops of three real photographs, which come with
 scikit-learn and matplotlib. The model has random weights: ResNet-50 at 224 pixels from JPEGs of 340 x 256 (`--heavy`), or a ResNet of
@@ -14,7 +14,7 @@ the same cores. Reported are medians over the rounds:
 - steady: images/s between a quarter and nine tenths of the images (of `limit` and `naive`: once the model is loaded);
 - first: seconds from the start of the process to the first scores;
 - peak: memory of all processes of the contender together (proportional set size);
-- / first: of a sweep, the steady rate against the one of its first folder. A round goes through all folders, so that these are compared too.
+- / first: where several numbers of images or shards are given, the steady rate against the one with the first of them; a round has them all.
 
 The contenders:
 
@@ -381,12 +381,9 @@ def compare(folders: dict[Path, str], names: list[str], rounds: int, cores: int,
 
 def _folders(arguments: argparse.Namespace, base: Path) -> Iterator[tuple[Path, str]]:
     size = "heavy" if arguments.heavy else "light"
-    pairs = {
-        None: [(arguments.images, arguments.shards)],
-        "images": [(n, max(1, n // 1000)) for n in (1_000, 10_000, 100_000)],
-        "shards": [(arguments.images, n) for n in (10, 100, 1_000, 10_000)],
-    }[arguments.sweep]
-    for images, shards in pairs:
+    several = max(len(arguments.images), len(arguments.shards))
+    counts = [each * several if len(each) == 1 else each for each in (arguments.images, arguments.shards)]
+    for images, shards in zip(*counts, strict=True):
         folder = base / f"{size}-{images}-{shards}"
         if not folder.exists():
             temporary = folder.with_name(f".{folder.name}")
@@ -397,15 +394,18 @@ def _folders(arguments: argparse.Namespace, base: Path) -> Iterator[tuple[Path, 
         yield folder, f"{size}, {images:,} images in {shards:,} shards"
 
 
+def _counts(text: str) -> list[int]:
+    return [int(count) for count in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--heavy", action="store_true", help="ResNet-50 at 224 pixels")
     kind.add_argument("--light", action="store_true", help="ResNet-8 at 64 pixels, the default")
-    parser.add_argument("--images", type=int, default=2_000)
-    parser.add_argument("--shards", type=int, default=20)
+    parser.add_argument("--images", type=_counts, default=[2_000], help="one number, or several with commas")
+    parser.add_argument("--shards", type=_counts, default=[20], help="that they lie in: one number, or as many")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sweep", choices=["images", "shards"], help="1k to 100k images, or 10 to 10,000 shards")
     parser.add_argument("--peers", default="", help=f"some of {', '.join(PEERS)}, with commas; or all")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
