@@ -2,7 +2,7 @@
 
     python -m benchmarks.scoring --heavy --images 2000 --shards 20 --rounds 5 --peers all
     python -m benchmarks.scoring --light --images 100000 --shards 100 --rounds 5 --peers all
-    python -m benchmarks.scoring --light --images 1000,10000,100000 --shards 1,10,100
+    python -m benchmarks.scoring --light --images 10000,100000 --shards 10,100
     python -m benchmarks.scoring --light --images 100000 --shards 10,10000
 
 The same JPEGs lie in the given folder twice, as tar shards and as files: random crops of three real photographs, which come with
@@ -13,8 +13,8 @@ the same cores. Reported are medians over the rounds:
 - whole: images/s from the start of the process to its last score, everything included;
 - steady: images/s between a quarter and nine tenths of the images (of `limit` and `naive`: once the model is loaded);
 - first: seconds from the start of the process to the first scores;
-- peak: memory of all processes of the contender together (proportional set size);
-- / first: where several numbers of images or shards are given, the steady rate against the one with the first of them; a round has them all.
+- peak: memory of all processes of the contender together (proportional set size), the highest of the rounds;
+- / base: where several numbers of images or shards are given, the rate against the one with the first of them; a round has them all.
 
 The contenders:
 
@@ -347,14 +347,18 @@ def once(name: str, folder: Path, cores: int, gpu: bool) -> Run:
 def compare(folders: dict[Path, str], names: list[str], rounds: int, cores: int, gpu: bool) -> None:
     """Runs the contenders in turn, `rounds` times, on every folder in turn, and prints medians and ratios."""
     found: dict[tuple[Path, str], list[Run]] = {(folder, name): [] for folder in folders for name in names}
+    images: dict[Path, int] = {}
     for number in range(rounds):
         # Every other round backwards: what the machine loses or gains in the meantime is nobody's.
         for folder, name in list(found)[:: -1 if number % 2 else 1]:
             run = once(name, folder, cores, gpu)
             found[folder, name].append(run)
+            if name in ("limit", OURS) and images.setdefault(folder, run[0]) != run[0]:
+                raise RuntimeError(f"{name} scored {run[0]} images, and another run {images[folder]}")
             steady = "      -" if run[2] is None else f"{run[2]:7.1f}"
             print(
-                f"round {number + 1}: {folder.name}, {name:<13} whole {run[1]:7.1f}/s, steady {steady}/s, first {run[3]:.1f} s",
+                f"round {number + 1}: {folder.name}, {name:<13} whole {run[1]:7.1f}/s, steady {steady}/s, "
+                f"first {run[3]:.1f} s, peak {run[4]:.2f} GiB",
                 flush=True,
             )
 
@@ -362,21 +366,21 @@ def compare(folders: dict[Path, str], names: list[str], rounds: int, cores: int,
         values = [value for run in found[folder, name] if (value := run[column]) is not None]
         return statistics.median(values) if values else float("nan")
 
-    first = next(iter(folders))
+    base = next(iter(folders))
     for folder, title in folders.items():
-        for run in found[folder, "limit"] + found[folder, OURS]:
-            assert run[0] == found[folder, "limit"][0][0], found
         print(f"\n{title}, {cores} cores, medians of {rounds} rounds")
         print(
-            f"{'':<13} {'whole/s':>9} {'ours / it':>9} {'steady/s':>9} {'ours / it':>9} {'/ first':>8} {'first s':>8} {'peak GiB':>9}"
+            f"{'':<13} {'whole/s':>9} {'ours / it':>9} {'/ base':>7} {'steady/s':>9} {'ours / it':>9} {'/ base':>7} "
+            f"{'first s':>8} {'peak GiB':>9}"
         )
         for name in names:
-            ratios = [median(folder, OURS, column) / median(folder, name, column) for column in (1, 2)]
-            peak = max(run[4] for run in found[folder, name])
-            print(
-                f"{name:<13} {median(folder, name, 1):9.1f} {ratios[0]:9.2f} {median(folder, name, 2):9.1f} {ratios[1]:9.2f} "
-                f"{median(folder, name, 2) / median(first, name, 2):8.2f} {median(folder, name, 3):8.1f} {peak:9.2f}"
-            )
+            line = f"{name:<13}"
+            for column in (1, 2):
+                rate = median(folder, name, column)
+                line += (
+                    f" {rate:9.1f} {median(folder, OURS, column) / rate:9.2f} {rate / median(base, name, column):7.2f}"
+                )
+            print(f"{line} {median(folder, name, 3):8.1f} {max(run[4] for run in found[folder, name]):9.2f}")
 
 
 def _folders(arguments: argparse.Namespace, base: Path) -> Iterator[tuple[Path, str]]:
@@ -395,7 +399,10 @@ def _folders(arguments: argparse.Namespace, base: Path) -> Iterator[tuple[Path, 
 
 
 def _counts(text: str) -> list[int]:
-    return [int(count) for count in text.split(",")]
+    counts = text.split(",")
+    if not all(count.isdecimal() and int(count) for count in counts) or len({*counts}) < len(counts):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1, like 2000, or several with commas")
+    return [int(count) for count in counts]
 
 
 def main() -> None:
@@ -414,10 +421,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the images are kept; by default a temporary folder")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if 1 not in (len(arguments.images), len(arguments.shards)) and len(arguments.images) != len(arguments.shards):
+        parser.error("argument --shards: takes one number, or as many as --images")
+    if arguments.rounds < 1:
+        parser.error("argument --rounds: must be a whole number from 1")
     if arguments.serve:
         serve(arguments.serve, arguments.folder, arguments.cores, arguments.gpu)
         return
     peers = list(PEERS) if arguments.peers == "all" else [name for name in arguments.peers.split(",") if name]
+    if unknown := ", ".join(peer for peer in peers if peer not in PEERS):
+        parser.error(f"argument --peers: {unknown} is none of {', '.join(PEERS)}")
     if "daft" in peers and importlib.util.find_spec("daft") is None:
         print("daft is not installed, and left out")
         peers.remove("daft")

@@ -256,6 +256,9 @@ def prepare(
         settings: with the model.
         scores_uri: a score table with U's embeddings by that model.
 
+    Returns:
+        What is compared, by which model.
+
     Raises:
         InputError: something is missing, or the scores are another model's.
         ModelError: the model cannot be had.

@@ -59,13 +59,14 @@ def run(this: Run, until: str | None = None) -> dict[str, Finished]:
 
     Args:
         this: recipe, store and display.
-        until: the last stage to run; all when None.
+        until: the last stage to run, one of `stages_of`; all when None.
 
     Returns:
         The stages that are finished, by name, in order.
 
     Raises:
         ModelError: near-duplicates are looked for with a model that cannot be had.
+        ValueError: the recipe has no stage of that name.
     """
     done: dict[str, Finished] = {}
     names = stages_of(this.recipe)

@@ -108,7 +108,6 @@ class _Hostile:
 )
 def test_weights_that_are_not_what_they_should_be(fault: str, publish: Publish, tmp_path: Path) -> None:
     sign, state = tmp_path / "sign", random_resnet18().state_dict()
-    said = "cannot be had from http://127.0.0.1"
     if fault == "missing":
         publish(state).unlink()
         said = "404"
