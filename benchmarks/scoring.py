@@ -41,7 +41,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -309,12 +309,18 @@ def serve(name: str, folder: Path, cores: int, gpu: bool) -> None:
     print("answer", json.dumps([images, images / at, steady, clock.marks[0][0]]), flush=True)
 
 
-Run = tuple[int, float, float | None, float, float]
-"""Images, whole, steady, first, peak GiB."""
+class Run(NamedTuple):
+    """One run of one contender: images, images/s as a whole and in steady state, seconds to the first scores, GiB at most."""
+
+    images: int
+    whole: float
+    steady: float | None
+    first: float
+    peak: float
 
 
 def once(name: str, folder: Path, cores: int, gpu: bool) -> Run:
-    """One run of one contender."""
+    """Runs a contender once, in a process of its own."""
     command = [
         sys.executable,
         "-m",
@@ -341,7 +347,7 @@ def once(name: str, folder: Path, cores: int, gpu: bool) -> Run:
     if found is None:
         raise RuntimeError(f"{name} ended early:\n{errors[-3000:]}")
     images, whole, steady, first = json.loads(found.removeprefix("answer "))
-    return images, whole, steady, first, memory.peak
+    return Run(images, whole, steady, first, memory.peak)
 
 
 def compare(folders: dict[Path, str], names: list[str], rounds: int, cores: int, gpu: bool) -> None:
@@ -353,17 +359,17 @@ def compare(folders: dict[Path, str], names: list[str], rounds: int, cores: int,
         for folder, name in list(found)[:: -1 if number % 2 else 1]:
             run = once(name, folder, cores, gpu)
             found[folder, name].append(run)
-            if name in ("limit", OURS) and images.setdefault(folder, run[0]) != run[0]:
-                raise RuntimeError(f"{name} scored {run[0]} images, and another run {images[folder]}")
-            steady = "      -" if run[2] is None else f"{run[2]:7.1f}"
+            if name in ("limit", OURS) and images.setdefault(folder, run.images) != run.images:
+                raise RuntimeError(f"{name} scored {run.images} images, and another run {images[folder]}")
+            steady = "      -" if run.steady is None else f"{run.steady:7.1f}"
             print(
-                f"round {number + 1}: {folder.name}, {name:<13} whole {run[1]:7.1f}/s, steady {steady}/s, "
-                f"first {run[3]:.1f} s, peak {run[4]:.2f} GiB",
+                f"round {number + 1}: {folder.name}, {name:<13} whole {run.whole:7.1f}/s, steady {steady}/s, "
+                f"first {run.first:.1f} s, peak {run.peak:.2f} GiB",
                 flush=True,
             )
 
-    def median(folder: Path, name: str, column: int) -> float:
-        values = [value for run in found[folder, name] if (value := run[column]) is not None]
+    def median(folder: Path, name: str, what: str) -> float:
+        values = [value for run in found[folder, name] if (value := getattr(run, what)) is not None]
         return statistics.median(values) if values else float("nan")
 
     base = next(iter(folders))
@@ -375,12 +381,12 @@ def compare(folders: dict[Path, str], names: list[str], rounds: int, cores: int,
         )
         for name in names:
             line = f"{name:<13}"
-            for column in (1, 2):
-                rate = median(folder, name, column)
-                line += (
-                    f" {rate:9.1f} {median(folder, OURS, column) / rate:9.2f} {rate / median(base, name, column):7.2f}"
+            for what in ("whole", "steady"):
+                rate, ours_rate, base_rate = (
+                    median(*at, what) for at in ((folder, name), (folder, OURS), (base, name))
                 )
-            print(f"{line} {median(folder, name, 3):8.1f} {max(run[4] for run in found[folder, name]):9.2f}")
+                line += f" {rate:9.1f} {ours_rate / rate:9.2f} {rate / base_rate:7.2f}"
+            print(f"{line} {median(folder, name, 'first'):8.1f} {max(run.peak for run in found[folder, name]):9.2f}")
 
 
 def _folders(arguments: argparse.Namespace, base: Path) -> Iterator[tuple[Path, str]]:
