@@ -17,6 +17,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 RETRIES = 3
+ADVICE = "Failed to apply UDF transform"
+"""How what Ray Data adds to the text of an error begins."""
 
 
 def parallel_map(
@@ -168,21 +170,37 @@ def _original(error: BaseException) -> BaseException:
 def original_errors() -> Iterator[None]:
     """Raises what work in other processes raised, out of whatever Ray Data wrapped around it.
 
+    It is raised alone: what Ray raised refers to the work, and so would keep its actors, with their CPUs, as long as it is known.
+
     Raises:
         TophatError: the first of ours among the causes of an error; a StageError when there is none.
     """
     from ray.exceptions import RayError
 
+    failure: TophatError | None = None
     try:
         yield
     except RayError as error:
-        causes: list[BaseException] = []
-        cause: BaseException | None = error
-        while cause is not None and cause not in causes:
-            causes.append(cause)
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        ours = next((c for c in causes if isinstance(c, TophatError)), None)
-        if ours is not None:
-            raise ours from None
-        last = str(causes[-1]).strip().rpartition("\n")[2] or str(error)
-        raise StageError(one_line(f"{type(causes[-1]).__name__}: {last}")[:500]) from error
+        failure = _failure(error)
+    if failure is not None:
+        raise failure
+
+
+def _failure(error: BaseException) -> TophatError:
+    from ray.exceptions import RayError
+
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    for cause in causes:
+        if isinstance(cause, TophatError) and not isinstance(
+            cause, RayError
+        ):  # Ray's wrapper is of the type of what it wraps, too
+            return cause
+    last = causes[-1]
+    # Ray ends its own messages with the reason, and those of others with its advice.
+    text = str(last).strip()
+    text = text.rpartition("\n")[2] if isinstance(last, RayError) else text.partition(ADVICE)[0].rstrip(" :'\"")
+    return StageError(one_line(f"{type(last).__name__}: {text or error}")[:500])

@@ -17,6 +17,9 @@ Deviation = Annotated[float, Field(gt=0.0, le=10.0)]
 Scale = Annotated[float, Field(gt=0.0, le=1.0)]
 Views = Literal["center", "mirrored", "five", "ten"]
 
+CPU_BATCH, GPU_BATCH = 32, 256
+"""Images of a forward pass in inference: on a CPU core, what its caches still help with; on a GPU, what fills it."""
+
 REFERENCE_BATCH = 256
 """The minibatch that a learning rate is stated for (section 4.1: "0.1 and 256 are the standard")."""
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from models.checkpoint import load
-from models.config import Views
+from models.config import CPU_BATCH, GPU_BATCH, Views
 from models.features import Features
 from models.transforms import normalize
 
@@ -22,8 +22,6 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 TOLERANCE = 1e-5
 """By how much folding may move a softmax; a network that it moves more is used as it is."""
-CPU_BATCH, GPU_BATCH = 32, 256
-"""Images of a forward pass: on a CPU core, what its caches still help with; on a GPU, what fills it."""
 
 
 class Prediction(NamedTuple):
@@ -52,7 +50,7 @@ class Inference:
         logits: scores are what enters the softmax and not what leaves it (section 3.2, "raw predictions before applying the
             softmax").
         precision: number format of the forward pass (autocast); the weights stay float32.
-        compile: whether `torch.compile` makes the kernels.
+        compile: whether `torch.compile` makes the kernels, for batches of `batch_size`; smaller ones are filled up with zeros.
         features: whether the pooled features of the first view, the center, come with the prediction.
         threads: of a forward pass on CPUs.
         gpu: whether a GPU is used where there is one.
@@ -126,7 +124,9 @@ class Predictor:
         model = folded(loaded.model, self.transform.size).requires_grad_(False)
         model = model.to(self._device).to(memory_format=torch.channels_last)
         self._features = Features(uri, model) if how.features else None
-        self._model: Any = torch.compile(model) if how.compile else model
+        # Weights as constants are laid out for the kernels once, not in each pass.
+        constant = {"freezing": True} if self._device.type == "cpu" else {}
+        self._model: Any = torch.compile(model, options=constant) if how.compile else model
         if self._device.type == "cpu":
             keep_memory()  # from now on: what was needed to make the model goes back
 

@@ -111,9 +111,10 @@ def complete(ranges: Sequence[Range]) -> bool:
     )
 
 
-def range_rows(transform: Transform, range_bytes: int) -> int:
-    """Rows of a range whose decoded images (uint8, 3 channels) take at most so many bytes."""
-    return max(1, min(MAX_RANGE_ROWS, range_bytes // (3 * transform.size**2)))
+def range_rows(transform: Transform, range_bytes: int, batch: int) -> int:
+    """Rows of a range whose decoded images (uint8, 3 channels) take about so many bytes: as many as fit, or whole batches where one does."""
+    fitting = max(1, min(MAX_RANGE_ROWS, range_bytes // (3 * transform.size**2)))
+    return fitting if fitting < batch else batch * round(fitting / batch)
 
 
 def finished(shards: Sequence[Shard], done: Mapping[str, Sequence[Range]]) -> list[bool]:
@@ -202,7 +203,7 @@ class RangeReader:
     Args:
         reader: of the source.
         transform: what the model takes in.
-        range_bytes: decoded images of a range, in bytes.
+        rows: of a range, at most.
         decode_seconds: CPU time that one image may take.
         unfinished: refers to an `Unfinished`.
     """
@@ -211,13 +212,13 @@ class RangeReader:
         self,
         reader: Reader,
         transform: Transform,
-        range_bytes: int,
+        rows: int,
         decode_seconds: float,
         unfinished: "ray.ObjectRef[Unfinished] | None" = None,
     ) -> None:
         self._reader = reader
         self._transform = transform
-        self._rows = range_rows(transform, range_bytes)
+        self._rows = rows
         self._decode_seconds = decode_seconds
         self._unfinished = unfinished
 

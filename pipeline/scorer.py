@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster import storage
+from cluster.errors import RecipeError, one_line
 from pipeline.ranges import Range
 from pipeline.rejects import Reject, publish_rejects
 
@@ -24,6 +25,8 @@ CALLS = 2
 """Blocks that an actor works on at once: one is in the model, the other is read or published."""
 PUBLISHERS = 8
 """Files that an actor publishes at once."""
+MORE = "\nSet TORCHDYNAMO_VERBOSE"
+"""How torch's advice at the end of an error in compiling begins."""
 REPEATING = ["shard", "class_ids.list.element"]
 """Columns of a score table whose values repeat; dictionaries of the others would be as large as they are."""
 
@@ -44,7 +47,7 @@ class RangeScorer:
         settings = job.settings
         how = Inference(
             classes_per_image=settings.classes_per_image,
-            batch_size=settings.batch_size,
+            batch_size=settings.batch,
             views=settings.views,
             logits=settings.logits,
             precision=settings.precision,
@@ -56,6 +59,7 @@ class RangeScorer:
         self._job = job
         self._predict = Predictor(job.model_uri, how, ray.get(weights[0]))
         self._model = Lock()
+        self._compiled = False
         self._cpu = time.process_time()
         self._publishers = ThreadPoolExecutor(PUBLISHERS)
 
@@ -68,7 +72,7 @@ class RangeScorer:
             row["range"] = Range(row["shards"][0], row["start"], row["stop"], row["last"], len(row["shards"]))
         with self._model:
             began = time.monotonic()
-            found = self._predict(images[0] if len(images) == 1 else np.concatenate(images))
+            found = self._scored(images[0] if len(images) == 1 else np.concatenate(images))
             seconds, cpu, self._cpu = time.monotonic() - began, time.process_time() - self._cpu, time.process_time()
         ends = np.cumsum([0, *map(len, images)]).tolist()
         parts = [found.of(start, stop) for start, stop in pairwise(ends)]
@@ -83,6 +87,18 @@ class RangeScorer:
             "model_seconds": [seconds / len(rows)] * len(rows),
             "model_cpu_seconds": [cpu / len(rows)] * len(rows),
         }
+
+    def _scored(self, images: npt.NDArray[np.uint8]) -> "Prediction":
+        """Raises a RecipeError where the kernels of `score.compile` cannot be made."""
+        try:
+            found = self._predict(images)
+        except RuntimeError as error:
+            if not self._job.settings.compile or self._compiled:
+                raise
+            rule = f"the first compiled batch failed ({one_line(str(error).partition(MORE)[0])[:300]})"
+            raise RecipeError("score.compile", True, rule, "set it to false, or mend what fails on the nodes") from None
+        self._compiled = True
+        return found
 
     def _publish(self, row: dict[str, Any], indices: npt.NDArray[np.uint32], found: "Prediction") -> None:
         job, file = self._job, row["range"].file

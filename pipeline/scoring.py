@@ -20,7 +20,7 @@ from cluster.progress import Progress
 from cluster.reduction import original_errors, parallel_map, run_task
 from cluster.resources import cluster_shape
 from models.config import Transform
-from pipeline.ranges import MIN_TASK_BYTES, Range, RangeReader, Unfinished, finished, ledger, surplus
+from pipeline.ranges import MIN_TASK_BYTES, Range, RangeReader, Unfinished, finished, ledger, range_rows, surplus
 from pipeline.recipe import Score
 from pipeline.rejects import read_rejects
 from pipeline.shards import ChangedShardError, MissingShardError, Reader
@@ -137,9 +137,8 @@ def score(
             with original_errors():
                 _follow(job, unfinished, done, progress)
         except StageError:
-            run_task(
-                _check_model, model_uri
-            )  # where the model is at fault, its own error says more than a lost actor's
+            # Where the model is at fault, its own error says more than a lost actor's. The other actors may still hold their CPUs.
+            run_task(_check_model, model_uri, num_cpus=settings.reader_cpus)
             raise
     found = prove(source, scores_uri, rejects_uri)
     progress.update(found.scored, found.rejected, total=found.listed)
@@ -259,7 +258,8 @@ def stream(job: Job, unfinished: Unfinished) -> Iterator[list[dict[str, Any]]]:
         ray.remote(read_weights).options(num_cpus=settings.reader_cpus).remote(job.model_uri, read_card(job.model_uri))
     )
     parts = unfinished.parts(actors)
-    read = RangeReader(job.reader, job.transform, settings.range_bytes, settings.decode_seconds, ray.put(unfinished))
+    rows = range_rows(job.transform, settings.range_bytes, settings.batch)
+    read = RangeReader(job.reader, job.transform, rows, settings.decode_seconds, ray.put(unfinished))
     with ray.data.DataContext.current(_context(settings, actors)):
         ranges = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
             read,
@@ -291,6 +291,7 @@ def _context(settings: Score, actors: int) -> "ray.data.DataContext":
     import ray
 
     context = ray.data.DataContext.get_current().copy()
+    context.raise_original_map_exception = True  # what Ray Data would wrap it in forgets it on its way to the driver
     if not settings.gpus_per_actor:
         ahead = actors * CPU_AHEAD * settings.range_bytes
         context.target_max_block_size = CPU_BLOCK_BYTES

@@ -21,6 +21,8 @@ HOME = Path(tempfile.mkdtemp(prefix="tophat-tests-"))
 for _name in [n for n in os.environ if n.startswith(("AWS_", "RAY_"))]:
     del os.environ[_name]
 os.environ |= {"HOME": str(HOME), **cluster.ENVIRONMENT}
+# Ray's workers find the networks of the tests there.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,5 +1,6 @@
 """The fast predictor against the plain network: the same classes, the same scores."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,12 @@ def pictures(count: int, side: int, seed: int = 0) -> NDArray[np.uint8]:
     return (255 * smooth).to(torch.uint8).numpy()
 
 
+def predictor(uri: str, **how: Any) -> Predictor:
+    return Predictor(uri, Inference(**{"classes_per_image": 5, **how}))
+
+
 def predict(uri: str, images: NDArray[np.uint8], **how: Any) -> Prediction:
-    predictor = Predictor(uri, Inference(**{"classes_per_image": 5, **how}))
-    return predictor(images)
+    return predictor(uri, **how)(images)
 
 
 def plain_logits(uri: str, images: NDArray[np.uint8]) -> Tensor:
@@ -126,11 +130,11 @@ def test_weights_that_were_read_before_are_not_read_again(tmp_path: Path) -> Non
     content = read_weights(uri, read_card(uri))
     expected = predict(uri, pictures(3, 64))
     (tmp_path / "model" / WEIGHTS).unlink()
-    predictor = Predictor(uri, Inference(classes_per_image=5), content)
+    held = Predictor(uri, Inference(classes_per_image=5), content)
     images = pictures(3, 64)
     images.flags.writeable = False  # as in Ray's object store
-    np.testing.assert_array_equal(predictor(images).scores, expected.scores)
-    assert predictor(pictures(0, 64)).scores.shape == (0, 5)
+    np.testing.assert_array_equal(held(images).scores, expected.scores)
+    assert held(pictures(0, 64)).scores.shape == (0, 5)
 
 
 @pytest.mark.parametrize(("views", "count"), [("center", 1), ("mirrored", 2), ("five", 5), ("ten", 10)])
@@ -160,3 +164,20 @@ def test_bfloat16_is_close_and_another(tmp_path: Path) -> None:
     uri = saved(tmp_path, ModelConfig(architecture="resnet8", options={"width": 4}, transform=SMALL))
     exact, short = (predict(uri, pictures(8, 64), precision=name).scores for name in ("float32", "bfloat16"))
     assert 0 < np.abs(exact - short).max() < 0.05
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_kernels_say_the_same(tmp_path: Path) -> None:
+    """Of a batch, of several and of a part of one, with features."""
+    uri = saved(tmp_path, ModelConfig(architecture="resnet8", options={"width": 4}, transform=SMALL))
+    loaded = predictor(uri, batch_size=8, compile=True, features=True)
+    for count in (8, 21, 1):
+        images = pictures(count, 64, seed=count)
+        expected = plain_logits(uri, images).softmax(1).topk(5, dim=1)
+        eager = predict(uri, images, features=True)
+        found = loaded(images)
+        np.testing.assert_array_equal(found.classes, expected.indices.numpy())
+        np.testing.assert_allclose(found.scores, expected.values.numpy(), atol=1e-5)
+        assert found.features is not None
+        assert eager.features is not None
+        np.testing.assert_allclose(found.features, eager.features, rtol=2e-3, atol=1e-5)

@@ -1,6 +1,9 @@
 """Scoring: the ledger of published ranges, resuming, rejects, and agreement with the plain model."""
 
 import io
+import os
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,11 +19,12 @@ from hypothesis import strategies as st
 import pipeline.ranges
 import tiny
 from cluster import storage
-from cluster.errors import ModelError, RunError, StageError
+from cluster.errors import ModelError, RunError, StageError, StorageError
 from cluster.progress import SILENT
 from models.config import ModelConfig, Transform
 from pipeline.ranges import (
     FIRST_BYTES,
+    MAX_RANGE_ROWS,
     TASK_BYTES,
     Range,
     RangeReader,
@@ -112,9 +116,20 @@ def test_what_is_scored_twice_is_found(ranges: list[Range], extra: list[int]) ->
     assert surplus(LISTING, done) == [ranges[number] for number in extra]
 
 
-def test_a_range_fits_its_memory() -> None:
-    assert range_rows(Transform(size=224), 128 * 2**20) == 128 * 2**20 // (3 * 224 * 224)
-    assert range_rows(Transform(size=1024, resize=1024), 2**20) == 1
+@given(st.integers(8, 1024), st.integers(1, 4096), st.integers(1, 8192))
+def test_a_range_is_whole_batches_or_a_part_of_one(size: int, mib: int, batch: int) -> None:
+    fitting = max(1, min(MAX_RANGE_ROWS, mib * 2**20 // (3 * size * size)))
+    rows = range_rows(Transform(size=size, resize=size), mib * 2**20, batch)
+    if fitting < batch:
+        assert rows == fitting
+    else:
+        assert rows % batch == 0
+        assert abs(rows - fitting) <= batch / 2
+
+
+def test_ranges_of_the_defaults() -> None:
+    assert range_rows(Transform(), Score().range_bytes, Score().batch) == 64
+    assert range_rows(Transform(), Score(gpus_per_actor=1).range_bytes, Score(gpus_per_actor=1).batch) == 768
 
 
 @given(st.lists(st.integers(0, 200 * 2**20), min_size=1, max_size=50), st.integers(1, 64))
@@ -262,7 +277,7 @@ def test_what_two_files_hold_is_scored_once(scored: str, source: ImageSource, mo
 def test_a_large_shard_is_scored_in_ranges_and_resumes_inside(source: ImageSource) -> None:
     """The reader alone: whatever ranges are done, the others complete the shard."""
     reader, shard = (
-        RangeReader(source.reader, CONFIG.transform, range_bytes=2**20, decode_seconds=10),
+        RangeReader(source.reader, CONFIG.transform, rows=1000, decode_seconds=10),
         source.shards()[0],
     )
 
@@ -306,7 +321,7 @@ def test_small_shards_share_a_range(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "3.tar").unlink()
 
     def ranges(rows: int = 100, size: RangeSize | None = None, skip: int | None = None, **done: Range) -> list[Range]:
-        reader = RangeReader(source.reader, CONFIG.transform, range_bytes=rows * 3 * 28**2, decode_seconds=10)
+        reader = RangeReader(source.reader, CONFIG.transform, rows=rows, decode_seconds=10)
         given = [(ordinal, shard) for ordinal, shard in shards if ordinal != skip]
         return of_tables(reader.ranges(given, {one.shard: [one] for one in done.values()}, size))
 
@@ -342,7 +357,7 @@ def test_small_shards_fill_a_range_as_large_ones_do(tmp_path: Path, monkeypatch:
     small, four = 1 + max(shard.size for _, shard in shards), sum(len(image) for image in images[:36])
     assert small < four  # together they are not small
     monkeypatch.setattr(pipeline.ranges, "SMALL_BYTES", small)
-    reader = RangeReader(source.reader, CONFIG.transform, range_bytes=100 * 3 * 28**2, decode_seconds=10)
+    reader = RangeReader(source.reader, CONFIG.transform, rows=100, decode_seconds=10)
     assert of_tables(reader.ranges(shards, {})) == [Range("0.tar", 0, 54, True, 6)]
     assert of_tables(reader.ranges(shards, {}, RangeSize(four, four))) == [
         Range("0.tar", 0, 36, True, 4),
@@ -409,6 +424,59 @@ def test_an_error_of_ours_comes_back_as_it_was(
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ModelError, match=r"model\.safetensors"):
         score(source, str(tmp_path / "model"), str(tmp_path / "s"), str(tmp_path / "r"), SETTINGS, SILENT)
+
+
+def test_an_error_of_ours_comes_back_from_an_actor(
+    source: ImageSource, model: str, tmp_path: Path, ray_local: None
+) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "a.tar").touch()  # where the folder of its files has to be
+    with pytest.raises(StorageError, match=r"^.*a\.tar") as caught:
+        score(source, model, str(tmp_path / "s"), str(tmp_path / "r"), SETTINGS, SILENT)
+    assert "\n" not in str(caught.value)
+    assert "Ray" not in str(caught.value)
+    assert "ray.data" not in str(caught.value)
+
+
+def test_a_network_that_fails_ends_the_scoring_while_actors_hold_the_cpus(
+    source: ImageSource, tmp_path: Path, ray_local: None
+) -> None:
+    from failing import Failing
+    from models.checkpoint import save
+
+    config = CONFIG.model_copy(update={"architecture": "failing:Failing", "options": {}})
+    uri = str(tmp_path / "model")
+    save(uri, Failing(4), config=config, class_names=list("abcd"), metrics={}, provenance={})
+    settings = Score(classes_per_image=3, actors=2)  # with 1.5 of 2 CPUs
+    with pytest.raises(StageError, match=r"^ValueError: nothing to see$"):
+        score(source, uri, str(tmp_path / "s"), str(tmp_path / "r"), settings, SILENT)
+
+
+def test_kernels_that_cannot_be_made_are_told_in_one_line(source: ImageSource, model: str, tmp_path: Path) -> None:
+    words = [
+        "score",
+        "--model",
+        model,
+        "--source",
+        source.reader.root,
+        "--out",
+        str(tmp_path / "s"),
+        "--set",
+        "compile=true",
+    ]
+    ended = subprocess.run(
+        [sys.executable, "-m", "pipeline", *words, "--classes-per-image", "3"],
+        env={**os.environ, "CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert ended.returncode == 2, ended.stderr
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith("error: score.compile = True: the first compiled batch failed (InvalidCxxCompiler: "), last
+    assert last.endswith("; set it to false, or mend what fails on the nodes")
+    assert "Traceback" not in ended.stdout + ended.stderr
+    assert [entry.path for entry in storage.list_files(str(tmp_path / "s"))] == ["_scoring.json"]
 
 
 def test_a_folder_of_scores_belongs_to_one_scoring(source: ImageSource, model: str, tmp_path: Path) -> None:
