@@ -4,6 +4,7 @@
     python -m benchmarks.scoring --light --images 100000 --shards 100 --rounds 5 --peers all
     python -m benchmarks.scoring --light --images 10000,100000 --shards 10,100
     python -m benchmarks.scoring --light --images 100000 --shards 10,10000
+    python -m benchmarks.scoring --heavy --images 2000 --shards 20 --compile
 
 The same JPEGs lie in the given folder twice, as tar shards and as files: random crops of three real photographs, which come with
 scikit-learn and matplotlib. The model has random weights: ResNet-50 at 224 pixels from JPEGs of 340 x 256 (`--heavy`), or a ResNet of
@@ -41,7 +42,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -79,18 +80,31 @@ def _age() -> float:
     return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _predictor(folder: Path, gpu: bool) -> Any:
+class How(NamedTuple):
+    """What the models run on, and whether those of `limit`, ours and `ceiling` are compiled."""
+
+    gpu: bool
+    compile: bool
+
+
+def _predictor(folder: Path, how: How) -> Any:
     from models.inference import Inference, Predictor
 
-    how = Inference(CLASSES_PER_IMAGE, gpu=gpu, precision="bfloat16" if gpu else "float32")
-    return Predictor(str(folder / "model"), how)
+    precision: Literal["bfloat16", "float32"] = "bfloat16" if how.gpu else "float32"
+    predict = Predictor(
+        str(folder / "model"), Inference(CLASSES_PER_IMAGE, gpu=how.gpu, precision=precision, compile=how.compile)
+    )
+    if how.compile:
+        side = predict.transform.size
+        predict(np.zeros((predict.batch_size, 3, side, side), np.uint8))
+    return predict
 
 
-def _limit_part(folder: Path, part: int, parts: int, gpu: bool, answers: Any) -> None:
+def _limit_part(folder: Path, part: int, parts: int, how: How, answers: Any) -> None:
     from models.card import read_card
     from models.transforms import evaluation_image
 
-    predict, transform = _predictor(folder, gpu), read_card(str(folder / "model")).model.transform
+    predict, transform = _predictor(folder, how), read_card(str(folder / "model")).model.transform
     answers.put(("ready", 0))
     buffer = np.empty((predict.batch_size, 3, transform.size, transform.size), np.uint8)
     filled = row = 0
@@ -112,8 +126,8 @@ def _limit_part(folder: Path, part: int, parts: int, gpu: bool, answers: Any) ->
     answers.put(("ended", 0))
 
 
-def _ceiling_part(folder: Path, images: int, parts: int, gpu: bool, answers: Any) -> None:
-    predict = _predictor(folder, gpu)
+def _ceiling_part(folder: Path, images: int, parts: int, how: How, answers: Any) -> None:
+    predict = _predictor(folder, how)
     side = predict.transform.size
     batch = np.random.default_rng(0).integers(0, 256, (predict.batch_size, 3, side, side), np.uint8)
     predict(batch)
@@ -145,19 +159,19 @@ def _in_parts(work: Callable[..., None], arguments: list[tuple[Any, ...]], clock
     return (images - images_before) / (time.time() - begun)
 
 
-def limit(folder: Path, cores: int, gpu: bool, clock: Clock) -> float | None:
+def limit(folder: Path, cores: int, how: How, clock: Clock) -> float | None:
     """A process for each core; reads, decodes and forwards. A tar's other images are skipped over by their headers."""
-    return _in_parts(_limit_part, [(folder, part, cores, gpu) for part in range(cores)], clock)
+    return _in_parts(_limit_part, [(folder, part, cores, how) for part in range(cores)], clock)
 
 
-def ceiling(folder: Path, cores: int, gpu: bool, clock: Clock) -> float | None:
+def ceiling(folder: Path, cores: int, how: How, clock: Clock) -> float | None:
     """The model on a resident batch."""
     images = sum(1 for _ in (folder / "files").iterdir())
-    parts = 1 if gpu else cores
-    return _in_parts(_ceiling_part, [(folder, images, parts, gpu)] * parts, clock)
+    parts = 1 if how.gpu else cores
+    return _in_parts(_ceiling_part, [(folder, images, parts, how)] * parts, clock)
 
 
-def ours(folder: Path, cores: int, gpu: bool, clock: Clock) -> float | None:
+def ours(folder: Path, cores: int, how: How, clock: Clock) -> float | None:
     """`tophat score`, without its terminal."""
     from cluster.config import Cluster
     from cluster.progress import Progress
@@ -170,8 +184,8 @@ def ours(folder: Path, cores: int, gpu: bool, clock: Clock) -> float | None:
         def update(self, done: int, rejected: int = 0, *, total: int | None = None, **facts: float) -> None:
             clock.mark(done)
 
-    more: dict[str, Any] = {"gpus_per_actor": 1, "precision": "bfloat16"} if gpu else {}
-    settings = Score(classes_per_image=CLASSES_PER_IMAGE, **more)
+    more: dict[str, Any] = {"gpus_per_actor": 1, "precision": "bfloat16"} if how.gpu else {}
+    settings = Score(classes_per_image=CLASSES_PER_IMAGE, compile=how.compile, **more)
     source = open_source("--source", Source(uri=str(folder / "tars")))
     with tempfile.TemporaryDirectory(prefix="scores-", dir=folder) as out, Session(Cluster(cpus=cores)) as session:
         claim("--out", out, str(folder / "model"), source, settings)
@@ -180,7 +194,7 @@ def ours(folder: Path, cores: int, gpu: bool, clock: Clock) -> float | None:
     return clock.steady()
 
 
-def naive(folder: Path, cores: int, gpu: bool, clock: Clock) -> float | None:
+def naive(folder: Path, cores: int, how: How, clock: Clock) -> float | None:
     """The loop of PyTorch's tutorials."""
     import torch
     from PIL import Image
@@ -190,9 +204,9 @@ def naive(folder: Path, cores: int, gpu: bool, clock: Clock) -> float | None:
     from models.checkpoint import load
 
     loaded = load(str(folder / "model"))
-    how = loaded.config.transform
-    steps = [transforms.Resize(how.resize), transforms.CenterCrop(how.size), transforms.ToTensor()]
-    transform = transforms.Compose([*steps, transforms.Normalize(how.mean, how.std)])
+    seen = loaded.config.transform
+    steps = [transforms.Resize(seen.resize), transforms.CenterCrop(seen.size), transforms.ToTensor()]
+    transform = transforms.Compose([*steps, transforms.Normalize(seen.mean, seen.std)])
     files = sorted((folder / "files").iterdir())
 
     class Files(Dataset[Any]):
@@ -203,7 +217,7 @@ def naive(folder: Path, cores: int, gpu: bool, clock: Clock) -> float | None:
             with Image.open(files[index]) as image:
                 return transform(image.convert("RGB"))
 
-    device = torch.device("cuda" if gpu else "cpu")
+    device = torch.device("cuda" if how.gpu else "cpu")
     model = loaded.model.to(device).eval()
     begun, images = time.time(), 0
     with torch.no_grad():
@@ -214,7 +228,7 @@ def naive(folder: Path, cores: int, gpu: bool, clock: Clock) -> float | None:
     return images / (time.time() - begun)
 
 
-def ray_data(folder: Path, cores: int, gpu: bool, clock: Clock) -> float | None:
+def ray_data(folder: Path, cores: int, how: How, clock: Clock) -> float | None:
     """As in Ray's example "Image Classification Batch Inference with PyTorch ResNet"."""
     import ray
     import torch
@@ -222,18 +236,22 @@ def ray_data(folder: Path, cores: int, gpu: bool, clock: Clock) -> float | None:
 
     from models.card import read_card
 
-    how = read_card(str(folder / "model")).model.transform
+    seen = read_card(str(folder / "model")).model.transform
     ray.init(address="local", num_cpus=cores, include_dashboard=False, log_to_driver=False)
 
     def preprocess(row: dict[str, Any]) -> dict[str, Any]:
-        steps = [transforms.ToTensor(), transforms.Resize(how.resize, antialias=True), transforms.CenterCrop(how.size)]
-        return {"image": transforms.Compose([*steps, transforms.Normalize(how.mean, how.std)])(row["image"])}
+        steps = [
+            transforms.ToTensor(),
+            transforms.Resize(seen.resize, antialias=True),
+            transforms.CenterCrop(seen.size),
+        ]
+        return {"image": transforms.Compose([*steps, transforms.Normalize(seen.mean, seen.std)])(row["image"])}
 
     class Model:
         def __init__(self) -> None:
             from models.checkpoint import load
 
-            self.device = torch.device("cuda" if gpu else "cpu")
+            self.device = torch.device("cuda" if how.gpu else "cpu")
             self.model = load(str(folder / "model")).model.to(self.device).eval()
 
         def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -242,11 +260,11 @@ def ray_data(folder: Path, cores: int, gpu: bool, clock: Clock) -> float | None:
             top = found.topk(CLASSES_PER_IMAGE)
             return {"class_ids": top.indices.cpu().numpy(), "scores": top.values.cpu().numpy()}
 
-    actors = 1 if gpu else max(1, cores // 2)  # as many hold CPUs as leave some to those that read
+    actors = 1 if how.gpu else max(1, cores // 2)  # as many hold CPUs as leave some to those that read
     predicted = (
         ray.data.read_images(str(folder / "files"), mode="RGB")
         .map(preprocess)
-        .map_batches(Model, batch_size=64, concurrency=actors, num_gpus=int(gpu))
+        .map_batches(Model, batch_size=64, concurrency=actors, num_gpus=int(how.gpu))
     )
     images = 0
     for batch in predicted.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -256,7 +274,7 @@ def ray_data(folder: Path, cores: int, gpu: bool, clock: Clock) -> float | None:
     return clock.steady()
 
 
-def daft(folder: Path, cores: int, gpu: bool, clock: Clock) -> float | None:
+def daft(folder: Path, cores: int, how: How, clock: Clock) -> float | None:
     """As in Daft's guide to class UDFs."""
     import daft as peer
     import torch
@@ -264,17 +282,17 @@ def daft(folder: Path, cores: int, gpu: bool, clock: Clock) -> float | None:
 
     from models.card import read_card
 
-    how = read_card(str(folder / "model")).model.transform
-    steps = [transforms.ToTensor(), transforms.Resize(how.resize, antialias=True), transforms.CenterCrop(how.size)]
-    transform = transforms.Compose([*steps, transforms.Normalize(how.mean, how.std)])
+    seen = read_card(str(folder / "model")).model.transform
+    steps = [transforms.ToTensor(), transforms.Resize(seen.resize, antialias=True), transforms.CenterCrop(seen.size)]
+    transform = transforms.Compose([*steps, transforms.Normalize(seen.mean, seen.std)])
 
-    @peer.cls(max_concurrency=1 if gpu else cores, gpus=int(gpu), use_process=True)  # type: ignore[untyped-decorator,unused-ignore]
+    @peer.cls(max_concurrency=1 if how.gpu else cores, gpus=int(how.gpu), use_process=True)  # type: ignore[untyped-decorator,unused-ignore]
     class Model:
         def __init__(self) -> None:
             from models.checkpoint import load
 
             torch.set_num_threads(1)
-            self.device = torch.device("cuda" if gpu else "cpu")
+            self.device = torch.device("cuda" if how.gpu else "cpu")
             self.model = load(str(folder / "model")).model.to(self.device).eval()
 
         @peer.method.batch(return_dtype=peer.DataType.int64(), batch_size=64)  # type: ignore[untyped-decorator,unused-ignore]
@@ -292,7 +310,7 @@ def daft(folder: Path, cores: int, gpu: bool, clock: Clock) -> float | None:
     return clock.steady()
 
 
-PEERS: dict[str, Callable[[Path, int, bool, Clock], float | None]] = {
+PEERS: dict[str, Callable[[Path, int, How, Clock], float | None]] = {
     "naive": naive,
     "ray data": ray_data,
     "daft": daft,
@@ -301,10 +319,10 @@ PEERS: dict[str, Callable[[Path, int, bool, Clock], float | None]] = {
 ALL = {"limit": limit, OURS: ours, **PEERS}
 
 
-def serve(name: str, folder: Path, cores: int, gpu: bool) -> None:
+def serve(name: str, folder: Path, cores: int, how: How) -> None:
     """Runs one contender and prints its answer."""
     clock = Clock()
-    steady = ALL[name](folder, cores, gpu, clock)
+    steady = ALL[name](folder, cores, how, clock)
     at, images = clock.marks[-1]
     print("answer", json.dumps([images, images / at, steady, clock.marks[0][0]]), flush=True)
 
@@ -319,7 +337,7 @@ class Run(NamedTuple):
     peak: float
 
 
-def once(name: str, folder: Path, cores: int, gpu: bool) -> Run:
+def once(name: str, folder: Path, cores: int, how: How) -> Run:
     """Runs a contender once, in a process of its own."""
     command = [
         sys.executable,
@@ -339,7 +357,11 @@ def once(name: str, folder: Path, cores: int, gpu: bool) -> Run:
         "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")])),
     }
     process = subprocess.Popen(
-        command + ["--gpu"] * gpu, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [*command, *["--gpu"] * how.gpu, *["--compile"] * how.compile],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     with Memory(process.pid) as memory:
         printed, errors = process.communicate()
@@ -350,14 +372,14 @@ def once(name: str, folder: Path, cores: int, gpu: bool) -> Run:
     return Run(images, whole, steady, first, memory.peak)
 
 
-def compare(folders: dict[Path, str], names: list[str], rounds: int, cores: int, gpu: bool) -> None:
+def compare(folders: dict[Path, str], names: list[str], rounds: int, cores: int, how: How) -> None:
     """Runs the contenders in turn, `rounds` times, on every folder in turn, and prints medians and ratios."""
     found: dict[tuple[Path, str], list[Run]] = {(folder, name): [] for folder in folders for name in names}
     images: dict[Path, int] = {}
     for number in range(rounds):
         # Every other round backwards: what the machine loses or gains in the meantime is nobody's.
         for folder, name in list(found)[:: -1 if number % 2 else 1]:
-            run = once(name, folder, cores, gpu)
+            run = once(name, folder, cores, how)
             found[folder, name].append(run)
             if name in ("limit", OURS) and images.setdefault(folder, run.images) != run.images:
                 raise RuntimeError(f"{name} scored {run.images} images, and another run {images[folder]}")
@@ -424,6 +446,9 @@ def main() -> None:
     parser.add_argument(
         "--gpu", action="store_true", help="models on one GPU, in bfloat16 where that is ours to choose"
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the models of limit, tophat score and ceiling"
+    )
     parser.add_argument("--folder", type=Path, help="where the images are kept; by default a temporary folder")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -431,8 +456,9 @@ def main() -> None:
         parser.error("argument --shards: takes one number, or as many as --images")
     if arguments.rounds < 1:
         parser.error("argument --rounds: must be a whole number from 1")
+    how = How(arguments.gpu, arguments.compile)
     if arguments.serve:
-        serve(arguments.serve, arguments.folder, arguments.cores, arguments.gpu)
+        serve(arguments.serve, arguments.folder, arguments.cores, how)
         return
     peers = list(PEERS) if arguments.peers == "all" else [name for name in arguments.peers.split(",") if name]
     if unknown := ", ".join(peer for peer in peers if peer not in PEERS):
@@ -443,7 +469,7 @@ def main() -> None:
     base = arguments.folder or Path(tempfile.mkdtemp(prefix="tophat-scoring-"))
     try:
         folders = dict(_folders(arguments, base))
-        compare(folders, ["limit", OURS, *peers], arguments.rounds, arguments.cores, arguments.gpu)
+        compare(folders, ["limit", OURS, *peers], arguments.rounds, arguments.cores, how)
     finally:
         if arguments.folder is None:
             shutil.rmtree(base)

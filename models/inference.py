@@ -124,9 +124,11 @@ class Predictor:
         model = folded(loaded.model, self.transform.size).requires_grad_(False)
         model = model.to(self._device).to(memory_format=torch.channels_last)
         self._features = Features(uri, model) if how.features else None
-        # Weights as constants are laid out for the kernels once, not in each pass.
-        constant = {"freezing": True} if self._device.type == "cpu" else {}
-        self._model: Any = torch.compile(model, options=constant) if how.compile else model
+        self._model: Any = model
+        if (
+            how.compile
+        ):  # on a CPU with the weights as constants, which are laid out for the kernels once and not in each pass
+            self._model = torch.compile(model, options={"freezing": self._device.type == "cpu"})
         if self._device.type == "cpu":
             keep_memory()  # from now on: what was needed to make the model goes back
 
