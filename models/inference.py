@@ -100,10 +100,20 @@ def keep_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
+def _compiled(model: nn.Module, device: torch.device) -> Any:
+    """The network with kernels of its own, which are made at its first batch."""
+    if device.type == "cpu":
+        import torch._inductor.config as inductor  # takes a second
+
+        # Weights are constants then, laid out for the kernels once and not in each pass. Given to `compile`, it does nothing.
+        inductor.freezing = True
+    return torch.compile(model)
+
+
 class Predictor:
     """A model directory's network, ready for as many images as come.
 
-    It sets the number of torch's threads, and how memory is kept, for the whole process.
+    It sets the number of torch's threads, how memory is kept, and how torch compiles, for the whole process.
 
     Args:
         uri: of the model directory.
@@ -124,11 +134,7 @@ class Predictor:
         model = folded(loaded.model, self.transform.size).requires_grad_(False)
         model = model.to(self._device).to(memory_format=torch.channels_last)
         self._features = Features(uri, model) if how.features else None
-        self._model: Any = model
-        if (
-            how.compile
-        ):  # on a CPU with the weights as constants, which are laid out for the kernels once and not in each pass
-            self._model = torch.compile(model, options={"freezing": self._device.type == "cpu"})
+        self._model: Any = _compiled(model, self._device) if how.compile else model
         if self._device.type == "cpu":
             keep_memory()  # from now on: what was needed to make the model goes back
 

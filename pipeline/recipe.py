@@ -77,7 +77,7 @@ class Score(Section):
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the forward pass. The others are faster on GPUs, and move scores in the third digit; float16 needs a GPU."""
     compile: bool = False
-    """Whether `torch.compile` makes the kernels: half a minute or more at the start of each actor, and a C++ compiler on each node. Worth it on CPUs from a hundred thousand images on: they are scored about 1.2 times as fast."""
+    """Whether `torch.compile` makes the kernels: half a minute or more at the start of each actor, and a C++ compiler on each node. On CPUs forward passes are 1.1 to 1.2 times as fast."""
     batch_size: int | None = Field(default=None, ge=1, le=8192)
     """Images per forward pass; by default 32 on CPUs and 256 on GPUs."""
     actors: int | None = Field(default=None, ge=1, le=4096)
