@@ -356,15 +356,16 @@ def once(name: str, folder: Path, cores: int, how: How) -> Run:
         "RAY_AUTH_MODE": "disabled" if name == "ray data" else "token",
         "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")])),
     }
-    process = subprocess.Popen(
-        [*command, *["--gpu"] * how.gpu, *["--compile"] * how.compile],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    with Memory(process.pid) as memory:
-        printed, errors = process.communicate()
+    with tempfile.TemporaryDirectory(prefix="tophat-kernels-") as kernels:  # each run makes its own
+        process = subprocess.Popen(
+            [*command, *["--gpu"] * how.gpu, *["--compile"] * how.compile],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**environment, "TORCHINDUCTOR_CACHE_DIR": kernels},
+        )
+        with Memory(process.pid) as memory:
+            printed, errors = process.communicate()
     found = next((line for line in printed.splitlines() if line.startswith("answer ")), None)
     if found is None:
         raise RuntimeError(f"{name} ended early:\n{errors[-3000:]}")

@@ -68,7 +68,18 @@ class RunError(InputError):
 
 
 class StageError(TophatError):
-    """A stage that failed although its input was sound."""
+    """A stage that failed although its input was sound.
+
+    Args:
+        message: what failed, and why.
+    """
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type["StageError"], tuple[str]]:
+        return type(self), (self.message,)  # whatever Ray adds to the text on the way
 
 
 class Interrupted(TophatError):  # noqa: N818 - no fault of anybody's

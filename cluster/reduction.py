@@ -17,8 +17,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 RETRIES = 3
-ADVICE = "Failed to apply UDF transform"
-"""How what Ray Data adds to the text of an error begins."""
 
 
 def parallel_map(
@@ -167,13 +165,29 @@ def _original(error: BaseException) -> BaseException:
 
 
 @contextmanager
+def told_errors() -> Iterator[None]:
+    """In a function that Ray Data runs: makes an error of ours of whatever is raised, as only those reach the driver whole.
+
+    Raises:
+        TophatError: what was raised, where it is one; else a StageError with its type and its text on one line.
+    """
+    try:
+        yield
+    except Exception as error:
+        original = _original(error)
+        if isinstance(original, TophatError):
+            raise original from None
+        raise StageError(_described(original)) from error
+
+
+@contextmanager
 def original_errors() -> Iterator[None]:
     """Raises what work in other processes raised, out of whatever Ray Data wrapped around it.
 
     It is raised alone: what Ray raised refers to the work, and so would keep its actors, with their CPUs, as long as it is known.
 
     Raises:
-        TophatError: the first of ours among the causes of an error; a StageError when there is none.
+        TophatError: the one that `told_errors` raised there; a StageError for what Ray itself met.
     """
     from ray.exceptions import RayError
 
@@ -181,26 +195,18 @@ def original_errors() -> Iterator[None]:
     try:
         yield
     except RayError as error:
-        failure = _failure(error)
+        original = _original(error)
+        lines = (
+            str(original).strip().split("\n")
+        )  # Ray's own errors end with the reason, and it ends those of others with advice
+        text = lines[-1 if isinstance(original, RayError) else 0]
+        failure = original if isinstance(original, TophatError) else StageError(_described(original, text))
     if failure is not None:
-        raise failure
+        try:
+            raise failure
+        finally:
+            failure.__context__ = None
 
 
-def _failure(error: BaseException) -> TophatError:
-    from ray.exceptions import RayError
-
-    causes: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in causes:
-        causes.append(cause)
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    for cause in causes:
-        if isinstance(cause, TophatError) and not isinstance(
-            cause, RayError
-        ):  # Ray's wrapper is of the type of what it wraps, too
-            return cause
-    last = causes[-1]
-    # Ray ends its own messages with the reason, and those of others with its advice.
-    text = str(last).strip()
-    text = text.rpartition("\n")[2] if isinstance(last, RayError) else text.partition(ADVICE)[0].rstrip(" :'\"")
-    return StageError(one_line(f"{type(last).__name__}: {text or error}")[:500])
+def _described(error: BaseException, text: str | None = None) -> str:
+    return one_line(f"{type(error).__name__}: {str(error) if text is None else text}")[:500].removesuffix(":")

@@ -3,6 +3,7 @@
 import ctypes
 import platform
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from models.checkpoint import load
-from models.config import CPU_BATCH, GPU_BATCH, Views
+from models.config import BATCH_STEP, CPU_BATCH, GPU_BATCH, Views
 from models.features import Features
 from models.transforms import normalize
 
@@ -100,20 +101,31 @@ def keep_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
-def _compiled(model: nn.Module, device: torch.device) -> Any:
-    """The network with kernels of its own, which are made at its first batch."""
-    if device.type == "cpu":
-        import torch._inductor.config as inductor  # takes a second
+def _compiled(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The network with kernels of its own, which are made at its first batch; on a CPU the weights are constants of the kernels, laid out
+    for them once and not in each pass."""
+    compiled: Callable[[Tensor], Tensor] = torch.compile(model)
+    if device.type != "cpu":
+        return compiled
+    import torch._inductor.config as inductor  # takes a second
 
-        # Weights are constants then, laid out for the kernels once and not in each pass. Given to `compile`, it does nothing.
-        inductor.freezing = True
-    return torch.compile(model)
+    def frozen(batch: Tensor) -> Tensor:
+        with inductor.patch(freezing=True):  # of the thread that makes the kernels; an option of `compile` does nothing
+            return compiled(batch)
+
+    return frozen
+
+
+def _even(images: int, batch_size: int) -> int:
+    """Images of each batch but the last, so that they differ little, in few sizes."""
+    share = -(-images // -(-images // batch_size))
+    return min(batch_size, -(-share // BATCH_STEP) * BATCH_STEP)
 
 
 class Predictor:
     """A model directory's network, ready for as many images as come.
 
-    It sets the number of torch's threads, how memory is kept, and how torch compiles, for the whole process.
+    It sets the number of torch's threads, and how memory is kept, for the whole process.
 
     Args:
         uri: of the model directory.
@@ -146,8 +158,7 @@ class Predictor:
             size = (0, self.how.classes_per_image)
             return Prediction(np.empty(size, np.int32), np.empty(size, np.float32), empty)
         tops, features = [], []
-        batches = -(-len(images) // self.batch_size)
-        step = self.batch_size if self.how.compile else -(-len(images) // batches)  # no small one at the end
+        step = self.batch_size if self.how.compile else _even(len(images), self.batch_size)
         for start in range(0, len(images), step):
             scores, seen = self.scores(images[start : start + step])
             tops.append(scores.topk(self.how.classes_per_image, dim=1))

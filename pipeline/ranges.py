@@ -17,7 +17,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cluster import storage
-from models.config import Transform
+from cluster.reduction import told_errors
+from models.config import BATCH_STEP, Transform
 from pipeline.rejects import REJECTS
 from pipeline.shards import ChangedShardError, MissingShardError, Reader, Row, Shard, ShardError, shard_table, shards_of
 
@@ -112,9 +113,10 @@ def complete(ranges: Sequence[Range]) -> bool:
 
 
 def range_rows(transform: Transform, range_bytes: int, batch: int) -> int:
-    """Rows of a range whose decoded images (uint8, 3 channels) take about so many bytes: as many as fit, or whole batches where one does."""
+    """Rows of a full range, whose decoded images (uint8, 3 channels) take about so many bytes: as many as fit, or whole batches where one
+    does, so that compiled kernels, which are for batches of one size, have few to fill up."""
     fitting = max(1, min(MAX_RANGE_ROWS, range_bytes // (3 * transform.size**2)))
-    return fitting if fitting < batch else batch * round(fitting / batch)
+    return fitting if fitting < batch else batch * min(round(fitting / batch), MAX_RANGE_ROWS // batch)
 
 
 def finished(shards: Sequence[Shard], done: Mapping[str, Sequence[Range]]) -> list[bool]:
@@ -232,7 +234,8 @@ class RangeReader:
             table = unfinished.shards.slice(part["start"], part["stop"] - part["start"])
             shards = zip(table["ordinal"].to_pylist(), shards_of(table), strict=True)
             size = RangeSize(part["first_bytes"], part["range_bytes"])
-            yield from _timed(self.ranges(shards, unfinished.done, size))
+            with told_errors():
+                yield from _timed(self.ranges(shards, unfinished.done, size))
 
     @cached_property
     def _decoder(self) -> "Decoder":
@@ -273,6 +276,9 @@ class RangeReader:
         if held.parts:
             yield held.take()
 
+    def _full(self, pending: "_Decoded", size: "RangeSize") -> bool:
+        return pending.rows >= self._rows or (pending.bytes >= size.bytes and pending.rows % BATCH_STEP == 0)
+
     def _ranges(self, shard: Shard, covered: Sequence[Range], size: "RangeSize") -> Iterator["_Decoded"]:
         """Those of one shard, in row order.
 
@@ -286,8 +292,7 @@ class RangeReader:
                 position = row.index + 1
                 if any(done.start <= row.index < done.stop for done in covered):
                     continue
-                full = pending is not None and (pending.rows >= self._rows or pending.bytes >= size.bytes)
-                if pending is not None and (full or pending.stop != row.index):
+                if pending is not None and (self._full(pending, size) or pending.stop != row.index):
                     self._reader.check(shard)
                     yield pending
                     pending = None

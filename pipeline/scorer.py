@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster import storage
-from cluster.errors import RecipeError, one_line
+from cluster.errors import RecipeError, TophatError, one_line
+from cluster.reduction import told_errors
 from pipeline.ranges import Range
 from pipeline.rejects import Reject, publish_rejects
 
@@ -25,8 +26,6 @@ CALLS = 2
 """Blocks that an actor works on at once: one is in the model, the other is read or published."""
 PUBLISHERS = 8
 """Files that an actor publishes at once."""
-MORE = "\nSet TORCHDYNAMO_VERBOSE"
-"""How torch's advice at the end of an error in compiling begins."""
 REPEATING = ["shard", "class_ids.list.element"]
 """Columns of a score table whose values repeat; dictionaries of the others would be as large as they are."""
 
@@ -57,13 +56,25 @@ class RangeScorer:
             gpu=settings.gpus_per_actor > 0,
         )
         self._job = job
-        self._predict = Predictor(job.model_uri, how, ray.get(weights[0]))
+        self._problem: TophatError | None = None
+        try:
+            with told_errors():
+                self._predict = Predictor(job.model_uri, how, ray.get(weights[0]))
+        except (
+            TophatError
+        ) as error:  # raised at the first block: of an actor that fails as it is made, only a text comes back
+            self._problem = error
         self._model = Lock()
-        self._compiled = False
         self._cpu = time.process_time()
         self._publishers = ThreadPoolExecutor(PUBLISHERS)
 
     def __call__(self, block: pa.Table) -> dict[str, Any]:
+        with told_errors():
+            if self._problem is not None:
+                raise self._problem
+            return self._score(block)
+
+    def _score(self, block: pa.Table) -> dict[str, Any]:
         side = self._job.transform.size
         images = [np.frombuffer(v.as_buffer(), np.uint8).reshape(-1, 3, side, side) for v in block["images"]]
         indices = [v.values.to_numpy() for v in block["indices"]]
@@ -72,7 +83,7 @@ class RangeScorer:
             row["range"] = Range(row["shards"][0], row["start"], row["stop"], row["last"], len(row["shards"]))
         with self._model:
             began = time.monotonic()
-            found = self._scored(images[0] if len(images) == 1 else np.concatenate(images))
+            found = self._predicted(images[0] if len(images) == 1 else np.concatenate(images))
             seconds, cpu, self._cpu = time.monotonic() - began, time.process_time() - self._cpu, time.process_time()
         ends = np.cumsum([0, *map(len, images)]).tolist()
         parts = [found.of(start, stop) for start, stop in pairwise(ends)]
@@ -88,17 +99,19 @@ class RangeScorer:
             "model_cpu_seconds": [cpu / len(rows)] * len(rows),
         }
 
-    def _scored(self, images: npt.NDArray[np.uint8]) -> "Prediction":
+    def _predicted(self, images: npt.NDArray[np.uint8]) -> "Prediction":
         """Raises a RecipeError where the kernels of `score.compile` cannot be made."""
         try:
-            found = self._predict(images)
+            return self._predict(images)
         except RuntimeError as error:
-            if not self._job.settings.compile or self._compiled:
+            from torch._dynamo.exc import TorchDynamoException
+
+            if not isinstance(error, TorchDynamoException):
                 raise
-            rule = f"the first compiled batch failed ({one_line(str(error).partition(MORE)[0])[:300]})"
-            raise RecipeError("score.compile", True, rule, "set it to false, or mend what fails on the nodes") from None
-        self._compiled = True
-        return found
+            rule = f"kernels for this model cannot be made here ({compiler_error(str(error))})"
+            raise RecipeError(
+                "score.compile", True, rule, "set it to false, or mend what fails on the nodes"
+            ) from error
 
     def _publish(self, row: dict[str, Any], indices: npt.NDArray[np.uint32], found: "Prediction") -> None:
         job, file = self._job, row["range"].file
@@ -113,6 +126,12 @@ class RangeScorer:
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", use_dictionary=REPEATING)
         storage.publish(storage.join(job.scores_uri, file), sink.getvalue().to_pybytes())
+
+
+def compiler_error(text: str) -> str:
+    """The reason in what torch says of kernels that cannot be made: the compiler's first error, else how it begins; without its advice."""
+    lines = text.partition("\nSet TORCHDYNAMO_VERBOSE")[0].splitlines()
+    return one_line(next((line for line in lines if "error: " in line), " ".join(lines)))[:300]
 
 
 def score_table(

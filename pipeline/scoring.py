@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from cluster import storage
 from cluster.errors import RecipeError, RunError, StageError
 from cluster.progress import Progress
-from cluster.reduction import original_errors, parallel_map, run_task
+from cluster.reduction import original_errors, parallel_map
 from cluster.resources import cluster_shape
 from models.config import Transform
 from pipeline.ranges import MIN_TASK_BYTES, Range, RangeReader, Unfinished, finished, ledger, range_rows, surplus
@@ -41,7 +41,7 @@ CPU_BLOCK_BYTES = 2 * 2**20
 """Decoded images that readers hand on at once to an actor on a CPU, about at least; to one on a GPU, what Ray Data takes for good."""
 
 CPU_AHEAD = 5
-"""Full ranges for each actor on a CPU that are read and not scored yet, at most."""
+"""Times `range_bytes` of decoded images for each actor on a CPU are read and not scored yet, at most."""
 
 EARLY_CHECK = 10_000
 """Images after which too many rejects stop a scoring at once rather than at its end."""
@@ -133,13 +133,8 @@ def score(
     if len(unfinished.shards):
         decoded = transform.seen_by(settings.views)
         job = Job(source.reader, model_uri, scores_uri, rejects_uri, decoded, len(card.class_names), settings)
-        try:
-            with original_errors():
-                _follow(job, unfinished, done, progress)
-        except StageError:
-            # Where the model is at fault, its own error says more than a lost actor's. The other actors may still hold their CPUs.
-            run_task(_check_model, model_uri, num_cpus=settings.reader_cpus)
-            raise
+        with original_errors():
+            _follow(job, unfinished, done, progress)
     found = prove(source, scores_uri, rejects_uri)
     progress.update(found.scored, found.rejected, total=found.listed)
     _check_rejects(found, len(shards), settings)
@@ -155,12 +150,6 @@ def check_views(transform: Transform, settings: Score) -> None:
     if settings.views in ("five", "ten") and transform.resize == transform.size:
         rule = f"has no corners to see where the model's transform.resize and size are both {transform.size}"
         raise RecipeError("score.views", settings.views, rule, "set it to center or mirrored")
-
-
-def _check_model(uri: str) -> None:
-    from models.checkpoint import load
-
-    load(uri)
 
 
 def _forget_rejects(rejects_uri: str, done: Mapping[str, Sequence[Range]]) -> None:
@@ -287,7 +276,8 @@ def stream(job: Job, unfinished: Unfinished) -> Iterator[list[dict[str, Any]]]:
 
 
 def _context(settings: Score, actors: int) -> "ray.data.DataContext":
-    """How Ray Data streams: on CPUs in small blocks and few ahead, as readers take from the actors what they read too early."""
+    """How Ray Data streams, and that it raises errors as they are: on CPUs in small blocks and few ahead, as readers take from the actors
+    what they read too early."""
     import ray
 
     context = ray.data.DataContext.get_current().copy()

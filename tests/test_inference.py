@@ -1,12 +1,15 @@
 """The fast predictor against the plain network: the same classes, the same scores."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -14,7 +17,7 @@ from models.architectures import build
 from models.card import WEIGHTS, read_card, read_weights
 from models.checkpoint import load, save
 from models.config import ModelConfig, Transform, Views
-from models.inference import Inference, Prediction, Predictor, folded
+from models.inference import Inference, Prediction, Predictor, _even, folded
 from models.transforms import normalize
 
 CLASSES = 20
@@ -167,17 +170,40 @@ def test_bfloat16_is_close_and_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_kernels_say_the_same(tmp_path: Path) -> None:
-    """Of a batch, of several and of a part of one, with features."""
+def test_compiled_kernels_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a batch, of several and of a part of one, with features; in another thread than the one that loads, as in an actor."""
+    import torch._inductor.config
+    import torch._inductor.freezing as freezing
+
+    frozen: list[bool] = []
+    freeze = freezing.freeze
+
+    def seen(*given: Any, **more: Any) -> Any:
+        frozen.append(True)
+        return freeze(*given, **more)
+
+    monkeypatch.setattr(freezing, "freeze", seen)
     uri = saved(tmp_path, ModelConfig(architecture="resnet8", options={"width": 4}, transform=SMALL))
     loaded = predictor(uri, batch_size=8, compile=True, features=True)
+    pool = ThreadPoolExecutor(1)
     for count in (8, 21, 1):
         images = pictures(count, 64, seed=count)
         expected = plain_logits(uri, images).softmax(1).topk(5, dim=1)
         eager = predict(uri, images, features=True)
-        found = loaded(images)
+        found = pool.submit(loaded, images).result()
         np.testing.assert_array_equal(found.classes, expected.indices.numpy())
         np.testing.assert_allclose(found.scores, expected.values.numpy(), atol=1e-5)
         assert found.features is not None
         assert eager.features is not None
         np.testing.assert_allclose(found.features, eager.features, rtol=2e-3, atol=1e-5)
+    pool.shutdown()
+    assert frozen == [True]  # once, for one size of batch
+    assert not torch._inductor.config.freezing
+
+
+@given(st.integers(1, 5000), st.integers(1, 512))
+def test_batches_are_even_and_of_few_sizes(images: int, batch_size: int) -> None:
+    step = _even(images, batch_size)
+    assert 1 <= step <= batch_size
+    assert step % 8 == 0 or step == batch_size
+    assert -(-images // step) == -(-images // batch_size)  # no more of them

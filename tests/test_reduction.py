@@ -1,6 +1,7 @@
 """The parallel map and the scatter: complete, bounded, retrying, honest about errors."""
 
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import SourceError
-from cluster.reduction import parallel_map, scatter
+from cluster.errors import RunError, SourceError, StageError, TophatError
+from cluster.reduction import parallel_map, scatter, told_errors
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -152,3 +153,32 @@ def test_at_most_the_given_number_is_in_flight(tmp_path: Path) -> None:
         watcher.join()
     assert finished == 4
     assert most <= 2  # one that runs, and one whose end the caller has not heard of yet
+
+
+class UnpicklableError(Exception):
+    """As of a user's network: its arguments are not those it is made with."""
+
+    def __init__(self, one: str, other: str) -> None:
+        super().__init__(f"{one}\n{other}")
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (ValueError("two\nlines \x1b[1m"), "ValueError: two lines  [1m"),
+        (AssertionError(), "AssertionError"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (FileNotFoundError(2, "No such file", "weights"), "FileNotFoundError: [Errno 2] No such file: 'weights'"),
+        (UnpicklableError("one", "other"), "UnpicklableError: one other"),
+        (StageError("of ours"), "of ours"),
+        (RunError("--out", "x", "is not empty", "give another"), "--out = 'x': is not empty; give another"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_a_task_of_ray_data_raises_is_told_whole(raised: Exception, told: str) -> None:
+    with pytest.raises(TophatError) as caught, told_errors():
+        raise raised
+    error = caught.value
+    assert type(error) is (type(raised) if isinstance(raised, TophatError) else StageError)
+    error.args = (f"{error.args[0]}\nFailed to apply UDF transform after 1/1 attempts",)  # what Ray does on the way
+    assert str(pickle.loads(pickle.dumps(error))) == told

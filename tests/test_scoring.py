@@ -38,6 +38,7 @@ from pipeline.ranges import (
 )
 from pipeline.recipe import Score, Source
 from pipeline.rejects import publish_rejects, read_rejects
+from pipeline.scorer import compiler_error
 from pipeline.scoring import claim, prove, score
 from pipeline.shards import Shard
 from pipeline.sources import ImageSource, open_source
@@ -124,7 +125,8 @@ def test_a_range_is_whole_batches_or_a_part_of_one(size: int, mib: int, batch: i
         assert rows == fitting
     else:
         assert rows % batch == 0
-        assert abs(rows - fitting) <= batch / 2
+        assert rows <= MAX_RANGE_ROWS
+        assert abs(rows - fitting) <= batch / 2 or rows + batch > MAX_RANGE_ROWS
 
 
 def test_ranges_of_the_defaults() -> None:
@@ -285,8 +287,8 @@ def test_a_large_shard_is_scored_in_ranges_and_resumes_inside(source: ImageSourc
         return of_tables(reader.ranges([(0, shard)], {shard.name: done}, size))
 
     assert ranges([]) == [Range("a.tar", 0, 50, True)]
-    assert ranges([], RangeSize(1, 1)) == [Range("a.tar", n, n + 1, n == 49) for n in range(50)]
-    growing = ranges([], RangeSize(1, 2**20))
+    assert ranges([], RangeSize(1, 1)) == [Range("a.tar", n, min(n + 8, 50), n == 48) for n in range(0, 50, 8)]
+    growing = ranges([], RangeSize(1000, 2**20))
     assert complete(growing)
     assert 1 < len(growing) < 25
     assert max(one.stop - one.start for one in growing) > 10
@@ -334,7 +336,8 @@ def test_small_shards_share_a_range(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         Range("6.tar", 0, 8, True, 2),
     ]
     assert ranges(rows=11, skip=3)[:2] == [Range("0.tar", 0, 8, True, 2), Range("2.tar", 0, 4, True)]
-    assert ranges(size=RangeSize(1, 1), rows=9, skip=3)[0] == Range("0.tar", 0, 1, False)
+    assert ranges(size=RangeSize(1, 1), rows=9, skip=3)[:2] == [Range(f"{n}.tar", 0, 4, True) for n in (0, 1)]
+    assert ranges(rows=3, skip=3)[0] == Range("0.tar", 0, 3, False)
     assert ranges(skip=3, done=Range("1.tar", 0, 1, False))[:3] == [
         Range("0.tar", 0, 4, True),
         Range("1.tar", 1, 4, True),
@@ -426,6 +429,20 @@ def test_an_error_of_ours_comes_back_as_it_was(
         score(source, str(tmp_path / "model"), str(tmp_path / "s"), str(tmp_path / "r"), SETTINGS, SILENT)
 
 
+def test_a_network_that_does_not_suit_the_settings_is_told(
+    source: ImageSource, tmp_path: Path, ray_local: None
+) -> None:
+    from models.architectures import build
+    from models.checkpoint import save
+
+    config = CONFIG.model_copy(update={"architecture": "torchvision.models:squeezenet1_1", "options": {}})
+    uri = str(tmp_path / "model")
+    save(uri, build(config, 4), config=config, class_names=list("abcd"), metrics={}, provenance={})
+    settings = SETTINGS.model_copy(update={"embedding": True})
+    with pytest.raises(ModelError, match=r"^model = '.*': has no linear layer, before which features are taken; use"):
+        score(source, uri, str(tmp_path / "s"), str(tmp_path / "r"), settings, SILENT)
+
+
 def test_an_error_of_ours_comes_back_from_an_actor(
     source: ImageSource, model: str, tmp_path: Path, ray_local: None
 ) -> None:
@@ -448,8 +465,9 @@ def test_a_network_that_fails_ends_the_scoring_while_actors_hold_the_cpus(
     uri = str(tmp_path / "model")
     save(uri, Failing(4), config=config, class_names=list("abcd"), metrics={}, provenance={})
     settings = Score(classes_per_image=3, actors=2)  # with 1.5 of 2 CPUs
-    with pytest.raises(StageError, match=r"^ValueError: nothing to see$"):
+    with pytest.raises(StageError, match=r"^ValueError: nothing to see$") as caught:
         score(source, uri, str(tmp_path / "s"), str(tmp_path / "r"), settings, SILENT)
+    assert caught.value.__context__ is None  # Ray's error would keep the actors
 
 
 def test_kernels_that_cannot_be_made_are_told_in_one_line(source: ImageSource, model: str, tmp_path: Path) -> None:
@@ -473,10 +491,30 @@ def test_kernels_that_cannot_be_made_are_told_in_one_line(source: ImageSource, m
     )
     assert ended.returncode == 2, ended.stderr
     last = ended.stderr.splitlines()[-1]
-    assert last.startswith("error: score.compile = True: the first compiled batch failed (InvalidCxxCompiler: "), last
+    assert last.startswith(
+        "error: score.compile = True: kernels for this model cannot be made here (InvalidCxxCompiler: "
+    ), last
     assert last.endswith("; set it to false, or mend what fails on the nodes")
     assert "Traceback" not in ended.stdout + ended.stderr
     assert [entry.path for entry in storage.list_files(str(tmp_path / "s"))] == ["_scoring.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "CppCompileError: C++ compile error\n\nCommand:\ng++ " + "-D FLAG " * 90 + "\n\nOutput:\n"
+            "x.cpp:1:10: fatal error: Python.h: No such file\n    1 | #include <Python.h>\n",
+            "x.cpp:1:10: fatal error: Python.h: No such file",
+        ),
+        (
+            "InvalidCxxCompiler: No working\n\x1b[1m compiler\n\nSet TORCHDYNAMO_VERBOSE=1 for more\nx error: y",
+            "InvalidCxxCompiler: No working [1m compiler",
+        ),
+    ],
+)
+def test_the_reason_why_kernels_cannot_be_made(text: str, reason: str) -> None:
+    assert " ".join(compiler_error(text).split()) == reason
 
 
 def test_a_folder_of_scores_belongs_to_one_scoring(source: ImageSource, model: str, tmp_path: Path) -> None:
