@@ -32,6 +32,8 @@ from pipeline.sources import ImageSource, open_source
 
 TRANSFORM = Transform(size=28, resize=32)
 CONFIG = ModelConfig(architecture="resnet8", options={"width": 4}, transform=TRANSFORM)
+ROWS = 400
+"""Of a range, at most."""
 SETTINGS = Score(classes_per_image=3, batch_size=16, actors=1, cpus_per_actor=0.5, decode_seconds=0.3)
 
 
@@ -87,7 +89,7 @@ def _die_of_zeros(data: bytes) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
 
 def read(source: ImageSource) -> Iterator[dict[str, object]]:
     """What the readers hand to the model, without Ray."""
-    reader = RangeReader(source.reader, TRANSFORM, rows=1000, decode_seconds=0.3)
+    reader = RangeReader(source.reader, TRANSFORM, rows=ROWS, decode_seconds=0.3)
     for shard in source.shards():
         for table in reader.ranges([(0, shard)], {}):
             for row in table.to_pylist():
@@ -119,13 +121,12 @@ def test_a_shard_that_changed_is_not_scored_under_the_old_listing(place: str) ->
 
 
 def test_a_shard_that_changes_while_it_is_read_is_not_scored(place: str) -> None:
-    rows = 2**20 // (3 * 28 * 28)
-    storage.publish(storage.join(place, "a.tar"), broken_images.tar(good(rows + 40)))
+    storage.publish(storage.join(place, "a.tar"), broken_images.tar(good(ROWS + 40)))
     tables = read(open_source("U", Source(uri=place)))
-    assert len(next(tables)["indices"]) == rows  # type: ignore[arg-type]
+    assert len(next(tables)["indices"]) == ROWS  # type: ignore[arg-type]
     storage.publish(storage.join(place, "a.tar"), broken_images.tar(good(3)))
     rest = list(tables)
-    assert [(r["start"], r["indices"], r["missing"]) for r in rest] == [(rows, [], True)]
+    assert [(r["start"], r["indices"], r["missing"]) for r in rest] == [(ROWS, [], True)]
 
 
 def test_an_image_file_that_changed_is_a_reject(place: str) -> None:
