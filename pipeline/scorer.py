@@ -60,10 +60,10 @@ class RangeScorer:
         try:
             with told_errors():
                 self._predict = Predictor(job.model_uri, how, ray.get(weights[0]))
-        except (
-            TophatError
-        ) as error:  # raised at the first block: of an actor that fails as it is made, only a text comes back
-            self._problem = error
+        except TophatError as error:
+            self._problem = (
+                error  # raised at the first block: of an actor that fails as it is made, only a text comes back
+            )
         self._model = Lock()
         self._cpu = time.process_time()
         self._publishers = ThreadPoolExecutor(PUBLISHERS)
@@ -109,9 +109,8 @@ class RangeScorer:
             if not isinstance(error, TorchDynamoException):
                 raise
             rule = f"kernels for this model cannot be made here ({compiler_error(str(error))})"
-            raise RecipeError(
-                "score.compile", True, rule, "set it to false, or mend what fails on the nodes"
-            ) from error
+            fix = "set it to false, or mend what fails on the nodes"
+            raise RecipeError("score.compile", True, rule, fix) from error
 
     def _publish(self, row: dict[str, Any], indices: npt.NDArray[np.uint32], found: "Prediction") -> None:
         job, file = self._job, row["range"].file

@@ -41,7 +41,7 @@ CPU_BLOCK_BYTES = 2 * 2**20
 """Decoded images that readers hand on at once to an actor on a CPU, about at least; to one on a GPU, what Ray Data takes for good."""
 
 CPU_AHEAD = 5
-"""Times `range_bytes` of decoded images for each actor on a CPU are read and not scored yet, at most."""
+"""Decoded images for each actor on a CPU that are read and not scored yet, at most, in multiples of `range_bytes`."""
 
 EARLY_CHECK = 10_000
 """Images after which too many rejects stop a scoring at once rather than at its end."""
