@@ -1,9 +1,11 @@
 """JPEGs to score, in any number: random crops of three real photographs, which come with scikit-learn and matplotlib."""
 
 import io
+import multiprocessing
 import random
 import tarfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ class Size:
 SIZES = {"heavy": Size("resnet50", {}, 224, 256, (340, 256)), "light": Size("resnet8", {}, 64, 64, (96, 72))}
 
 
+@cache
 def photographs() -> list[Any]:
     """Three real photographs, RGB."""
     import matplotlib
@@ -44,7 +47,6 @@ def generate(folder: Path, size: Size, images: int, shards: int) -> None:
     from models.checkpoint import save
     from models.config import ModelConfig, Transform
 
-    originals = photographs()
     transform = Transform(size=size.side, resize=size.resize)
     config = ModelConfig(architecture=size.architecture, options=dict(size.options), transform=transform)
     torch.manual_seed(0)
@@ -52,14 +54,20 @@ def generate(folder: Path, size: Size, images: int, shards: int) -> None:
     save(str(folder / "model"), build(config, 1000), config=config, class_names=names, metrics={}, provenance={})
     (folder / "tars").mkdir()
     (folder / "files").mkdir()
-    for shard, part in enumerate(np.array_split(np.arange(images), shards)):
-        with tarfile.open(folder / "tars" / f"{shard:06d}.tar", "w") as archive:
-            for number in part.tolist():
-                data = _jpeg(originals, size, number)
-                (folder / "files" / f"{number:08d}.jpg").write_bytes(data)
-                member = tarfile.TarInfo(f"{number:08d}.jpg")
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
+    parts = (part.tolist() for part in np.array_split(np.arange(images), shards))
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        pool.starmap(_write, [(folder, size, shard, part) for shard, part in enumerate(parts)])
+
+
+def _write(folder: Path, size: Size, shard: int, numbers: list[int]) -> None:
+    """Images of one shard, as a tar and as files."""
+    with tarfile.open(folder / "tars" / f"{shard:06d}.tar", "w") as archive:
+        for number in numbers:
+            data = _jpeg(photographs(), size, number)
+            (folder / "files" / f"{number:08d}.jpg").write_bytes(data)
+            member = tarfile.TarInfo(f"{number:08d}.jpg")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
 
 
 def _jpeg(originals: list[Any], size: Size, number: int) -> bytes:

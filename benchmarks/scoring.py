@@ -24,7 +24,8 @@ The contenders:
 - `naive`: PyTorch's DataLoader with torchvision's transforms, `eval()` and `no_grad()`, a batch of 64;
 - `ray data`: Ray's documented image classification pattern: `read_images`, `map`, `map_batches` with a class;
 - `daft`: a Daft class UDF on downloaded, decoded and resized images; where the package `daft` is installed;
-- `ceiling`: the model alone, on a batch that is already in memory, in a process for each core.
+- `decode`: as `limit`, without the model;
+- `ceiling`: the model alone, on a batch of floats that is already in memory, in a process for each core; on a GPU, in its memory.
 """
 
 import argparse
@@ -100,6 +101,19 @@ def _predictor(folder: Path, how: How) -> Any:
     return predict
 
 
+def _contents(folder: Path, part: int, parts: int) -> Iterator[bytes]:
+    """Every `parts`th image of the tars; the others are skipped over by their headers."""
+    row = 0
+    for tar in sorted((folder / "tars").iterdir()):
+        with tarfile.open(tar) as archive:
+            for member in archive:
+                row += 1
+                if row % parts == part:
+                    content = archive.extractfile(member)
+                    assert content is not None
+                    yield content.read()
+
+
 def _limit_part(folder: Path, part: int, parts: int, how: How, answers: Any) -> None:
     from models.card import read_card
     from models.transforms import evaluation_image
@@ -107,33 +121,46 @@ def _limit_part(folder: Path, part: int, parts: int, how: How, answers: Any) -> 
     predict, transform = _predictor(folder, how), read_card(str(folder / "model")).model.transform
     answers.put(("ready", 0))
     buffer = np.empty((predict.batch_size, 3, transform.size, transform.size), np.uint8)
-    filled = row = 0
-    for tar in sorted((folder / "tars").iterdir()):
-        with tarfile.open(tar) as archive:
-            for member in archive:
-                row += 1
-                if row % parts != part:
-                    continue
-                content = archive.extractfile(member)
-                assert content is not None
-                buffer[filled] = evaluation_image(content.read(), transform)
-                filled += 1
-                if filled == len(buffer):
-                    answers.put(("scored", len(predict(buffer).classes)))
-                    filled = 0
+    filled = 0
+    for content in _contents(folder, part, parts):
+        buffer[filled] = evaluation_image(content, transform)
+        filled += 1
+        if filled == len(buffer):
+            answers.put(("scored", len(predict(buffer).classes)))
+            filled = 0
     if filled:
         answers.put(("scored", len(predict(buffer[:filled]).classes)))
     answers.put(("ended", 0))
 
 
+def _decode_part(folder: Path, part: int, parts: int, answers: Any) -> None:
+    from models.card import read_card
+    from models.transforms import evaluation_image
+
+    transform = read_card(str(folder / "model")).model.transform
+    answers.put(("ready", 0))
+    for number, content in enumerate(_contents(folder, part, parts), 1):
+        evaluation_image(content, transform)
+        if number % 64 == 0:
+            answers.put(("scored", 64))
+    answers.put(("scored", number % 64))
+    answers.put(("ended", 0))
+
+
 def _ceiling_part(folder: Path, images: int, parts: int, how: How, answers: Any) -> None:
+    import torch
+
     predict = _predictor(folder, how)
     side = predict.transform.size
-    batch = np.random.default_rng(0).integers(0, 256, (predict.batch_size, 3, side, side), np.uint8)
-    predict(batch)
-    answers.put(("ready", 0))
-    for _ in range(-(-images // (parts * len(batch)))):
-        answers.put(("scored", len(predict(batch).classes)))
+    batch = torch.randn(predict.batch_size, 3, side, side).to("cuda" if how.gpu else "cpu")
+    batch = batch.contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        predict._forward(batch)
+        answers.put(("ready", 0))
+        for _ in range(-(-images // (parts * len(batch)))):
+            scores = predict._forward(batch)
+            answers.put(("scored", len(batch)))
+        scores.cpu()
     answers.put(("ended", 0))
 
 
@@ -160,8 +187,13 @@ def _in_parts(work: Callable[..., None], arguments: list[tuple[Any, ...]], clock
 
 
 def limit(folder: Path, cores: int, how: How, clock: Clock) -> float | None:
-    """A process for each core; reads, decodes and forwards. A tar's other images are skipped over by their headers."""
+    """A process for each core; reads, decodes and forwards."""
     return _in_parts(_limit_part, [(folder, part, cores, how) for part in range(cores)], clock)
+
+
+def decode(folder: Path, cores: int, how: How, clock: Clock) -> float | None:
+    """A process for each core; reads and decodes."""
+    return _in_parts(_decode_part, [(folder, part, cores) for part in range(cores)], clock)
 
 
 def ceiling(folder: Path, cores: int, how: How, clock: Clock) -> float | None:
@@ -314,6 +346,7 @@ PEERS: dict[str, Callable[[Path, int, How, Clock], float | None]] = {
     "naive": naive,
     "ray data": ray_data,
     "daft": daft,
+    "decode": decode,
     "ceiling": ceiling,
 }
 ALL = {"limit": limit, OURS: ours, **PEERS}

@@ -14,5 +14,5 @@ class Cluster(Section):
     """CPUs of a local Ray; by default every core that this process may use."""
     gpus: int | None = Field(default=None, ge=0, le=64)
     """GPUs of a local Ray; by default every one that it finds."""
-    object_store_mib: int = Field(default=1024, ge=128, le=1_048_576)
-    """Shared memory of a local Ray's object store, in MiB."""
+    object_store_mib: int | None = Field(default=None, ge=128, le=1_048_576)
+    """Shared memory of a local Ray's object store, in MiB; by default 512 for each CPU and at least 1024. It is taken as it is used."""

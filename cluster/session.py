@@ -75,10 +75,11 @@ def _connect(cluster: Cluster, verbose: bool) -> None:
         inherited["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         # How long each of its handlers took, written to logs, costs 1% of two cores.
         inherited["RAY_event_stats"] = os.environ.get("RAY_event_stats", "0")  # noqa: SIM112 (Ray's name)
+        cpus = cluster.cpus or len(os.sched_getaffinity(0))
         options |= {
-            "num_cpus": cluster.cpus or len(os.sched_getaffinity(0)),
+            "num_cpus": cpus,
             "num_gpus": cluster.gpus,
-            "object_store_memory": cluster.object_store_mib * 2**20,
+            "object_store_memory": (cluster.object_store_mib or max(1024, 512 * cpus)) * 2**20,
             "include_dashboard": False,
         }
     else:

@@ -1,7 +1,6 @@
 """The pooled features of a network, taken as its predictions are made."""
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 from torch import Tensor, nn
 
 from cluster.errors import ModelError
@@ -33,8 +32,8 @@ class Features:
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._seen = inputs[0].detach()
 
-    def take(self) -> NDArray[np.float16]:
-        """Those of the last batch: float16 [N, width]; beyond what float16 holds, its largest number.
+    def take(self) -> Tensor:
+        """Those of the last batch: float16 [N, width], on the device; beyond what float16 holds, its largest number.
 
         Raises:
             ModelError: the last linear layer did not see one vector for each image.
@@ -43,6 +42,5 @@ class Features:
         if seen is None or seen.ndim != 2:
             rule = "has a last linear layer that does not see one vector of features for each image"
             raise ModelError("model", self._uri, rule, "use another model, or no embedding")
-        limit = float(np.finfo(np.float16).max)
-        wide: NDArray[np.float32] = seen.float().clamp(-limit, limit).cpu().numpy()
-        return wide.astype(np.float16)
+        limit = torch.finfo(torch.float16).max
+        return seen.float().clamp(-limit, limit).half()

@@ -4,8 +4,9 @@ import ctypes
 import platform
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from threading import Lock, local
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -125,7 +126,9 @@ def _even(images: int, batch_size: int) -> int:
 class Predictor:
     """A model directory's network, ready for as many images as come.
 
-    It sets the number of torch's threads, and how memory is kept, for the whole process.
+    It sets the number of torch's threads, how memory is kept, and that a GPU's float32 is not TF32, for the whole process. Several threads
+    may call it: one passes the network at a time, but on a GPU each waits for its own answers, while the batches of the next one are
+    copied and queued.
 
     Args:
         uri: of the model directory.
@@ -140,6 +143,8 @@ class Predictor:
         self._device = torch.device("cuda" if how.gpu and torch.cuda.is_available() else "cpu")
         if self._device.type == "cpu":
             torch.set_num_threads(how.threads)
+        else:
+            torch.backends.cudnn.allow_tf32 = False  # of convolutions, where torch has it on
         loaded = load(uri, content)
         self.how, self.transform = how, loaded.config.transform
         self.batch_size = how.batch_size or (CPU_BATCH if self._device.type == "cpu" else GPU_BATCH)
@@ -147,6 +152,8 @@ class Predictor:
         model = model.to(self._device).to(memory_format=torch.channels_last)
         self._features = Features(uri, model) if how.features else None
         self._model: Any = _compiled(model, self._device) if how.compile else model
+        self._passing = Lock()
+        self._queue = local()
         if self._device.type == "cpu":
             keep_memory()  # from now on: what was needed to make the model goes back
 
@@ -157,21 +164,39 @@ class Predictor:
             empty = None if self._features is None else np.empty((0, self._features.width), np.float16)
             size = (0, self.how.classes_per_image)
             return Prediction(np.empty(size, np.int32), np.empty(size, np.float32), empty)
+        with self._own_queue():
+            with self._passing:
+                passed = self._passed(images)
+            classes, scores, features = passed
+            seen = None if features is None else features.cpu().numpy()
+            return Prediction(classes.cpu().numpy(), scores.cpu().numpy(), seen)
+
+    def _own_queue(self) -> AbstractContextManager[Any]:
+        """On a GPU, what this thread asks of it is a queue of its own: it copies for one thread while it computes for another."""
+        if self._device.type == "cpu":
+            return nullcontext()
+        if not hasattr(self._queue, "stream"):
+            self._queue.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._queue.stream.wait_stream(
+                torch.cuda.default_stream(self._device)
+            )  # the weights are on their way there
+        return torch.cuda.stream(self._queue.stream)
+
+    def _passed(self, images: NDArray[np.uint8]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Classes, scores and features, as in `Prediction`, on the device; on a GPU, nothing here waits for it."""
         tops, features = [], []
         step = self.batch_size if self.how.compile else _even(len(images), self.batch_size)
         for start in range(0, len(images), step):
             scores, seen = self.scores(images[start : start + step])
             tops.append(scores.topk(self.how.classes_per_image, dim=1))
             features.append(seen)
-        # On a GPU, nothing before this waits for it.
-        classes = torch.cat([top.indices for top in tops]).int().cpu().numpy()
-        values = torch.cat([top.values for top in tops]).cpu().numpy()
         kept = [seen for seen in features if seen is not None]
-        return Prediction(classes, values, np.concatenate(kept) if kept else None)
+        classes = torch.cat([top.indices for top in tops]).int()
+        return classes, torch.cat([top.values for top in tops]), torch.cat(kept) if kept else None
 
     @torch.inference_mode()
-    def scores(self, images: NDArray[np.uint8]) -> tuple[Tensor, NDArray[np.float16] | None]:
-        """Of one batch: the score of every class, float32 [N, C] on the device, and the features of the first view."""
+    def scores(self, images: NDArray[np.uint8]) -> tuple[Tensor, Tensor | None]:
+        """Of one batch: the score of every class, float32 [N, C], and the features of the first view, float16 [N, d]; on the device."""
         moved = _readable(images)
         batch = normalize(moved if self._device.type == "cpu" else moved.pin_memory(), self.transform, self._device)
         outputs, seen = [], []

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast, get_args
 
 import numpy as np
@@ -183,10 +184,18 @@ def normalize(images: "Tensor", transform: Transform, device: "torch.device") ->
     """
     import torch
 
-    mean = torch.tensor(transform.mean, device=device).view(1, 3, 1, 1)
-    std = torch.tensor(transform.std, device=device).view(1, 3, 1, 1)
+    mean, std = (_of_channels(values, device) for values in (transform.mean, transform.std))
     moved = images.to(device, non_blocking=True).to(dtype=torch.float32, memory_format=torch.channels_last)
-    return moved.sub_(255 * mean).div_(255 * std)
+    return moved.sub_(mean).div_(std)
+
+
+@cache
+def _of_channels(values: tuple[float, ...], device: "torch.device") -> "Tensor":
+    """255 times a value for each channel, [1, 3, 1, 1], on the device; kept there, as bringing it would wait for all that the device does."""
+    import torch
+
+    with torch.inference_mode(False):
+        return (255 * torch.tensor(values).view(1, 3, 1, 1)).to(device)
 
 
 class _Watched(io.BytesIO):

@@ -64,8 +64,8 @@ class RangeScorer:
             self._problem = (
                 error  # raised at the first block: of an actor that fails as it is made, only a text comes back
             )
-        self._model = Lock()
-        self._cpu = time.process_time()
+        self._counting = Lock()
+        self._ended, self._cpu = time.monotonic(), time.process_time()
         self._publishers = ThreadPoolExecutor(PUBLISHERS)
 
     def __call__(self, block: pa.Table) -> dict[str, Any]:
@@ -81,10 +81,9 @@ class RangeScorer:
         rows: list[dict[str, Any]] = block.drop_columns(["images", "indices"]).to_pylist()
         for row in rows:
             row["range"] = Range(row["shards"][0], row["start"], row["stop"], row["last"], len(row["shards"]))
-        with self._model:
-            began = time.monotonic()
-            found = self._predicted(images[0] if len(images) == 1 else np.concatenate(images))
-            seconds, cpu, self._cpu = time.monotonic() - began, time.process_time() - self._cpu, time.process_time()
+        began = time.monotonic()
+        found = self._predicted(images[0] if len(images) == 1 else np.concatenate(images))
+        seconds, cpu = self._taken(began)
         ends = np.cumsum([0, *map(len, images)]).tolist()
         parts = [found.of(start, stop) for start, stop in pairwise(ends)]
         list(self._publishers.map(self._publish, rows, indices, parts))
@@ -98,6 +97,13 @@ class RangeScorer:
             "model_seconds": [seconds / len(rows)] * len(rows),
             "model_cpu_seconds": [cpu / len(rows)] * len(rows),
         }
+
+    def _taken(self, began: float) -> tuple[float, float]:
+        """Seconds of the model, and CPU seconds of the process, that are this block's and no earlier one's."""
+        with self._counting:
+            before, cpu_before = max(began, self._ended), self._cpu
+            self._ended, self._cpu = time.monotonic(), time.process_time()
+            return self._ended - before, self._cpu - cpu_before
 
     def _predicted(self, images: npt.NDArray[np.uint8]) -> "Prediction":
         """Raises a RecipeError where the kernels of `score.compile` cannot be made."""

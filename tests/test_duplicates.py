@@ -340,7 +340,7 @@ def test_features_are_what_enters_the_last_linear_layer(model: str) -> None:
     images = torch.randn(5, 3, 56, 56)
     with torch.inference_mode():
         network(images)
-        taken = features.take()
+        taken = features.take().numpy()
         pooled = network.layer3(network.layer2(network.layer1(network.relu(network.bn1(network.conv1(images))))))
     assert taken.dtype == np.float16
     assert features.width == 64
