@@ -25,7 +25,11 @@ class Size:
     jpeg: tuple[int, int]
 
 
-SIZES = {"heavy": Size("resnet50", {}, 224, 256, (340, 256)), "light": Size("resnet8", {}, 64, 64, (96, 72))}
+SIZES = {
+    "heavy": Size("resnet50", {}, 224, 256, (340, 256)),
+    "large": Size("resnext101_32x8d", {}, 224, 256, (340, 256)),
+    "light": Size("resnet8", {}, 64, 64, (96, 72)),
+}
 
 
 @cache

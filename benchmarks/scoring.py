@@ -7,8 +7,8 @@
     python -m benchmarks.scoring --heavy --images 2000 --shards 20 --compile
 
 The same JPEGs lie in the given folder twice, as tar shards and as files: random crops of three real photographs, which come with
-scikit-learn and matplotlib. The model has random weights: ResNet-50 at 224 pixels from JPEGs of 340 x 256 (`--heavy`), or a ResNet of
-8 layers at 64 pixels from JPEGs of 96 x 72 (`--light`). Every contender runs once a round, in turn, in a process of its own and on
+scikit-learn and matplotlib. The model has random weights: ResNet-50 at 224 pixels from JPEGs of 340 x 256 (`--heavy`), one of the
+paper's smaller teachers from the same (`--large`, for GPUs), or a ResNet of 8 layers at 64 pixels from JPEGs of 96 x 72 (`--light`). Every contender runs once a round, in turn, in a process of its own and on
 the same cores. Reported are medians over the rounds:
 
 - whole: images/s from the start of the process to its last score, everything included;
@@ -446,7 +446,7 @@ def compare(folders: dict[Path, str], names: list[str], rounds: int, cores: int,
 
 
 def _folders(arguments: argparse.Namespace, base: Path) -> Iterator[tuple[Path, str]]:
-    size = "heavy" if arguments.heavy else "light"
+    size = next((size for size in SIZES if getattr(arguments, size)), "light")
     several = max(len(arguments.images), len(arguments.shards))
     counts = [each * several if len(each) == 1 else each for each in (arguments.images, arguments.shards)]
     for images, shards in zip(*counts, strict=True):
@@ -471,6 +471,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--heavy", action="store_true", help="ResNet-50 at 224 pixels")
+    kind.add_argument("--large", action="store_true", help="ResNeXt-101 32x8d at 224 pixels, for GPUs")
     kind.add_argument("--light", action="store_true", help="ResNet-8 at 64 pixels, the default")
     parser.add_argument("--images", type=_counts, default=[2_000], help="one number, or several with commas")
     parser.add_argument("--shards", type=_counts, default=[20], help="that they lie in: one number, or as many")

@@ -4,10 +4,10 @@ import ctypes
 import platform
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from threading import Lock, local
-from typing import Any, Literal, NamedTuple
+from threading import Lock
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ class Inference:
         compile: whether `torch.compile` makes the kernels, for batches of `batch_size`; smaller ones are filled up with zeros.
         features: whether the pooled features of the first view, the center, come with the prediction.
         threads: of a forward pass on CPUs.
-        gpu: whether a GPU is used where there is one.
+        gpu: whether a GPU is used; there must be one.
     """
 
     classes_per_image: int
@@ -140,7 +140,7 @@ class Predictor:
     """
 
     def __init__(self, uri: str, how: Inference, content: bytes | None = None) -> None:
-        self._device = torch.device("cuda" if how.gpu and torch.cuda.is_available() else "cpu")
+        self._device = torch.device("cuda" if how.gpu else "cpu")
         if self._device.type == "cpu":
             torch.set_num_threads(how.threads)
         else:
@@ -153,7 +153,7 @@ class Predictor:
         self._features = Features(uri, model) if how.features else None
         self._model: Any = _compiled(model, self._device) if how.compile else model
         self._passing = Lock()
-        self._queue = local()
+        self._copying = torch.cuda.Stream(self._device) if how.gpu else None  # type: ignore[no-untyped-call]
         if self._device.type == "cpu":
             keep_memory()  # from now on: what was needed to make the model goes back
 
@@ -164,23 +164,13 @@ class Predictor:
             empty = None if self._features is None else np.empty((0, self._features.width), np.float16)
             size = (0, self.how.classes_per_image)
             return Prediction(np.empty(size, np.int32), np.empty(size, np.float32), empty)
-        with self._own_queue():
-            with self._passing:
-                passed = self._passed(images)
-            classes, scores, features = passed
-            seen = None if features is None else features.cpu().numpy()
-            return Prediction(classes.cpu().numpy(), scores.cpu().numpy(), seen)
-
-    def _own_queue(self) -> AbstractContextManager[Any]:
-        """On a GPU, what this thread asks of it is a queue of its own: it copies for one thread while it computes for another."""
-        if self._device.type == "cpu":
-            return nullcontext()
-        if not hasattr(self._queue, "stream"):
-            self._queue.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            self._queue.stream.wait_stream(
-                torch.cuda.default_stream(self._device)
-            )  # the weights are on their way there
-        return torch.cuda.stream(self._queue.stream)
+        with self._passing:
+            answers = [None if one is None else one.to("cpu", non_blocking=True) for one in self._passed(images)]
+            answered = None if self._copying is None else torch.cuda.current_stream(self._device).record_event()
+        if answered is not None:
+            answered.synchronize()  # while other threads' images pass
+        classes, scores, features = (None if one is None else one.numpy() for one in answers)
+        return Prediction(cast("NDArray[np.int32]", classes), cast("NDArray[np.float32]", scores), features)
 
     def _passed(self, images: NDArray[np.uint8]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Classes, scores and features, as in `Prediction`, on the device; on a GPU, nothing here waits for it."""
@@ -197,8 +187,7 @@ class Predictor:
     @torch.inference_mode()
     def scores(self, images: NDArray[np.uint8]) -> tuple[Tensor, Tensor | None]:
         """Of one batch: the score of every class, float32 [N, C], and the features of the first view, float16 [N, d]; on the device."""
-        moved = _readable(images)
-        batch = normalize(moved if self._device.type == "cpu" else moved.pin_memory(), self.transform, self._device)
+        batch = normalize(self._moved(_readable(images)), self.transform, self._device)
         outputs, seen = [], []
         for view in _crops(batch, self.transform.size, self.how.views):
             logits = self._forward(view)
@@ -206,6 +195,17 @@ class Predictor:
             if self._features is not None:
                 seen.append(self._features.take()[: len(images)])
         return outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(dim=0), seen[0] if seen else None
+
+    def _moved(self, images: Tensor) -> Tensor:
+        """The same images on the device; a GPU copies them while it computes what was asked of it before."""
+        if self._copying is None:
+            return images
+        with torch.cuda.stream(self._copying):
+            moved = images.pin_memory().to(self._device, non_blocking=True)
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_stream(self._copying)
+        moved.record_stream(computing)
+        return moved
 
     def _forward(self, batch: Tensor) -> Tensor:
         """Logits, float32 [N, C]."""

@@ -13,13 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster import storage
-from cluster.errors import RecipeError, TophatError, one_line
+from cluster.errors import RecipeError, ResourceError, TophatError, one_line
 from cluster.reduction import told_errors
 from pipeline.ranges import Range
 from pipeline.rejects import Reject, publish_rejects
 
 if TYPE_CHECKING:
     from models.inference import Prediction
+    from pipeline.recipe import Score
     from pipeline.scoring import Job
 
 CALLS = 2
@@ -59,6 +60,7 @@ class RangeScorer:
         self._problem: TophatError | None = None
         try:
             with told_errors():
+                _check_gpu(settings)
                 self._predict = Predictor(job.model_uri, how, ray.get(weights[0]))
         except TophatError as error:
             self._problem = (
@@ -131,6 +133,16 @@ class RangeScorer:
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", use_dictionary=REPEATING)
         storage.publish(storage.join(job.scores_uri, file), sink.getvalue().to_pybytes())
+
+
+def _check_gpu(settings: "Score") -> None:
+    """Raises a ResourceError where an actor holds a GPU that torch does not find."""
+    import torch
+
+    if settings.gpus_per_actor and not torch.cuda.is_available():
+        rule = f"torch {torch.__version__} finds no GPU on a node that Ray takes to have one"
+        fix = "mend the node's driver, or install a torch with CUDA; 0 scores on CPUs"
+        raise ResourceError("score.gpus_per_actor", settings.gpus_per_actor, rule, fix)
 
 
 def compiler_error(text: str) -> str:

@@ -246,7 +246,7 @@ def stream(job: Job, unfinished: Unfinished) -> Iterator[list[dict[str, Any]]]:
     weights = (
         ray.remote(read_weights).options(num_cpus=settings.reader_cpus).remote(job.model_uri, read_card(job.model_uri))
     )
-    parts = unfinished.parts(actors)
+    parts = unfinished.parts(_readers(settings, actors))
     rows = range_rows(job.transform, settings.range_bytes, settings.batch)
     read = RangeReader(job.reader, job.transform, rows, settings.decode_seconds, ray.put(unfinished))
     with ray.data.DataContext.current(_context(settings, actors)):
@@ -257,7 +257,8 @@ def stream(job: Job, unfinished: Unfinished) -> Iterator[list[dict[str, Any]]]:
             batch_format="pyarrow",
             compute=ray.data.TaskPoolStrategy(settings.readers),
         )
-        scored = ranges.map_batches(
+        # As `map_batches`, which on GPUs refuses whole blocks, whatever their number of rows.
+        scored = ranges.map_batches_internal(
             RangeScorer,
             fn_constructor_args=(job, [weights]),
             batch_size=None,
@@ -326,3 +327,11 @@ def default_actors(settings: Score) -> int:
     if settings.gpus_per_actor > 0:
         return max(1, int(shape.total("GPU") / settings.gpus_per_actor))
     return max(1, int(shape.total("CPU") / (settings.cpus_per_actor + settings.reader_cpus)))
+
+
+def _readers(settings: Score, actors: int) -> int:
+    """How many tasks read at once, at most: as many as actors beside those on CPUs, and as there is room for beside those on GPUs."""
+    if not settings.gpus_per_actor:
+        return actors
+    room = (cluster_shape().total("CPU") - actors * settings.cpus_per_actor) / settings.reader_cpus
+    return max(actors, settings.readers or int(room))

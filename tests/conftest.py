@@ -34,11 +34,11 @@ def private_home() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def ray_local(private_home: Path, s3_server: None) -> Iterator[None]:
-    """A local Ray with two CPUs, for every test that needs one."""
+    """A local Ray with two CPUs, for every test that needs one; it takes this machine to have a GPU."""
     from cluster.config import Cluster
     from cluster.session import Session
 
-    with Session(Cluster(cpus=2, object_store_mib=512)) as session:
+    with Session(Cluster(cpus=2, gpus=1, object_store_mib=512)) as session:
         session.start()
         yield
 

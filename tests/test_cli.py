@@ -122,7 +122,8 @@ def test_more_than_the_cluster_has(
     refused(
         tophat("run", path, "--run-dir", run, "--set", "pretrain.workers=64"), "pretrain.workers = 64", "at most 2 CPU"
     )
-    refused(tophat("run", path, "--run-dir", run, "--set", "score.gpus_per_actor=1"), "score.actors", "1 GPU")
+    two = ("--set", "score.gpus_per_actor=1", "--set", "score.actors=2")
+    refused(tophat("run", path, "--run-dir", run, *two), "score.actors = 2", "at most 2 CPU + 1 GPU")
 
 
 def test_a_run_of_another_recipe(tophat: Callable[..., Answer], recipe: Callable[..., str], tmp_path: Path) -> None:

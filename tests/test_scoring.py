@@ -13,13 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import pipeline.ranges
 import tiny
 from cluster import storage
-from cluster.errors import ModelError, RunError, StageError, StorageError
+from cluster.errors import ModelError, ResourceError, RunError, StageError, StorageError
 from cluster.progress import SILENT
 from models.config import ModelConfig, Transform
 from pipeline.ranges import (
@@ -198,6 +199,14 @@ def scored(source: ImageSource, model: str, tmp_path_factory: pytest.TempPathFac
     found = score(source, model, uri, f"{uri}-rejects", SETTINGS, SILENT)
     assert found.listed == found.scored + found.rejected
     return uri
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(source: ImageSource, model: str, tmp_path: Path, ray_local: None) -> None:
+    """Which the actors find, on the way that scoring takes on GPUs."""
+    settings = SETTINGS.model_copy(update={"gpus_per_actor": 1.0})
+    with pytest.raises(ResourceError, match=r"score\.gpus_per_actor = 1\.0: torch .* finds no GPU on a node"):
+        score(source, model, str(tmp_path / "s"), str(tmp_path / "r"), settings, SILENT)
 
 
 def test_what_cannot_be_scored_is_in_the_rejects(scored: str) -> None:
