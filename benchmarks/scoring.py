@@ -8,8 +8,8 @@
 
 The same JPEGs lie in the given folder twice, as tar shards and as files: random crops of three real photographs, which come with
 scikit-learn and matplotlib. The model has random weights: ResNet-50 at 224 pixels from JPEGs of 340 x 256 (`--heavy`), one of the
-paper's smaller teachers from the same (`--large`, for GPUs), or a ResNet of 8 layers at 64 pixels from JPEGs of 96 x 72 (`--light`). Every contender runs once a round, in turn, in a process of its own and on
-the same cores. Reported are medians over the rounds:
+paper's smaller teachers from the same (`--large`, for GPUs), or a ResNet of 8 layers at 64 pixels from JPEGs of 96 x 72 (`--light`).
+Every contender runs once a round, in turn, in a process of its own and on the same cores. Reported are medians over the rounds:
 
 - whole: images/s from the start of the process to its last score, everything included;
 - steady: images/s between a quarter and nine tenths of the images (of `limit` and `naive`: once the model is loaded);
@@ -95,7 +95,7 @@ def _predictor(folder: Path, how: How) -> Any:
     predict = Predictor(
         str(folder / "model"), Inference(CLASSES_PER_IMAGE, gpu=how.gpu, precision=precision, compile=how.compile)
     )
-    if how.compile:
+    if how.compile or how.gpu:
         side = predict.transform.size
         predict(np.zeros((predict.batch_size, 3, side, side), np.uint8))
     return predict

@@ -4,6 +4,7 @@ Both keep the number of unfinished tasks bounded, retry a task whose worker or n
 that failed for a moment), and raise what a task raised as it was, without Ray's wrapping.
 """
 
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -180,11 +181,10 @@ def told_errors() -> Iterator[None]:
         raise StageError(_described(original)) from error
 
 
-@contextmanager
-def original_errors() -> Iterator[None]:
-    """Raises what work in other processes raised, out of whatever Ray Data wrapped around it.
+def original_errors(items: Iterator[T]) -> Iterator[T]:
+    """The same items; what work in other processes raised comes out of whatever Ray Data wrapped around it.
 
-    It is raised alone: what Ray raised refers to the work, and so would keep its actors, with their CPUs, as long as it is known.
+    It is raised alone, and what it came out of is gone by then: that refers to the work, and so would keep its actors, with their CPUs.
 
     Raises:
         TophatError: the one that `told_errors` raised there; a StageError for what Ray itself met.
@@ -193,19 +193,25 @@ def original_errors() -> Iterator[None]:
 
     failure: TophatError | None = None
     try:
-        yield
+        yield from items
     except RayError as error:
-        original = _original(error)
-        lines = (
-            str(original).strip().split("\n")
-        )  # Ray's own errors end with the reason, and it ends those of others with advice
-        text = lines[-1 if isinstance(original, RayError) else 0]
-        failure = original if isinstance(original, TophatError) else StageError(_described(original, text))
+        failure = _told(error)
     if failure is not None:
-        try:
-            raise failure
-        finally:
-            failure.__context__ = None
+        gc.collect()  # it is in a cycle
+        raise failure
+
+
+def _told(error: Exception) -> TophatError:
+    """What `original_errors` raises."""
+    from ray.exceptions import RayError
+
+    original = _original(error)
+    if isinstance(original, TophatError):
+        return original
+    lines = (
+        str(original).strip().split("\n")
+    )  # Ray's own errors end with the reason, and it ends those of others with advice
+    return StageError(_described(original, lines[-1 if isinstance(original, RayError) else 0]))
 
 
 def _described(error: BaseException, text: str | None = None) -> str:

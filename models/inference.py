@@ -3,7 +3,7 @@
 import ctypes
 import platform
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock
@@ -123,6 +123,11 @@ def _even(images: int, batch_size: int) -> int:
     return min(batch_size, -(-share // BATCH_STEP) * BATCH_STEP)
 
 
+def _few_sizes(batch_size: int) -> list[int]:
+    """Batches of a GPU: full, and a half, a quarter and an eighth of it, ascending."""
+    return sorted({max(1, batch_size // part) for part in (8, 4, 2, 1)})
+
+
 class Predictor:
     """A model directory's network, ready for as many images as come.
 
@@ -152,56 +157,61 @@ class Predictor:
         model = model.to(self._device).to(memory_format=torch.channels_last)
         self._features = Features(uri, model) if how.features else None
         self._model: Any = _compiled(model, self._device) if how.compile else model
+        # A batch is filled up with zeros to one of these: compiled kernels are made for one, and cuDNN plans for each of them.
+        self._sizes = [self.batch_size] if how.compile else _few_sizes(self.batch_size) if how.gpu else []
         self._passing = Lock()
         self._copying = torch.cuda.Stream(self._device) if how.gpu else None  # type: ignore[no-untyped-call]
         if self._device.type == "cpu":
             keep_memory()  # from now on: what was needed to make the model goes back
 
     @torch.inference_mode()
-    def __call__(self, images: NDArray[np.uint8]) -> Prediction:
-        """The best classes of decoded images: uint8 [N, 3, side, side], `side` that of `Transform.seen_by`."""
-        if not len(images):
+    def __call__(self, *images: NDArray[np.uint8]) -> Prediction:
+        """The best classes of decoded images, those of one array after those of another: uint8 [n, 3, side, side], `side` that of
+        `Transform.seen_by`."""
+        total = sum(map(len, images))
+        if not total:
             empty = None if self._features is None else np.empty((0, self._features.width), np.float16)
             size = (0, self.how.classes_per_image)
             return Prediction(np.empty(size, np.int32), np.empty(size, np.float32), empty)
         with self._passing:
-            answers = [None if one is None else one.to("cpu", non_blocking=True) for one in self._passed(images)]
+            answers = [None if one is None else one.to("cpu", non_blocking=True) for one in self._passed(images, total)]
             answered = None if self._copying is None else torch.cuda.current_stream(self._device).record_event()
         if answered is not None:
             answered.synchronize()  # while other threads' images pass
         classes, scores, features = (None if one is None else one.numpy() for one in answers)
         return Prediction(cast("NDArray[np.int32]", classes), cast("NDArray[np.float32]", scores), features)
 
-    def _passed(self, images: NDArray[np.uint8]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _passed(self, images: Sequence[NDArray[np.uint8]], total: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Classes, scores and features, as in `Prediction`, on the device; on a GPU, nothing here waits for it."""
         tops, features = [], []
-        step = self.batch_size if self.how.compile else _even(len(images), self.batch_size)
-        for start in range(0, len(images), step):
-            scores, seen = self.scores(images[start : start + step])
+        step = self.batch_size if self._sizes else _even(total, self.batch_size)
+        for start in range(0, total, step):
+            scores, seen = self._scores(_between(images, start, start + step))
             tops.append(scores.topk(self.how.classes_per_image, dim=1))
             features.append(seen)
         kept = [seen for seen in features if seen is not None]
         classes = torch.cat([top.indices for top in tops]).int()
         return classes, torch.cat([top.values for top in tops]), torch.cat(kept) if kept else None
 
-    @torch.inference_mode()
-    def scores(self, images: NDArray[np.uint8]) -> tuple[Tensor, Tensor | None]:
+    def _scores(self, images: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Of one batch: the score of every class, float32 [N, C], and the features of the first view, float16 [N, d]; on the device."""
-        batch = normalize(self._moved(_readable(images)), self.transform, self._device)
+        batch = normalize(self._moved(images), self.transform, self._device)
         outputs, seen = [], []
         for view in _crops(batch, self.transform.size, self.how.views):
             logits = self._forward(view)
             outputs.append(logits if self.how.logits else logits.softmax(dim=1))
             if self._features is not None:
-                seen.append(self._features.take()[: len(images)])
+                seen.append(self._features.take()[: len(batch)])
         return outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(dim=0), seen[0] if seen else None
 
-    def _moved(self, images: Tensor) -> Tensor:
-        """The same images on the device; a GPU copies them while it computes what was asked of it before."""
+    def _moved(self, images: list[Tensor]) -> Tensor:
+        """Images as one batch on the device; a GPU copies them while it computes what was asked of it before."""
         if self._copying is None:
-            return images
+            return images[0] if len(images) == 1 else torch.cat(images)
+        pinned = torch.empty((sum(map(len, images)), *images[0].shape[1:]), dtype=torch.uint8, pin_memory=True)
+        torch.cat(images, out=pinned)
         with torch.cuda.stream(self._copying):
-            moved = images.pin_memory().to(self._device, non_blocking=True)
+            moved = pinned.to(self._device, non_blocking=True)
         computing = torch.cuda.current_stream(self._device)
         computing.wait_stream(self._copying)
         moved.record_stream(computing)
@@ -210,8 +220,9 @@ class Predictor:
     def _forward(self, batch: Tensor) -> Tensor:
         """Logits, float32 [N, C]."""
         rows = len(batch)
-        if self.how.compile and rows < self.batch_size:  # kernels are made for one shape
-            padding = batch.new_zeros((self.batch_size - rows, *batch.shape[1:]))
+        size = next((size for size in self._sizes if size >= rows), rows)
+        if rows < size:
+            padding = batch.new_zeros((size - rows, *batch.shape[1:]))
             batch = torch.cat([batch, padding]).contiguous(memory_format=torch.channels_last)
         reduced = self.how.precision != "float32"
         with torch.autocast(
@@ -221,11 +232,16 @@ class Predictor:
         return logits[:rows].float()
 
 
-def _readable(array: NDArray[np.uint8]) -> Tensor:
-    """A tensor on an array's memory, which may be Ray's and read-only: nothing here writes to it."""
+def _between(arrays: Sequence[NDArray[np.uint8]], start: int, stop: int) -> list[Tensor]:
+    """Rows `[start, stop)` of arrays that follow each other, on their memory, which may be Ray's and read-only: nothing here writes to it."""
+    found = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(array)
+        for array in arrays:
+            if start < len(array) and stop > 0:
+                found.append(torch.from_numpy(array[max(start, 0) : stop]))
+            start, stop = start - len(array), stop - len(array)
+    return found
 
 
 def _crops(batch: Tensor, size: int, views: Views) -> list[Tensor]:

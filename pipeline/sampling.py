@@ -12,7 +12,6 @@ from typing import Any
 from cluster import storage
 from cluster.errors import StageError
 from cluster.progress import Progress
-from cluster.reduction import original_errors
 from cluster.resources import ClusterShape
 from pipeline.ranges import Unfinished
 from pipeline.recipe import Score
@@ -163,14 +162,13 @@ def score_sample(
     job = Job(reader, model_uri, scores, rejects, transform, len(card.class_names), settings)
     blocks, marks = list[list[dict[str, Any]]](), list[float]()
     done = rejected = 0
-    with original_errors():
-        for block in stream(job, Unfinished.of(shards, {})):
-            blocks.append(block)
-            marks.append(time.monotonic())
-            done, rejected = done + sum(r["scored"] for r in block), rejected + sum(r["rejected"] for r in block)
-            progress.update(done, rejected)
-            if marks[-1] - marks[0] > seconds:
-                break
+    for block in stream(job, Unfinished.of(shards, {})):
+        blocks.append(block)
+        marks.append(time.monotonic())
+        done, rejected = done + sum(r["scored"] for r in block), rejected + sum(r["rejected"] for r in block)
+        progress.update(done, rejected)
+        if marks[-1] - marks[0] > seconds:
+            break
     reasons = dict(read_rejects(rejects)[0])
     if not done:
         raise StageError(f"no image of a sample could be scored: {reasons or 'the shards hold none'}")

@@ -78,13 +78,13 @@ class RangeScorer:
 
     def _score(self, block: pa.Table) -> dict[str, Any]:
         side = self._job.transform.size
-        images = [np.frombuffer(v.as_buffer(), np.uint8).reshape(-1, 3, side, side) for v in block["images"]]
+        images = [values.reshape(-1, 3, side, side) for values in _bytes(block["images"])]
         indices = [v.values.to_numpy() for v in block["indices"]]
         rows: list[dict[str, Any]] = block.drop_columns(["images", "indices"]).to_pylist()
         for row in rows:
             row["range"] = Range(row["shards"][0], row["start"], row["stop"], row["last"], len(row["shards"]))
         began = time.monotonic()
-        found = self._predicted(images[0] if len(images) == 1 else np.concatenate(images))
+        found = self._predicted(images)
         seconds, cpu = self._taken(began)
         ends = np.cumsum([0, *map(len, images)]).tolist()
         parts = [found.of(start, stop) for start, stop in pairwise(ends)]
@@ -107,10 +107,10 @@ class RangeScorer:
             self._ended, self._cpu = time.monotonic(), time.process_time()
             return self._ended - before, self._cpu - cpu_before
 
-    def _predicted(self, images: npt.NDArray[np.uint8]) -> "Prediction":
+    def _predicted(self, images: Sequence[npt.NDArray[np.uint8]]) -> "Prediction":
         """Raises a RecipeError where the kernels of `score.compile` cannot be made."""
         try:
-            return self._predict(images)
+            return self._predict(*images)
         except RuntimeError as error:
             from torch._dynamo.exc import TorchDynamoException
 
@@ -133,6 +133,16 @@ class RangeScorer:
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", use_dictionary=REPEATING)
         storage.publish(storage.join(job.scores_uri, file), sink.getvalue().to_pybytes())
+
+
+def _bytes(values: pa.ChunkedArray) -> list[npt.NDArray[np.uint8]]:
+    """Each of the binary values, where it lies; `as_buffer` of a value would be a copy."""
+    found = []
+    for chunk in values.chunks:
+        _, offsets, content = chunk.buffers()
+        ends = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+        found += [np.frombuffer(content, np.uint8)[start:stop] for start, stop in pairwise(ends)]
+    return found
 
 
 def _check_gpu(settings: "Score") -> None:

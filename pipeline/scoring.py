@@ -133,8 +133,7 @@ def score(
     if len(unfinished.shards):
         decoded = transform.seen_by(settings.views)
         job = Job(source.reader, model_uri, scores_uri, rejects_uri, decoded, len(card.class_names), settings)
-        with original_errors():
-            _follow(job, unfinished, done, progress)
+        _follow(job, unfinished, done, progress)
     found = prove(source, scores_uri, rejects_uri)
     progress.update(found.scored, found.rejected, total=found.listed)
     _check_rejects(found, len(shards), settings)
@@ -234,6 +233,9 @@ def stream(job: Job, unfinished: Unfinished) -> Iterator[list[dict[str, Any]]]:
         For ranges whose files are published: `shard`, the first; `last`, whether it ended; `size`, bytes of its shards; `scored` and
         `rejected` images; and what they took, `read_seconds` and `model_seconds`, with the CPU time of their processes,
         `read_cpu_seconds` and `model_cpu_seconds`.
+
+    Raises:
+        TophatError: what a reader or an actor raised.
     """
     import ray
 
@@ -272,7 +274,8 @@ def stream(job: Job, unfinished: Unfinished) -> Iterator[list[dict[str, Any]]]:
             num_cpus=settings.cpus_per_actor,
             num_gpus=settings.gpus_per_actor,
         )
-    for batch in _quietly(scored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)):
+    batches = scored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    for batch in original_errors(_quietly(batches)):
         yield cast("pa.Table", batch).to_pylist()
 
 
