@@ -181,9 +181,10 @@ def _in_parts(work: Callable[..., None], arguments: list[tuple[Any, ...]], clock
             begun, images_before = time.time(), images
         images += count
         clock.mark(images)
+    seconds = time.time() - begun
     for process in processes:
         process.join()
-    return (images - images_before) / (time.time() - begun)
+    return (images - images_before) / seconds
 
 
 def limit(folder: Path, cores: int, how: How, clock: Clock) -> float | None:

@@ -15,6 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent
 """The checkout: what workers import `pipeline`, `tuning`, `models` and `cluster` from."""
 
 
+SPARING = {
+    "RAY_event_stats": "0",  # how long each of its handlers took, written to logs: 1% of two cores
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # else all logs are looked for ten times a second: 0.6% of a core
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",  # what each process takes, for a dashboard that is not there: 0.3% of a core
+}
+"""What a local Ray does less of, where the user has not set it."""
+
+
 class Session:
     """Ray for the length of a `with` block: a local one, or the cluster at `cluster.address` (or of the job this process runs in).
 
@@ -73,8 +81,9 @@ def _connect(cluster: Cluster, verbose: bool) -> None:
         _tighten_token()
         # Inherited, and not a runtime environment: Ray starts its first workers at once, and would start others for that.
         inherited["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        # How long each of its handlers took, written to logs, costs 1% of two cores.
-        inherited["RAY_event_stats"] = os.environ.get("RAY_event_stats", "0")  # noqa: SIM112 (Ray's name)
+        inherited |= {name: os.environ.get(name, value) for name, value in SPARING.items()}
+        if not verbose:
+            inherited["LOG_NAME_UPDATE_INTERVAL_S"] = "86400"  # its workers' logs are read by nobody
         cpus = cluster.cpus or len(os.sched_getaffinity(0))
         options |= {
             "num_cpus": cpus,
