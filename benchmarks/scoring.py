@@ -139,6 +139,7 @@ def _decode_part(folder: Path, part: int, parts: int, answers: Any) -> None:
 
     transform = read_card(str(folder / "model")).model.transform
     answers.put(("ready", 0))
+    number = 0
     for number, content in enumerate(_contents(folder, part, parts), 1):
         evaluation_image(content, transform)
         if number % 64 == 0:
@@ -157,10 +158,16 @@ def _ceiling_part(folder: Path, images: int, parts: int, how: How, answers: Any)
     with torch.inference_mode():
         predict._forward(batch)
         answers.put(("ready", 0))
+        before = None
         for _ in range(-(-images // (parts * len(batch)))):
-            scores = predict._forward(batch)
+            predict._forward(batch)
+            now = torch.cuda.current_stream().record_event() if how.gpu else None
+            if before is not None:
+                before.synchronize()  # a GPU has the next batch before it ends one
+            before = now
             answers.put(("scored", len(batch)))
-        scores.cpu()
+        if before is not None:
+            before.synchronize()
     answers.put(("ended", 0))
 
 

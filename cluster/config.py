@@ -15,4 +15,4 @@ class Cluster(Section):
     gpus: int | None = Field(default=None, ge=0, le=64)
     """GPUs of a local Ray; by default every one that it finds."""
     object_store_mib: int | None = Field(default=None, ge=128, le=1_048_576)
-    """Shared memory of a local Ray's object store, in MiB; by default 512 for each CPU and at least 1024. It is taken as it is used."""
+    """Shared memory of a local Ray's object store, in MiB; by default 30% of the memory. It is taken as it is used."""

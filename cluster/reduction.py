@@ -208,9 +208,8 @@ def _told(error: Exception) -> TophatError:
     original = _original(error)
     if isinstance(original, TophatError):
         return original
-    lines = (
-        str(original).strip().split("\n")
-    )  # Ray's own errors end with the reason, and it ends those of others with advice
+    lines = str(original).strip().split("\n")
+    # Ray's own errors end with the reason, and it ends those of others with advice.
     return StageError(_described(original, lines[-1 if isinstance(original, RayError) else 0]))
 
 

@@ -83,12 +83,11 @@ def _connect(cluster: Cluster, verbose: bool) -> None:
         inherited["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         inherited |= {name: os.environ.get(name, value) for name, value in SPARING.items()}
         if not verbose:
-            inherited["LOG_NAME_UPDATE_INTERVAL_S"] = "86400"  # its workers' logs are read by nobody
-        cpus = cluster.cpus or len(os.sched_getaffinity(0))
+            inherited.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "86400")  # nobody reads its workers' logs
         options |= {
-            "num_cpus": cpus,
+            "num_cpus": cluster.cpus or len(os.sched_getaffinity(0)),
             "num_gpus": cluster.gpus,
-            "object_store_memory": (cluster.object_store_mib or max(1024, 512 * cpus)) * 2**20,
+            "object_store_memory": cluster.object_store_mib and cluster.object_store_mib * 2**20,
             "include_dashboard": False,
         }
     else:

@@ -131,9 +131,9 @@ def _few_sizes(batch_size: int) -> list[int]:
 class Predictor:
     """A model directory's network, ready for as many images as come.
 
-    It sets the number of torch's threads, how memory is kept, and that a GPU's float32 is not TF32, for the whole process. Several threads
-    may call it: one passes the network at a time, but on a GPU each waits for its own answers, while the batches of the next one are
-    copied and queued.
+    It sets the number of torch's threads, how memory is kept, and that a GPU's convolutions of float32 are not of TF32, for the whole
+    process. Several threads may call it: one passes the network at a time, but on a GPU each waits for its own answers, while the batches of
+    the next one are copied and queued.
 
     Args:
         uri: of the model directory.
@@ -148,9 +148,9 @@ class Predictor:
         self._device = torch.device("cuda" if how.gpu else "cpu")
         if self._device.type == "cpu":
             torch.set_num_threads(how.threads)
-        else:
-            torch.backends.cudnn.allow_tf32 = False  # of convolutions, where torch has it on
         loaded = load(uri, content)
+        if self._device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = False  # of convolutions, where torch has it on
         self.how, self.transform = how, loaded.config.transform
         self.batch_size = how.batch_size or (CPU_BATCH if self._device.type == "cpu" else GPU_BATCH)
         model = folded(loaded.model, self.transform.size).requires_grad_(False)
@@ -175,7 +175,10 @@ class Predictor:
             return Prediction(np.empty(size, np.int32), np.empty(size, np.float32), empty)
         with self._passing:
             answers = [None if one is None else one.to("cpu", non_blocking=True) for one in self._passed(images, total)]
-            answered = None if self._copying is None else torch.cuda.current_stream(self._device).record_event()
+            answered = None
+            if self._copying is not None:
+                answered = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+                answered.record()
         if answered is not None:
             answered.synchronize()  # while other threads' images pass
         classes, scores, features = (None if one is None else one.numpy() for one in answers)

@@ -5,6 +5,7 @@ Loads nothing heavy: each command imports what it needs, so that help and a mist
 
 import json
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -216,11 +217,11 @@ def _open(field: str, uri: str) -> "ImageSource":
     return open_source(field, recipe.Source(uri=uri))
 
 
-def _session(address: str, verbose: bool) -> "Session":
+def _session(address: str, verbose: bool, on_start: Callable[[], None] | None = None) -> "Session":
     from cluster.config import Cluster
     from cluster.session import Session
 
-    return Session(Cluster(address=address), verbose=verbose)
+    return Session(Cluster(address=address), on_start=on_start, verbose=verbose)
 
 
 Address = Annotated[str, typer.Option("--address", help="`local`, or a running Ray cluster's address.")]
@@ -252,7 +253,7 @@ def score(
     images = _open("--source", source)
     target = storage.absolute(to)
     scoring.claim("--out", target, storage.absolute(model), images, settings)
-    with _session(address, verbose) as session:
+    with _session(address, verbose, on_start=lambda: scoring.check_cluster(settings)) as session:
         session.start()
         with Display(out).task("scores", None) as progress:
             rejects = storage.join(target, REJECTS)

@@ -15,11 +15,11 @@ from cluster import storage
 from cluster.errors import InputError
 from cluster.progress import Display
 from cluster.reduction import run_task
-from cluster.resources import ClusterShape, NodeShape, check, cluster_shape
+from cluster.resources import ClusterShape, NodeShape, cluster_shape
 from cluster.session import Session
 from pipeline.recipe import Recipe, Score
-from pipeline.run import demands
 from pipeline.sampling import Cost, Sample, actors_on, count_images, score_sample
+from pipeline.scoring import check_cluster
 from pipeline.sources import open_source
 from pipeline.store import RunStore
 
@@ -196,9 +196,8 @@ def forecast(
     store = RunStore(storage.absolute(run_dir))
     place = f"{store.uri}-estimate-{secrets.token_hex(4)}"
     storage.check_writable("--run-dir", place)
-    demand = next(one for one in demands(recipe) if one.field == "score.actors")
     try:
-        with Session(recipe.cluster, on_start=lambda: check([demand], cluster_shape()), verbose=verbose) as session:
+        with Session(recipe.cluster, on_start=lambda: check_cluster(recipe.score), verbose=verbose) as session:
             count, error = count_images(source)
             began = time.monotonic()
             session.start()

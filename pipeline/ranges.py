@@ -36,7 +36,7 @@ SMALL_BYTES = 2**20
 FIRST_BYTES = 2**18
 """Encoded bytes of the first range of the tasks that start first: the first images are scored while others are still read."""
 SHARES = 8
-"""A task reads this share of what remains for each reader, within those bounds: the last ones end together, and no task is tiny."""
+"""A task reads one part in so many of what remains for each reader, within those bounds: the last ones end together, and no task is tiny."""
 _RANGE_FILE = re.compile(
     r"(?P<shard>.+)/(?P<start>\d{8,})-(?P<stop>\d{8,})(?P<last>-last|-(?P<shards>\d+)-shards)?\.parquet", re.DOTALL
 )
@@ -176,15 +176,16 @@ class Unfinished:
         table = shard_table(shards[n] for n in missing).append_column("ordinal", pa.array(missing, pa.int64()))
         return cls(table, {shards[n].name: tuple(done[shards[n].name]) for n in missing if shards[n].name in done})
 
-    def parts(self, readers: int) -> list[dict[str, int]]:
+    def parts(self, actors: int, readers: int) -> list[dict[str, int]]:
         """The rows of the table, dealt to tasks: `start`, `stop`, and the encoded bytes after which a range ends, of the first range
         (`first_bytes`) and, growing twofold, at most (`range_bytes`).
 
-        A task is a small share of what remains for each reader, so that it costs little to start and the last ones end together
-        (guided self-scheduling, Polychronopoulos and Kuck 1987). Many small shards make one task, and their images go through the
-        model together.
+        A task is a small share of what remains for each reader, and a range of what remains for each actor, so that they cost little to
+        start and the last ones end together (guided self-scheduling, Polychronopoulos and Kuck 1987). Many small shards make one task,
+        and their images go through the model together.
 
         Args:
+            actors: that score at once.
             readers: tasks that run at once.
         """
         sizes: list[int] = self.shards["size"].to_pylist()
@@ -192,11 +193,11 @@ class Unfinished:
         dealt: list[dict[str, int]] = []
         start = bytes_in_task = 0
         for stop, size in enumerate(sizes, 1):
-            share = max(remaining // (SHARES * readers), MIN_TASK_BYTES)
+            task, last = (max(remaining // (SHARES * workers), MIN_TASK_BYTES) for workers in (readers, actors))
             bytes_in_task += size
-            if stop == len(sizes) or bytes_in_task >= max(total // READ_TASKS, min(share, TASK_BYTES)):
-                first = FIRST_BYTES if len(dealt) < 2 * readers else share
-                dealt.append({"start": start, "stop": stop, "first_bytes": first, "range_bytes": share})
+            if stop == len(sizes) or bytes_in_task >= max(total // READ_TASKS, min(task, TASK_BYTES)):
+                first = FIRST_BYTES if len(dealt) < 2 * actors else last
+                dealt.append({"start": start, "stop": stop, "first_bytes": first, "range_bytes": last})
                 remaining -= bytes_in_task
                 start, bytes_in_task = stop, 0
         return dealt

@@ -6,7 +6,7 @@ from cluster import storage
 from cluster.errors import RunError
 from cluster.resources import Bundle, Demand
 from models.config import Training
-from pipeline import deduplication
+from pipeline import deduplication, scoring
 from pipeline.recipe import Recipe
 from pipeline.sources import ImageSource, open_source
 from pipeline.stages import (
@@ -137,13 +137,11 @@ def demands(recipe: Recipe) -> list[Demand]:
         bundle = Bundle(training.workers * times, training.cpus_per_worker, training.gpus_per_worker)
         return Demand(field, training.workers * times, (bundle,))
 
-    score = recipe.score
-    scorers = Bundle(score.actors or 1, score.cpus_per_actor, score.gpus_per_actor)
     trials = min(recipe.fine_tune.sweep.concurrent, len(recipe.fine_tune.sweep.learning_rates))
     return [
         Demand("labeled", 1, (Bundle(1, 1.0),)),
         workers("teacher.training.workers", recipe.teacher.training),
-        Demand("score.actors", score.actors or 1, (scorers, Bundle(1, score.reader_cpus))),
+        scoring.demand(recipe.score),
         workers("pretrain.workers", recipe.pretrain),
         workers("fine_tune.sweep.concurrent x fine_tune.training.workers", recipe.fine_tune.training, trials),
         workers("supervised.workers", recipe.supervised),

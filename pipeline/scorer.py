@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pipeline.scoring import Job
 
 CALLS = 2
-"""Blocks that an actor works on at once: one is in the model, the other is read or published."""
+"""Blocks that an actor works on at once: one is in the model, the other is read or published, or waits for a GPU's answers."""
 PUBLISHERS = 8
 """Files that an actor publishes at once."""
 REPEATING = ["shard", "class_ids.list.element"]
@@ -63,9 +63,8 @@ class RangeScorer:
                 _check_gpu(settings)
                 self._predict = Predictor(job.model_uri, how, ray.get(weights[0]))
         except TophatError as error:
-            self._problem = (
-                error  # raised at the first block: of an actor that fails as it is made, only a text comes back
-            )
+            # Raised at the first block: of an actor that fails as it is made, only a text comes back.
+            self._problem = error
         self._counting = Lock()
         self._ended, self._cpu = time.monotonic(), time.process_time()
         self._publishers = ThreadPoolExecutor(PUBLISHERS)

@@ -18,7 +18,7 @@ from cluster import storage
 from cluster.errors import RecipeError, RunError, StageError
 from cluster.progress import Progress
 from cluster.reduction import original_errors, parallel_map
-from cluster.resources import cluster_shape
+from cluster.resources import Bundle, Demand, check, cluster_shape
 from models.config import Transform
 from pipeline.ranges import MIN_TASK_BYTES, Range, RangeReader, Unfinished, finished, ledger, range_rows, surplus
 from pipeline.recipe import Score
@@ -237,6 +237,10 @@ def stream(job: Job, unfinished: Unfinished) -> Iterator[list[dict[str, Any]]]:
     Raises:
         TophatError: what a reader or an actor raised.
     """
+    return original_errors(_stream(job, unfinished))
+
+
+def _stream(job: Job, unfinished: Unfinished) -> Iterator[list[dict[str, Any]]]:
     import ray
 
     from models.card import read_card, read_weights
@@ -248,7 +252,7 @@ def stream(job: Job, unfinished: Unfinished) -> Iterator[list[dict[str, Any]]]:
     weights = (
         ray.remote(read_weights).options(num_cpus=settings.reader_cpus).remote(job.model_uri, read_card(job.model_uri))
     )
-    parts = unfinished.parts(_readers(settings, actors))
+    parts = unfinished.parts(actors, _readers(settings, actors))
     rows = range_rows(job.transform, settings.range_bytes, settings.batch)
     read = RangeReader(job.reader, job.transform, rows, settings.decode_seconds, ray.put(unfinished))
     with ray.data.DataContext.current(_context(settings, actors)):
@@ -274,8 +278,7 @@ def stream(job: Job, unfinished: Unfinished) -> Iterator[list[dict[str, Any]]]:
             num_cpus=settings.cpus_per_actor,
             num_gpus=settings.gpus_per_actor,
         )
-    batches = scored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-    for batch in original_errors(_quietly(batches)):
+    for batch in _quietly(scored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)):
         yield cast("pa.Table", batch).to_pylist()
 
 
@@ -324,17 +327,34 @@ def _quietly(batches: Iterable[Any]) -> Iterator[Any]:
         yield from batches
 
 
+def check_cluster(settings: Score) -> None:
+    """Makes sure that the cluster can hold what scoring needs.
+
+    Raises:
+        ResourceError: it cannot.
+    """
+    check([demand(settings)], cluster_shape())
+
+
+def demand(settings: Score) -> Demand:
+    """What scoring needs at once: its actors, or one, and a reader."""
+    actors = Bundle(settings.actors or 1, settings.cpus_per_actor, settings.gpus_per_actor)
+    return Demand("score.actors", settings.actors or 1, (actors, Bundle(1, settings.reader_cpus)))
+
+
 def default_actors(settings: Score) -> int:
-    """How many actors the cluster holds, at its largest: on CPUs, beside a reader for each."""
+    """How many actors the cluster holds, at its largest: on CPUs beside a reader for each, on GPUs beside one."""
     shape = cluster_shape()
+    cpus = shape.total("CPU")
     if settings.gpus_per_actor > 0:
-        return max(1, int(shape.total("GPU") / settings.gpus_per_actor))
-    return max(1, int(shape.total("CPU") / (settings.cpus_per_actor + settings.reader_cpus)))
+        beside_a_reader = (cpus - settings.reader_cpus) / settings.cpus_per_actor
+        return max(1, int(min(beside_a_reader, shape.total("GPU") / settings.gpus_per_actor)))
+    return max(1, int(cpus / (settings.cpus_per_actor + settings.reader_cpus)))
 
 
 def _readers(settings: Score, actors: int) -> int:
-    """How many tasks read at once, at most: as many as actors beside those on CPUs, and as there is room for beside those on GPUs."""
+    """How many tasks read at once, about: on CPUs as many as actors, beside GPUs as many as there is room for."""
     if not settings.gpus_per_actor:
         return actors
-    room = (cluster_shape().total("CPU") - actors * settings.cpus_per_actor) / settings.reader_cpus
-    return max(actors, settings.readers or int(room))
+    room = int((cluster_shape().total("CPU") - actors * settings.cpus_per_actor) / settings.reader_cpus)
+    return max(1, min(room, settings.readers or room))

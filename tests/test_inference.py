@@ -17,7 +17,7 @@ from models.architectures import build
 from models.card import WEIGHTS, read_card, read_weights
 from models.checkpoint import load, save
 from models.config import ModelConfig, Transform, Views
-from models.inference import Inference, Prediction, Predictor, _even, folded
+from models.inference import Inference, Prediction, Predictor, _even, _few_sizes, folded
 from models.transforms import normalize
 
 CLASSES = 20
@@ -199,6 +199,30 @@ def test_compiled_kernels_say_the_same(tmp_path: Path, monkeypatch: pytest.Monke
     pool.shutdown()
     assert frozen == [True]  # once, for one size of batch
     assert not torch._inductor.config.freezing
+
+
+@pytest.mark.parametrize("how", [{}, {"features": True, "views": "mirrored"}])
+def test_arrays_are_scored_as_if_they_were_one(tmp_path: Path, how: dict[str, Any]) -> None:
+    """Of any length, none included; batches go from one to the next."""
+    uri = saved(tmp_path, ModelConfig(architecture="resnet8", options={"width": 4}, transform=SMALL))
+    images = pictures(45, 64)
+    loaded = predictor(uri, batch_size=16, **how)
+    whole = loaded(images)
+    found = loaded(images[:0], images[:3], images[3:3], images[3:40], images[40:41], images[41:])
+    for name, one, other in zip(Prediction._fields, whole, found, strict=True):
+        assert (one is None) == (other is None) == (name == "features" and not how)
+        if one is not None and other is not None:
+            np.testing.assert_array_equal(one, other)
+    assert loaded(images[:0], images[3:3]).classes.shape == (0, 5)
+
+
+@given(st.integers(1, 8192))
+def test_batches_of_a_gpu_have_few_sizes(batch_size: int) -> None:
+    sizes = _few_sizes(batch_size)
+    assert sizes == sorted(set(sizes))
+    assert sizes[0] >= 1
+    assert sizes[-1] == batch_size
+    assert len(sizes) <= 4
 
 
 @given(st.integers(1, 5000), st.integers(1, 512))

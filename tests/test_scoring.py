@@ -5,7 +5,8 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ from pipeline.ranges import (
 from pipeline.recipe import Score, Source
 from pipeline.rejects import publish_rejects, read_rejects
 from pipeline.scorer import compiler_error
-from pipeline.scoring import claim, prove, score
+from pipeline.scoring import claim, default_actors, prove, score
 from pipeline.shards import Shard
 from pipeline.sources import ImageSource, open_source
 
@@ -135,10 +136,10 @@ def test_ranges_of_the_defaults() -> None:
     assert range_rows(Transform(), Score(gpus_per_actor=1).range_bytes, Score(gpus_per_actor=1).batch) == 768
 
 
-@given(st.lists(st.integers(0, 200 * 2**20), min_size=1, max_size=50), st.integers(1, 64))
-def test_every_shard_is_dealt_to_one_task(sizes: list[int], actors: int) -> None:
+@given(st.lists(st.integers(0, 200 * 2**20), min_size=1, max_size=50), st.integers(1, 64), st.integers(1, 64))
+def test_every_shard_is_dealt_to_one_task(sizes: list[int], actors: int, readers: int) -> None:
     shards = [Shard(f"{number:03d}.tar", size, "e") for number, size in enumerate(sizes)]
-    parts = Unfinished.of(shards, {}).parts(actors)
+    parts = Unfinished.of(shards, {}).parts(actors, readers)
     assert [part["start"] for part in parts] == [0, *(part["stop"] for part in parts[:-1])]
     assert parts[-1]["stop"] == len(sizes)
     for number, part in enumerate(parts):
@@ -149,7 +150,16 @@ def test_every_shard_is_dealt_to_one_task(sizes: list[int], actors: int) -> None
 
 def test_a_hundred_thousand_shards_make_few_tasks() -> None:
     shards = [Shard(f"{number:06d}.tar", 10**6, "e") for number in range(100_000)]
-    assert 1_000 < len(Unfinished.of(shards, {}).parts(4)) < 4_000
+    assert 1_000 < len(Unfinished.of(shards, {}).parts(4, 4)) < 4_000
+
+
+def test_many_readers_beside_one_gpu_share_what_one_would_read() -> None:
+    """In tasks, which are small; not in ranges, which are as large as ever."""
+    shards = [Shard(f"{number:03d}.tar", 25 * 10**6, "e") for number in range(40)]
+    alone, together = (Unfinished.of(shards, {}).parts(1, readers) for readers in (1, 15))
+    assert len(alone) <= 20
+    assert len(together) == 40
+    assert together[4]["range_bytes"] > 100 * 10**6
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +217,16 @@ def test_a_gpu_that_is_not_there(source: ImageSource, model: str, tmp_path: Path
     settings = SETTINGS.model_copy(update={"gpus_per_actor": 1.0})
     with pytest.raises(ResourceError, match=r"score\.gpus_per_actor = 1\.0: torch .* finds no GPU on a node"):
         score(source, model, str(tmp_path / "s"), str(tmp_path / "r"), settings, SILENT)
+
+
+def test_more_actors_than_the_cluster_holds(
+    tophat: Callable[..., tuple[int, str, str]], source: ImageSource, model: str, tmp_path: Path, ray_local: None
+) -> None:
+    words = ["score", "--model", model, "--source", source.reader.root, "--out", str(tmp_path / "s")]
+    code, _, errors = tophat(*words, "--set", "gpus_per_actor=1", "--set", "actors=2")
+    assert code == 2
+    assert "score.actors = 2: needs" in errors
+    assert default_actors(Score(gpus_per_actor=0.1)) == 1  # of ten, as one has to leave a reader its CPU
 
 
 def test_what_cannot_be_scored_is_in_the_rejects(scored: str) -> None:
@@ -464,6 +484,13 @@ def test_an_error_of_ours_comes_back_from_an_actor(
     assert "ray.data" not in str(caught.value)
 
 
+def _free_cpus() -> float:
+    import ray
+
+    resources: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    return resources.get("CPU", 0.0)
+
+
 def test_a_network_that_fails_ends_the_scoring_while_actors_hold_the_cpus(
     source: ImageSource, tmp_path: Path, ray_local: None
 ) -> None:
@@ -476,7 +503,12 @@ def test_a_network_that_fails_ends_the_scoring_while_actors_hold_the_cpus(
     settings = Score(classes_per_image=3, actors=2)  # with 1.5 of 2 CPUs
     with pytest.raises(StageError, match=r"^ValueError: nothing to see$") as caught:
         score(source, uri, str(tmp_path / "s"), str(tmp_path / "r"), settings, SILENT)
-    assert caught.value.__context__ is None  # Ray's error would keep the actors
+    # Ray's error would keep the actors.
+    assert caught.value.__context__ is None
+    until = time.monotonic() + 30
+    while _free_cpus() < 2 and time.monotonic() < until:
+        time.sleep(0.5)
+    assert _free_cpus() == 2
 
 
 def test_kernels_that_cannot_be_made_are_told_in_one_line(source: ImageSource, model: str, tmp_path: Path) -> None:
