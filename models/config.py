@@ -19,8 +19,6 @@ Views = Literal["center", "mirrored", "five", "ten"]
 
 CPU_BATCH, GPU_BATCH = 32, 256
 """Images of a forward pass in inference: on a CPU core, what its caches still help with; on a GPU, what fills it."""
-BATCH_STEP = 8
-"""Batches in inference are multiples of it where they can be: the first batch of a size costs as much as an image more, for kernels made for it."""
 
 REFERENCE_BATCH = 256
 """The minibatch that a learning rate is stated for (section 4.1: "0.1 and 256 are the standard")."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from models.checkpoint import load
-from models.config import BATCH_STEP, CPU_BATCH, GPU_BATCH, Views
+from models.config import CPU_BATCH, GPU_BATCH, Views
 from models.features import Features
 from models.transforms import normalize
 
@@ -118,9 +118,8 @@ def _compiled(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tens
 
 
 def _even(images: int, batch_size: int) -> int:
-    """Images of each batch but the last, so that they differ little, in few sizes."""
-    share = -(-images // -(-images // batch_size))
-    return min(batch_size, -(-share // BATCH_STEP) * BATCH_STEP)
+    """Images of each batch but the last, so that they differ little."""
+    return -(-images // -(-images // batch_size))
 
 
 def _few_sizes(batch_size: int) -> list[int]:

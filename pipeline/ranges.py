@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from cluster import storage
 from cluster.reduction import told_errors
-from models.config import BATCH_STEP, Transform
+from models.config import Transform
 from pipeline.rejects import REJECTS
 from pipeline.shards import ChangedShardError, MissingShardError, Reader, Row, Shard, ShardError, shard_table, shards_of
 
@@ -280,9 +280,6 @@ class RangeReader:
         if held.parts:
             yield held.take()
 
-    def _full(self, pending: "_Decoded", size: "RangeSize") -> bool:
-        return pending.rows >= self._rows or (pending.bytes >= size.bytes and pending.rows % BATCH_STEP == 0)
-
     def _ranges(self, shard: Shard, covered: Sequence[Range], size: "RangeSize") -> Iterator["_Decoded"]:
         """Those of one shard, in row order.
 
@@ -296,7 +293,8 @@ class RangeReader:
                 position = row.index + 1
                 if any(done.start <= row.index < done.stop for done in covered):
                     continue
-                if pending is not None and (self._full(pending, size) or pending.stop != row.index):
+                full = pending is not None and (pending.rows >= self._rows or pending.bytes >= size.bytes)
+                if pending is not None and (full or pending.stop != row.index):
                     self._reader.check(shard)
                     yield pending
                     pending = None
