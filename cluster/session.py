@@ -81,9 +81,8 @@ def _connect(cluster: Cluster, verbose: bool) -> None:
         _tighten_token()
         # Inherited, and not a runtime environment: Ray starts its first workers at once, and would start others for that.
         inherited["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        sparing = (
-            SPARING if verbose else {**SPARING, "LOG_NAME_UPDATE_INTERVAL_S": "86400"}
-        )  # nobody reads its workers' logs
+        # Without `verbose`, nobody reads its workers' logs.
+        sparing = SPARING if verbose else {**SPARING, "LOG_NAME_UPDATE_INTERVAL_S": "86400"}
         inherited |= {name: os.environ.get(name, value) for name, value in sparing.items()}
         options |= {
             "num_cpus": cluster.cpus or len(os.sched_getaffinity(0)),
