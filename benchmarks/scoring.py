@@ -12,7 +12,7 @@ paper's smaller teachers from the same (`--large`, for GPUs), or a ResNet of 8 l
 Every contender runs once a round, in turn, in a process of its own and on the same cores. Reported are medians over the rounds:
 
 - whole: images/s from the start of the process to its last score, everything included;
-- steady: images/s between a quarter and nine tenths of the images (of `limit` and `naive`: once the model is loaded);
+- steady: images/s between a quarter and nine tenths of the images;
 - first: seconds from the start of the process to the first scores;
 - peak: memory of all processes of the contender together (proportional set size), the highest of the rounds;
 - / base: where several numbers of images or shards are given, the rate against the one with the first of them; a round has them all.
@@ -119,18 +119,17 @@ def _limit_part(folder: Path, part: int, parts: int, how: How, answers: Any) -> 
     from models.transforms import evaluation_image
 
     predict, transform = _predictor(folder, how), read_card(str(folder / "model")).model.transform
-    answers.put(("ready", 0))
     buffer = np.empty((predict.batch_size, 3, transform.size, transform.size), np.uint8)
     filled = 0
     for content in _contents(folder, part, parts):
         buffer[filled] = evaluation_image(content, transform)
         filled += 1
         if filled == len(buffer):
-            answers.put(("scored", len(predict(buffer).classes)))
+            answers.put(len(predict(buffer).classes))
             filled = 0
     if filled:
-        answers.put(("scored", len(predict(buffer[:filled]).classes)))
-    answers.put(("ended", 0))
+        answers.put(len(predict(buffer[:filled]).classes))
+    answers.put(None)
 
 
 def _decode_part(folder: Path, part: int, parts: int, answers: Any) -> None:
@@ -138,14 +137,13 @@ def _decode_part(folder: Path, part: int, parts: int, answers: Any) -> None:
     from models.transforms import evaluation_image
 
     transform = read_card(str(folder / "model")).model.transform
-    answers.put(("ready", 0))
     number = 0
     for number, content in enumerate(_contents(folder, part, parts), 1):
         evaluation_image(content, transform)
         if number % 64 == 0:
-            answers.put(("scored", 64))
-    answers.put(("scored", number % 64))
-    answers.put(("ended", 0))
+            answers.put(64)
+    answers.put(number % 64)
+    answers.put(None)
 
 
 def _ceiling_part(folder: Path, images: int, parts: int, how: How, answers: Any) -> None:
@@ -157,7 +155,6 @@ def _ceiling_part(folder: Path, images: int, parts: int, how: How, answers: Any)
     batch = batch.contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         predict._forward(batch)
-        answers.put(("ready", 0))
         before = None
         for _ in range(-(-images // (parts * len(batch)))):
             predict._forward(batch)
@@ -165,53 +162,47 @@ def _ceiling_part(folder: Path, images: int, parts: int, how: How, answers: Any)
             if before is not None:
                 before.synchronize()  # a GPU has the next batch before it ends one
             before = now
-            answers.put(("scored", len(batch)))
+            answers.put(len(batch))
         if before is not None:
             before.synchronize()
-    answers.put(("ended", 0))
+    answers.put(None)
 
 
-def _in_parts(work: Callable[..., None], arguments: list[tuple[Any, ...]], clock: Clock) -> float:
-    """Runs `work` in a process for each of `arguments`; images/s from when all are ready."""
+def _in_parts(work: Callable[..., None], arguments: list[tuple[Any, ...]], clock: Clock) -> None:
+    """Runs `work` in a process for each of `arguments`."""
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     processes = [context.Process(target=work, args=(*one, answers)) for one in arguments]
     for process in processes:
         process.start()
-    waiting = running = len(processes)
-    images, begun = 0, 0.0
+    running, images = len(processes), 0
     while running:
-        kind, count = answers.get()
-        waiting -= kind == "ready"
-        running -= kind == "ended"
-        if kind == "ready" and not waiting:
-            begun, images_before = time.time(), images
-        images += count
+        scored = answers.get()
+        running -= scored is None
+        images += scored or 0
         clock.mark(images)
-    seconds = time.time() - begun
     for process in processes:
         process.join()
-    return (images - images_before) / seconds
 
 
-def limit(folder: Path, cores: int, how: How, clock: Clock) -> float | None:
+def limit(folder: Path, cores: int, how: How, clock: Clock) -> None:
     """A process for each core; reads, decodes and forwards."""
-    return _in_parts(_limit_part, [(folder, part, cores, how) for part in range(cores)], clock)
+    _in_parts(_limit_part, [(folder, part, cores, how) for part in range(cores)], clock)
 
 
-def decode(folder: Path, cores: int, how: How, clock: Clock) -> float | None:
+def decode(folder: Path, cores: int, how: How, clock: Clock) -> None:
     """A process for each core; reads and decodes."""
-    return _in_parts(_decode_part, [(folder, part, cores) for part in range(cores)], clock)
+    _in_parts(_decode_part, [(folder, part, cores) for part in range(cores)], clock)
 
 
-def ceiling(folder: Path, cores: int, how: How, clock: Clock) -> float | None:
+def ceiling(folder: Path, cores: int, how: How, clock: Clock) -> None:
     """The model on a resident batch."""
     images = sum(1 for _ in (folder / "files").iterdir())
     parts = 1 if how.gpu else cores
-    return _in_parts(_ceiling_part, [(folder, images, parts, how)] * parts, clock)
+    _in_parts(_ceiling_part, [(folder, images, parts, how)] * parts, clock)
 
 
-def ours(folder: Path, cores: int, how: How, clock: Clock) -> float | None:
+def ours(folder: Path, cores: int, how: How, clock: Clock) -> None:
     """`tophat score`, without its terminal."""
     from cluster.config import Cluster
     from cluster.progress import Progress
@@ -231,10 +222,9 @@ def ours(folder: Path, cores: int, how: How, clock: Clock) -> float | None:
         claim("--out", out, str(folder / "model"), source, settings)
         session.start()
         score(source, str(folder / "model"), out, f"{out}/_rejects", settings, Marks())
-    return clock.steady()
 
 
-def naive(folder: Path, cores: int, how: How, clock: Clock) -> float | None:
+def naive(folder: Path, cores: int, how: How, clock: Clock) -> None:
     """The loop of PyTorch's tutorials."""
     import torch
     from PIL import Image
@@ -259,16 +249,15 @@ def naive(folder: Path, cores: int, how: How, clock: Clock) -> float | None:
 
     device = torch.device("cuda" if how.gpu else "cpu")
     model = loaded.model.to(device).eval()
-    begun, images = time.time(), 0
+    images = 0
     with torch.no_grad():
         for batch in DataLoader(Files(), batch_size=64, num_workers=cores):
             model(batch.to(device)).softmax(1).topk(CLASSES_PER_IMAGE)
             images += len(batch)
             clock.mark(images)
-    return images / (time.time() - begun)
 
 
-def ray_data(folder: Path, cores: int, how: How, clock: Clock) -> float | None:
+def ray_data(folder: Path, cores: int, how: How, clock: Clock) -> None:
     """As in Ray's example "Image Classification Batch Inference with PyTorch ResNet"."""
     import ray
     import torch
@@ -311,10 +300,9 @@ def ray_data(folder: Path, cores: int, how: How, clock: Clock) -> float | None:
         images += len(batch)
         clock.mark(images)
     ray.shutdown()
-    return clock.steady()
 
 
-def daft(folder: Path, cores: int, how: How, clock: Clock) -> float | None:
+def daft(folder: Path, cores: int, how: How, clock: Clock) -> None:
     """As in Daft's guide to class UDFs."""
     import daft as peer
     import torch
@@ -347,10 +335,9 @@ def daft(folder: Path, cores: int, how: How, clock: Clock) -> float | None:
     for part in table.select(Model().best(decoded).alias("class_id")).to_arrow_iter():
         images += len(part)
         clock.mark(images)
-    return clock.steady()
 
 
-PEERS: dict[str, Callable[[Path, int, How, Clock], float | None]] = {
+PEERS: dict[str, Callable[[Path, int, How, Clock], None]] = {
     "naive": naive,
     "ray data": ray_data,
     "daft": daft,
@@ -363,9 +350,9 @@ ALL = {"limit": limit, OURS: ours, **PEERS}
 def serve(name: str, folder: Path, cores: int, how: How) -> None:
     """Runs one contender and prints its answer."""
     clock = Clock()
-    steady = ALL[name](folder, cores, how, clock)
+    ALL[name](folder, cores, how, clock)
     at, images = clock.marks[-1]
-    print("answer", json.dumps([images, images / at, steady, clock.marks[0][0]]), flush=True)
+    print("answer", json.dumps([images, images / at, clock.steady(), clock.marks[0][0]]), flush=True)
 
 
 class Run(NamedTuple):

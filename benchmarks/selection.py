@@ -182,7 +182,7 @@ class Memory:
         while not self._stop.wait(pause):
             began = time.monotonic()
             self.peak = max(self.peak, sum(map(_pss, _family(self._process))) / 2**20)
-            pause = max(0.2, 50 * (time.monotonic() - began))  # looking stops the processes: 2% of the time, no more
+            pause = max(0.2, 200 * (time.monotonic() - began))  # looking stops the processes: 0.5% of the time, no more
 
 
 def _family(process: int) -> list[int]:
