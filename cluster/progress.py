@@ -1,13 +1,13 @@
-"""Live progress of work that happens in other processes.
+"""Live progress of work that happens in other processes, or in this one.
 
-One actor, the board, holds the state of the task under way. Workers hold a `Progress`, a picklable handle, and send it their counts without
-waiting; the driver draws them. It is display only: no result depends on it.
+The board holds the state of the task under way: an actor, to which workers hold a `Progress`, a picklable handle, and send their counts
+without waiting, or an object of this process. The driver draws them. It is display only: no result depends on it.
 """
 
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +38,7 @@ class State:
 
 
 class Board:
-    """The actor behind `Progress`: the latest state of every part of every task."""
+    """What is behind `Progress`: the latest state of every part of every task."""
 
     def __init__(self) -> None:
         self._tasks: dict[str, dict[str, State]] = {}
@@ -73,12 +73,18 @@ class Progress:
     def update(self, done: int, rejected: int = 0, *, total: int | None = None, **facts: float) -> None:
         """Sets the absolute counts, any facts, and the total where it is known only now (or estimated)."""
         if self.board is not None:
-            self.board.set.remote(self.task, self.name, State(done, rejected, total, facts))
+            _method(self.board, "set")(self.task, self.name, State(done, rejected, total, facts))
 
     def add(self, done: int = 0, rejected: int = 0) -> None:
         """Adds to the counts; for many workers that each know only their own share."""
         if self.board is not None:
-            self.board.add.remote(self.task, self.name, done, rejected)
+            _method(self.board, "add")(self.task, self.name, done, rejected)
+
+
+def _method(board: Any, name: str) -> Callable[..., Any]:
+    """Of an actor, one that returns at once."""
+    method = getattr(board, name)
+    return method if isinstance(board, Board) else method.remote  # type: ignore[no-any-return]
 
 
 SILENT = Progress()
@@ -117,12 +123,13 @@ class Display:
     Args:
         console: where to draw.
         enabled: False draws nothing and starts no actor.
+        here: the work happens in this process, without Ray.
     """
 
-    def __init__(self, console: Console, enabled: bool = True) -> None:
+    def __init__(self, console: Console, enabled: bool = True, here: bool = False) -> None:
         self.console = console
         self._enabled = enabled
-        self._board: Any = None
+        self._board: Any = Board() if here else None
 
     def _handle(self, task: str) -> Progress:
         if self._board is None:
@@ -155,6 +162,8 @@ class Display:
             thread.join(timeout=10)
 
     def _read(self, handle: Progress) -> State | None:
+        if isinstance(handle.board, Board):
+            return handle.board.get(handle.task)
         import ray
 
         try:
@@ -193,7 +202,7 @@ class Display:
             state = self._read(handle)
             if state is not None:
                 text = pace.text(state.done + state.rejected, state.total or total)
-                if last or seconds >= next_line:
+                if seconds >= next_line or (last and state != State()):
                     self._print_line(name, total, unit, state, text, seconds)
                     next_line = seconds + LINE_SECONDS
             if last:

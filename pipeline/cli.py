@@ -176,18 +176,31 @@ def ingest(
     seed: Annotated[int, typer.Option(min=0, help="Of the shuffle and the split.")] = 0,
 ) -> None:
     """Turn images into shards, so that plain files can be used as a source."""
+    from cluster.progress import Display
     from pipeline import datasets
     from pipeline.ingest import ingest as ingest_source
 
     lost: tuple[tuple[str, str], ...] = ()
+    display = Display(out, here=True)
     if source in datasets.NAMES:
-        made = datasets.make(source, to, origin=origin, train_per_class=train_per_class, seed=seed)
+        with display.task("ingest", None) as progress:
+            made = datasets.make(
+                source, to, origin=origin, train_per_class=train_per_class, seed=seed, progress=progress
+            )
         table = _pairs(f"{'Made' if made.fresh else 'Found'} {made.uri}", made.counts)
     else:
         if layout not in ("webdataset", "parquet"):
             raise InputError("--layout", layout, "is not a layout of shards", "use webdataset or parquet")
         found = _open("SOURCE", source)
-        written = ingest_source(found, to, layout=layout, images_per_shard=images_per_shard, seed=seed)  # type: ignore[arg-type]
+        with display.task("ingest", None) as progress:
+            written = ingest_source(
+                found,
+                to,
+                layout=layout,  # type: ignore[arg-type]
+                images_per_shard=images_per_shard,
+                seed=seed,
+                progress=progress,
+            )
         counts: dict[str, Any] = {
             "images": written.images,
             "labeled": written.labeled,

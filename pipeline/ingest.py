@@ -71,7 +71,7 @@ def ingest(
         layout: of the new shards.
         images_per_shard: images in each new shard but the last.
         seed: of the shuffle.
-        progress: gets the number of images that were read.
+        progress: gets the number of images that were read, and of all, where the source has files of one image.
 
     Raises:
         RunError: the folder holds something else, or lies inside the source.
@@ -93,7 +93,8 @@ def ingest(
     if record is None:
         writers.begin("--out", out, identity)
         broken: list[tuple[str, str]] = []
-        counter = _Counter(progress)
+        files = [len(shard.files) for shard in source.shards()]
+        counter = _Counter(progress, sum(files) if all(files) else None)
         samples = counter.count(_shuffled(source, images_per_shard, np.random.default_rng(seed), broken))
         done = writers.write_shards(out, samples, layout=layout, images_per_shard=images_per_shard, class_names=classes)
         record = {"images": done.images, "shards": done.shards, "bytes": done.bytes}
@@ -112,21 +113,22 @@ def ingest(
 
 
 class _Counter:
-    """Counts samples as they pass and tells the progress now and then."""
+    """Counts samples as they pass and tells the progress now and then; `total` is None where nobody knows it."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, total: int | None) -> None:
         self.labeled = 0
         self._progress = progress
+        self._total = total
 
     def count(self, samples: Iterator[Sample]) -> Iterator[Sample]:
         done, told = 0, 0.0
         for done, sample in enumerate(samples, 1):
             self.labeled += sample.label is not None
             if time.monotonic() - told > REPORT_SECONDS:
-                self._progress.update(done)
+                self._progress.update(done, total=self._total)
                 told = time.monotonic()
             yield sample
-        self._progress.update(done)
+        self._progress.update(done, total=self._total)
 
 
 def _shuffled(

@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it prints, and how it ends."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -179,7 +180,8 @@ def test_ingest_score_select_evaluate_and_status(
 
     code, output, _ = tophat("ingest", str(folders / "unlabeled"), "--out", shards, "--images-per-shard", "60")
     assert (code, len(list(Path(shards).glob("*.tar")))) == (0, 3)
-    assert "153" in output
+    assert "ingest: 153 of 153 images" in output
+    assert re.search(r"images +153\b", output)
 
     refused(
         tophat("score", "--model", model, "--source", shards, "--out", scores, "--classes-per-image", "4"),

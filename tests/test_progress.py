@@ -48,6 +48,24 @@ def test_a_terminal_gets_a_bar() -> None:
     assert "✓" in out.getvalue()
 
 
+def test_work_of_this_process_needs_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "remote", None)
+    monkeypatch.setattr(ray, "get", None)
+    out = io.StringIO()
+    with Display(Console(file=out, width=40), here=True).task("ingest", None) as progress:
+        progress.update(3, total=9)
+        progress.part("other").add(1, rejected=2)
+    assert out.getvalue().startswith("ingest: 6 of 9 images")
+    assert "2 rejected" in out.getvalue()
+
+
+def test_a_log_gets_no_line_of_what_never_began() -> None:
+    out = io.StringIO()
+    with Display(Console(file=out, width=40), here=True).task("ingest", None):
+        pass
+    assert out.getvalue() == ""
+
+
 def test_the_pace_leaves_out_the_start() -> None:
     pace = _Pace()
     assert pace.text(0, 100) == "starting"
