@@ -14,7 +14,7 @@ Every contender runs once a round, in turn, in a process of its own and on the s
 - whole: images/s from the start of the process to its last score, everything included;
 - steady: images/s between a quarter and nine tenths of the images;
 - first: seconds from the start of the process to the first scores;
-- peak: memory of all processes of the contender together (proportional set size), the highest of the rounds;
+- peak: memory of all processes of the contender together (proportional set size, looked at now and then), the highest of the rounds;
 - / base: where several numbers of images or shards are given, the rate against the one with the first of them; a round has them all.
 
 The contenders are those of `benchmarks.contenders`: a hand-written loop that is the limit, ours, and, with `--peers`, others.
@@ -65,7 +65,7 @@ def once(name: str, folder: Path, cores: int, how: How) -> Run:
             text=True,
             env={**environment, "TORCHINDUCTOR_CACHE_DIR": kernels},
         )
-        with Memory(process.pid) as memory:
+        with Memory(process.pid, share=0.005) as memory:
             printed, errors = process.communicate()
     found = next((line for line in printed.splitlines() if line.startswith("answer ")), None)
     if found is None:

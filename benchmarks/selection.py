@@ -161,10 +161,16 @@ EXACT = {OURS, "duckdb window", "duckdb max_by", "polars top_k_by", "ray data"}
 
 
 class Memory:
-    """The peak of the proportional set size, in GiB, of a process and all that it started."""
+    """The peak of the proportional set size, in GiB, of a process and all that it started, as far as looking now and then finds it.
 
-    def __init__(self, process: int) -> None:
+    Args:
+        process: its id.
+        share: of the time that looking may take, as it stops the processes; at least every two seconds all the same.
+    """
+
+    def __init__(self, process: int, share: float = 0.02) -> None:
         self.peak = 0.0
+        self._share = share
         self._process = process
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -182,7 +188,7 @@ class Memory:
         while not self._stop.wait(pause):
             began = time.monotonic()
             self.peak = max(self.peak, sum(map(_pss, _family(self._process))) / 2**20)
-            pause = max(0.2, 200 * (time.monotonic() - began))  # looking stops the processes: 0.5% of the time, no more
+            pause = max(0.2, min(2.0, (time.monotonic() - began) / self._share))
 
 
 def _family(process: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Live progress of work that happens in other processes, or in this one.
 
-The board holds the state of the task under way: an actor, to which workers hold a `Progress`, a picklable handle, and send their counts
-without waiting, or an object of this process. The driver draws them. It is display only: no result depends on it.
+The board holds the state of the task under way. It is an actor, or an object of this process. Whoever works holds a `Progress`, a handle, and
+sends counts; to an actor, without waiting, and the handle can be pickled. The driver draws them. It is display only: no result depends on it.
 """
 
 import sys
@@ -82,7 +82,7 @@ class Progress:
 
 
 def _method(board: Any, name: str) -> Callable[..., Any]:
-    """Of an actor, one that returns at once."""
+    """A method of the board; an actor's returns at once."""
     method = getattr(board, name)
     return method if isinstance(board, Board) else method.remote  # type: ignore[no-any-return]
 
@@ -123,7 +123,7 @@ class Display:
     Args:
         console: where to draw.
         enabled: False draws nothing and starts no actor.
-        here: the work happens in this process, without Ray.
+        here: the work happens in one thread of this process, without Ray.
     """
 
     def __init__(self, console: Console, enabled: bool = True, here: bool = False) -> None:
@@ -172,6 +172,10 @@ class Display:
             return None  # the board is starting or restarting: the next poll asks again
         return state
 
+    def _untold(self, state: State) -> bool:
+        """Whether this process has found nothing to do."""
+        return isinstance(self._board, Board) and state == State()
+
     def _draw_live(self, name: str, total: int | None, unit: str, handle: Progress, stop: threading.Event) -> None:
         columns = [
             SpinnerColumn(finished_text="[green]✓[/green]"),
@@ -192,6 +196,7 @@ class Display:
                     done, of = state.done + state.rejected, state.total or total
                     bars.update(bar, completed=done, total=of, note=_note(state), pace=pace.text(done, of))
                 if last:
+                    bars.live.transient = state is not None and self._untold(state)
                     return
 
     def _draw_lines(self, name: str, total: int | None, unit: str, handle: Progress, stop: threading.Event) -> None:
@@ -202,7 +207,7 @@ class Display:
             state = self._read(handle)
             if state is not None:
                 text = pace.text(state.done + state.rejected, state.total or total)
-                if seconds >= next_line or (last and state != State()):
+                if seconds >= next_line or (last and not self._untold(state)):
                     self._print_line(name, total, unit, state, text, seconds)
                     next_line = seconds + LINE_SECONDS
             if last:

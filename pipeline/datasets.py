@@ -125,6 +125,7 @@ def _write(out: str, pool: Pool, parts: dict[str, NDArray[np.intp]], progress: P
     done = 0
     labeled = {name: (pool.images[rows], pool.labels[rows]) for name, rows in parts.items() if name != "unlabeled"}
     labeled["test"] = (pool.test_images, pool.test_labels)
+    total = sum(map(len, parts.values())) + len(pool.test_images)
     for name, (images, labels) in labeled.items():
         samples = (Sample(png(image), int(label)) for image, label in zip(images, labels, strict=True))
         written = writers.write_shards(
@@ -135,12 +136,12 @@ def _write(out: str, pool: Pool, parts: dict[str, NDArray[np.intp]], progress: P
             class_names=pool.classes,
         )
         counts[name] = written.images
-        progress.update(done := done + written.images)
+        progress.update(done := done + written.images, total=total)
 
     def unlabeled() -> Iterator[Sample]:
         for number, image in enumerate(pool.images[parts["unlabeled"]], done + 1):
             if number % UNLABELED_IMAGES_PER_SHARD == 0:
-                progress.update(number)
+                progress.update(number, total=total)
             yield Sample(png(image))
 
     counts["unlabeled"] = writers.write_shards(
@@ -149,6 +150,7 @@ def _write(out: str, pool: Pool, parts: dict[str, NDArray[np.intp]], progress: P
         layout="webdataset",
         images_per_shard=UNLABELED_IMAGES_PER_SHARD,
     ).images
+    progress.update(total, total=total)
     _write_truth(out, pool.labels[parts["unlabeled"]])
     return counts
 

@@ -71,7 +71,7 @@ def ingest(
         layout: of the new shards.
         images_per_shard: images in each new shard but the last.
         seed: of the shuffle.
-        progress: gets the number of images that were read, and of all, where the source has files of one image.
+        progress: gets the number of images that were read, and of all images, where each is a file of its own.
 
     Raises:
         RunError: the folder holds something else, or lies inside the source.
@@ -95,7 +95,7 @@ def ingest(
         broken: list[tuple[str, str]] = []
         files = [len(shard.files) for shard in source.shards()]
         counter = _Counter(progress, sum(files) if all(files) else None)
-        samples = counter.count(_shuffled(source, images_per_shard, np.random.default_rng(seed), broken))
+        samples = _shuffled(source, images_per_shard, np.random.default_rng(seed), broken, counter)
         done = writers.write_shards(out, samples, layout=layout, images_per_shard=images_per_shard, class_names=classes)
         record = {"images": done.images, "shards": done.shards, "bytes": done.bytes}
         record |= {"labeled": counter.labeled, "unreadable": broken}
@@ -113,31 +113,35 @@ def ingest(
 
 
 class _Counter:
-    """Counts samples as they pass and tells the progress now and then; `total` is None where nobody knows it."""
+    """Counts rows as they are read and tells the progress now and then; `total` is None where nobody knows it."""
 
     def __init__(self, progress: Progress, total: int | None) -> None:
         self.labeled = 0
         self._progress = progress
         self._total = total
 
-    def count(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+    def count(self, rows: Iterator[tuple[Shard, Row]]) -> Iterator[tuple[Shard, Row]]:
         done, told = 0, 0.0
-        for done, sample in enumerate(samples, 1):
-            self.labeled += sample.label is not None
+        for done, (shard, row) in enumerate(rows, 1):
+            self.labeled += row.label is not None
             if time.monotonic() - told > REPORT_SECONDS:
                 self._progress.update(done, total=self._total)
                 told = time.monotonic()
-            yield sample
-        self._progress.update(done, total=self._total)
+            yield shard, row
+        self._progress.update(done, total=done)
 
 
 def _shuffled(
-    source: ImageSource, images_per_shard: int, random: np.random.Generator, broken: list[tuple[str, str]]
+    source: ImageSource,
+    images_per_shard: int,
+    random: np.random.Generator,
+    broken: list[tuple[str, str]],
+    counter: _Counter,
 ) -> Iterator[Sample]:
     shards = source.shards()
     order = (shards[i] for i in random.permutation(len(shards)))
     names = {name: number for number, name in enumerate(source.reader.class_names or ())}
-    rows = _in_turn(source, order, broken)
+    rows = counter.count(_in_turn(source, order, broken))
     while batch := list(itertools.islice(rows, images_per_shard)):
         for i in random.permutation(len(batch)):
             shard, row = batch[i]

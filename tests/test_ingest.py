@@ -16,8 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+import pipeline.ingest
 from cluster import storage
 from cluster.errors import RunError, SourceError
+from cluster.progress import Board, Progress, State
 from pipeline import datasets
 from pipeline.datasets import Pixels
 from pipeline.ingest import Ingested, ingest
@@ -168,6 +170,48 @@ def test_a_shard_that_breaks_off_is_reported(tmp_path: Path) -> None:
     assert [shard for shard, _ in done.unreadable] == ["cut.tar"]
     again = ingest(opened(f"{tmp_path}/in"), f"{tmp_path}/out")
     assert again == Ingested(**{**done.__dict__, "fresh": False})
+
+
+class Told(Board):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.updates: list[tuple[int, int | None]] = []
+
+    def set(self, task: str, part: str, state: State) -> None:
+        self.updates.append((state.done, state.total))
+
+    @property
+    def progress(self) -> Progress:
+        return Progress("ingest", self)
+
+
+def test_progress_counts_images_as_they_are_read(photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.ingest.REPORT_SECONDS", -1.0)
+    told = Told()
+    when_used: list[int] = []
+    sample = pipeline.ingest._sample
+
+    def used(*row: Any) -> Sample:
+        when_used.append(len(told.updates))
+        return sample(*row)
+
+    monkeypatch.setattr("pipeline.ingest._sample", used)
+    ingest(opened(photos), f"{tmp_path}/out", images_per_shard=25, progress=told.progress)
+    assert when_used[0] == 25  # a whole shard is read, and shuffled, before its first image is written
+    assert told.updates == [*((number, 60) for number in range(1, 61)), (60, 60)]
+    again = Told()
+    ingest(opened(f"{tmp_path}/out"), f"{tmp_path}/again", progress=again.progress)
+    assert again.updates == [*((number, None) for number in range(1, 61)), (60, 60)]  # nobody knows what tars hold
+
+
+def test_progress_of_a_known_data_set_ends_at_its_total(tmp_path: Path) -> None:
+    told = Told()
+    made = datasets.make("digits", f"{tmp_path}/digits", progress=told.progress)
+    total = sum(count for name, count in made.counts.items() if name != "distractors")
+    assert told.updates[-1] == (total, total)
+    assert {of for _, of in told.updates} == {total}
 
 
 def test_doing_it_again_does_nothing(photos: str, place: str) -> None:

@@ -59,11 +59,14 @@ def test_work_of_this_process_needs_no_ray(monkeypatch: pytest.MonkeyPatch) -> N
     assert "2 rejected" in out.getvalue()
 
 
-def test_a_log_gets_no_line_of_what_never_began() -> None:
+@pytest.mark.parametrize("terminal", [False, True])
+def test_nothing_stays_of_what_had_nothing_to_do(terminal: bool) -> None:
     out = io.StringIO()
-    with Display(Console(file=out, width=40), here=True).task("ingest", None):
+    console = Console(file=out, width=40, force_terminal=terminal)
+    with Display(console, here=True).task("ingest", None):
         pass
-    assert out.getvalue() == ""
+    erased = out.getvalue().rpartition("\x1b[2K")[2]  # what follows the last line that a terminal clears
+    assert "ingest" not in erased
 
 
 def test_the_pace_leaves_out_the_start() -> None:
