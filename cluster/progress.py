@@ -172,8 +172,8 @@ class Display:
             return None  # the board is starting or restarting: the next poll asks again
         return state
 
-    def _untold(self, state: State) -> bool:
-        """Whether this process has found nothing to do."""
+    def _nothing_to_do(self, state: State) -> bool:
+        """Whether a task of this process ends without having begun; a worker's report may just not have come."""
         return isinstance(self._board, Board) and state == State()
 
     def _draw_live(self, name: str, total: int | None, unit: str, handle: Progress, stop: threading.Event) -> None:
@@ -196,7 +196,7 @@ class Display:
                     done, of = state.done + state.rejected, state.total or total
                     bars.update(bar, completed=done, total=of, note=_note(state), pace=pace.text(done, of))
                 if last:
-                    bars.live.transient = state is not None and self._untold(state)
+                    bars.live.transient = state is not None and self._nothing_to_do(state)
                     return
 
     def _draw_lines(self, name: str, total: int | None, unit: str, handle: Progress, stop: threading.Event) -> None:
@@ -207,7 +207,7 @@ class Display:
             state = self._read(handle)
             if state is not None:
                 text = pace.text(state.done + state.rejected, state.total or total)
-                if seconds >= next_line or (last and not self._untold(state)):
+                if seconds >= next_line or (last and not self._nothing_to_do(state)):
                     self._print_line(name, total, unit, state, text, seconds)
                     next_line = seconds + LINE_SECONDS
             if last:
