@@ -2,8 +2,8 @@
 
     python -m benchmarks.contenders NAME --folder FOLDER --cores 2
 
-They score the images of a folder that `benchmarks.jpegs` made. What is printed at the end: how many, images/s from the start of the process to the
-last score and in steady state, and seconds to the first scores.
+They score the images of a folder that `benchmarks.jpegs` made. What is printed at the end, as JSON: when the process started, in Unix time, and
+after how many seconds how many images were scored.
 
 - `limit`: a process for each core that reads tars, decodes and forwards with the same predictor as ours, and does nothing else;
 - `tophat score`: ours, with the default settings, Parquet files published and the balance proven;
@@ -18,11 +18,12 @@ import argparse
 import json
 import multiprocessing
 import os
+import queue
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -44,9 +45,9 @@ class Clock:
         if images and (not self.marks or images > self.marks[-1][1]):
             self.marks.append((time.time() - self.start, images))
 
-    def steady(self) -> float | None:
-        """Images/s between a quarter and nine tenths of all; None where there are too few marks to tell."""
-        total = self.marks[-1][1]
+    def steady(self, total: int | None = None) -> float | None:
+        """Images/s between a quarter and nine tenths of `total`, by default of all marked; None where there are too few marks to tell."""
+        total = total or self.marks[-1][1]
         inside = [(at, images) for at, images in self.marks if 0.25 * total <= images <= 0.9 * total]
         if len(inside) < 3:
             return None
@@ -150,12 +151,17 @@ def _in_parts(work: Callable[..., None], arguments: list[tuple[Any, ...]], clock
     """Runs `work` in a process for each of `arguments`."""
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
-    processes = [context.Process(target=work, args=(*one, answers)) for one in arguments]
+    processes = [context.Process(target=work, args=(*one, answers), daemon=True) for one in arguments]
     for process in processes:
         process.start()
     running, images = len(processes), 0
     while running:
-        scored = answers.get()
+        try:
+            scored = answers.get(timeout=10)
+        except queue.Empty:
+            if failed := next((process for process in processes if process.exitcode), None):
+                raise RuntimeError(f"{failed.name} ended with {failed.exitcode}") from None
+            continue
         running -= scored is None
         images += scored or 0
         clock.mark(images)
@@ -335,8 +341,7 @@ def main() -> None:
     arguments = parser.parse_args()
     clock = Clock()
     ALL[arguments.name](arguments.folder, arguments.cores, How(arguments.gpu, arguments.compile), clock)
-    at, images = clock.marks[-1]
-    print("answer", json.dumps([images, images / at, clock.steady(), clock.marks[0][0]]), flush=True)
+    print("answer", json.dumps(asdict(clock)), flush=True)
 
 
 if __name__ == "__main__":

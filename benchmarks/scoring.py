@@ -5,6 +5,7 @@
     python -m benchmarks.scoring --light --images 10000,100000 --shards 10,100
     python -m benchmarks.scoring --light --images 100000 --shards 10,10000
     python -m benchmarks.scoring --heavy --images 2000 --shards 20 --compile
+    python -m benchmarks.scoring --heavy --images 4000 --shards 40 --rounds 4 --turns 6
 
 The same JPEGs lie in the given folder twice, as tar shards and as files: random crops of three real photographs, which come with
 scikit-learn and matplotlib. The model has random weights: ResNet-50 at 224 pixels from JPEGs of 340 x 256 (`--heavy`), one of the
@@ -17,6 +18,9 @@ Every contender runs once a round, in turn, in a process of its own and on the s
 - peak: memory of all processes of the contender together (proportional set size, looked at now and then), the highest of the rounds;
 - / base: where several numbers of images or shards are given, the rate against the one with the first of them; a round has them all.
 
+With `--turns`, the contenders of a round run at once on the same cores, in turns of so many seconds: all processes of the others are stopped
+meanwhile. What the machine gains or loses in minutes is then nobody's; the steady rates are those of a contender's own turns.
+
 The contenders are those of `benchmarks.contenders`: a hand-written loop that is the limit, ours, and, with `--peers`, others.
 """
 
@@ -25,17 +29,23 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.contenders import OURS, PEERS, How
+from benchmarks.contenders import OURS, PEERS, Clock, How
 from benchmarks.jpegs import SIZES, generate
-from benchmarks.selection import Memory
+from benchmarks.processes import Memory, Turns, send
+
+START_SECONDS = 40
+"""The first turn of each, in which it starts."""
 
 
 class Run(NamedTuple):
@@ -48,8 +58,9 @@ class Run(NamedTuple):
     peak: float
 
 
-def once(name: str, folder: Path, cores: int, how: How) -> Run:
-    """Runs a contender once, in a process of its own."""
+@contextmanager
+def started(name: str, folder: Path, cores: int, how: How) -> Iterator["subprocess.Popen[str]"]:
+    """A contender, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.contenders", name, "--folder", str(folder), "--cores", str(cores)]
     environment = {
         **os.environ,
@@ -65,13 +76,73 @@ def once(name: str, folder: Path, cores: int, how: How) -> Run:
             text=True,
             env={**environment, "TORCHINDUCTOR_CACHE_DIR": kernels},
         )
-        with Memory(process.pid, share=0.005) as memory:
-            printed, errors = process.communicate()
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                send(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def answer(name: str, printed: str, errors: str) -> Clock:
+    """When a contender had scored how many images."""
     found = next((line for line in printed.splitlines() if line.startswith("answer ")), None)
     if found is None:
         raise RuntimeError(f"{name} ended early:\n{errors[-3000:]}")
-    images, whole, steady, first = json.loads(found.removeprefix("answer "))
-    return Run(images, whole, steady, first, memory.peak)
+    return Clock(**json.loads(found.removeprefix("answer ")))
+
+
+def once(name: str, folder: Path, cores: int, how: How) -> Run:
+    """Runs a contender once."""
+    with started(name, folder, cores, how) as process, Memory(process.pid, share=0.005) as memory:
+        clock = answer(name, *process.communicate())
+    at, images = clock.marks[-1]
+    return Run(images, images / at, clock.steady(), clock.marks[0][0], memory.peak)
+
+
+def in_turns(names: list[str], folder: Path, cores: int, how: How, seconds: float) -> dict[str, float]:
+    """Images/s of contenders that run at once and in turns, in their own turns and as long as all of them run."""
+    with ExitStack() as stack:
+        turns = {}
+        for name in names:
+            turns[name] = Turns(stack.enter_context(started(name, folder, cores, how)))
+            if turns[name].take(START_SECONDS) is not None:
+                raise RuntimeError(f"{name} ended within {START_SECONDS} seconds: give more images")
+        ended: dict[str, tuple[str, str]] = {}
+        while not ended:
+            ended = {name: printed for name in names if (printed := turns[name].take(seconds)) is not None}
+        until = time.time()
+        for name in names:
+            if name not in ended and (printed := turns[name].take(None)) is not None:
+                ended[name] = printed
+    rates = {}
+    for name, printed in ended.items():
+        clock = answer(name, *printed)
+        marks = [(clock.start + at, images) for at, images in clock.marks]
+        own = Clock(0, [(turns[name].ran(at), images) for at, images in marks if at < until])
+        rates[name] = own.steady(clock.marks[-1][1]) or float("nan")
+    return rates
+
+
+def compare_in_turns(
+    folders: dict[Path, str], names: list[str], rounds: int, cores: int, how: How, seconds: float
+) -> None:
+    """Runs the contenders `rounds` times in turns of so many seconds, and prints medians and ratios."""
+    for folder, title in folders.items():
+        found: list[dict[str, float]] = []
+        for number in range(rounds):
+            # Whoever starts last has gained up to 3% by it.
+            order = names[number % len(names) :] + names[: number % len(names)]
+            found.append(in_turns(order, folder, cores, how, seconds))
+            rates = ", ".join(f"{name} {found[-1][name]:.1f}/s" for name in order)
+            print(f"round {number + 1}: {folder.name}, {rates}", flush=True)
+        print(f"\n{title}, {cores} cores, medians of {rounds} rounds in turns of {seconds:g} s")
+        print(f"{'':<13} {'steady/s':>9} {'ours / it':>9}  in each round")
+        for name in names:
+            ratios = [rates[OURS] / rates[name] for rates in found]
+            rate = statistics.median(rates[name] for rates in found)
+            each = " ".join(f"{ratio:.2f}" for ratio in ratios)
+            print(f"{name:<13} {rate:9.1f} {statistics.median(ratios):9.2f}  {each}")
 
 
 def compare(folders: dict[Path, str], names: list[str], rounds: int, cores: int, how: How) -> None:
@@ -144,6 +215,9 @@ def main() -> None:
     parser.add_argument("--images", type=_counts, default=[2_000], help="one number, or several with commas")
     parser.add_argument("--shards", type=_counts, default=[20], help="that they lie in: one number, or as many")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--turns", type=float, metavar="SECONDS", help="run the contenders of a round at once, in turns"
+    )
     parser.add_argument("--peers", default="", help=f"some of {', '.join(PEERS)}, with commas; or all")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
@@ -158,6 +232,8 @@ def main() -> None:
         parser.error("argument --shards: takes one number, or as many as --images")
     if arguments.rounds < 1:
         parser.error("argument --rounds: must be a whole number from 1")
+    if arguments.turns is not None and not arguments.turns > 0:
+        parser.error("argument --turns: must be a number above 0")
     how = How(arguments.gpu, arguments.compile)
     peers = list(PEERS) if arguments.peers == "all" else [name for name in arguments.peers.split(",") if name]
     if unknown := ", ".join(peer for peer in peers if peer not in PEERS):
@@ -168,7 +244,11 @@ def main() -> None:
     base = arguments.folder or Path(tempfile.mkdtemp(prefix="tophat-scoring-"))
     try:
         folders = dict(_folders(arguments, base))
-        compare(folders, ["limit", OURS, *peers], arguments.rounds, arguments.cores, how)
+        names = ["limit", OURS, *peers]
+        if arguments.turns is None:
+            compare(folders, names, arguments.rounds, arguments.cores, how)
+        else:
+            compare_in_turns(folders, names, arguments.rounds, arguments.cores, how, arguments.turns)
     finally:
         if arguments.folder is None:
             shutil.rmtree(base)

@@ -22,7 +22,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -32,6 +31,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from benchmarks.processes import Memory
 
 CLASSES = 1000
 CLASSES_PER_IMAGE = 10
@@ -158,58 +159,6 @@ PEERS: dict[str, Callable[[Path, Path, int], int]] = {
 }
 ALL: dict[str, Callable[[Path, Path, int], int]] = {"floor": floor, OURS: ours, **PEERS}
 EXACT = {OURS, "duckdb window", "duckdb max_by", "polars top_k_by", "ray data"}
-
-
-class Memory:
-    """The peak of the proportional set size, in GiB, of a process and all that it started, as far as looking now and then finds it.
-
-    Args:
-        process: its id.
-        share: of the time that looking may take, as it stops the processes; at least every two seconds all the same.
-    """
-
-    def __init__(self, process: int, share: float = 0.02) -> None:
-        self.peak = 0.0
-        self._share = share
-        self._process = process
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> "Memory":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        pause = 0.2
-        while not self._stop.wait(pause):
-            began = time.monotonic()
-            self.peak = max(self.peak, sum(map(_pss, _family(self._process))) / 2**20)
-            pause = max(0.2, min(2.0, (time.monotonic() - began) / self._share))
-
-
-def _family(process: int) -> list[int]:
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    family = [process]
-    for member in family:
-        family += [child for child, parent in parents.items() if parent == member]
-    return family
-
-
-def _pss(process: int) -> int:
-    try:
-        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
 
 
 def serve(name: str) -> None:
