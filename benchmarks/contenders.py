@@ -45,13 +45,17 @@ class Clock:
         if images and (not self.marks or images > self.marks[-1][1]):
             self.marks.append((time.time() - self.start, images))
 
-    def steady(self, total: int | None = None) -> float | None:
-        """Images/s between a quarter and nine tenths of `total`, by default of all marked; None where there are too few marks to tell."""
-        total = total or self.marks[-1][1]
+    def steady(self) -> float | None:
+        """Images/s between a quarter and nine tenths of all; None where there are too few marks to tell."""
+        total = self.marks[-1][1]
         inside = [(at, images) for at, images in self.marks if 0.25 * total <= images <= 0.9 * total]
-        if len(inside) < 3:
-            return None
-        return (inside[-1][1] - inside[0][1]) / (inside[-1][0] - inside[0][0])
+        return rate(inside) if len(inside) >= 3 else None
+
+
+def rate(marks: list[tuple[float, int]]) -> float:
+    """Images/s from the first to the last of marks."""
+    (began, before), (ended, images) = marks[0], marks[-1]
+    return (images - before) / (ended - began)
 
 
 def _age() -> float:

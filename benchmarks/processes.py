@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def family(process: int) -> list[int]:
-    """The ids of a process and of all that it started, parents first."""
+    """The ids of a process and of all that it started, parents first, but for those whose parents have ended."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -82,16 +82,16 @@ class Turns:
 
     def take(self, seconds: float | None) -> tuple[str, str] | None:
         """Runs for so long, or to its end; what it printed and its errors where that came."""
-        began = time.time()
         send(self._process.pid, signal.SIGCONT)
+        began = time.time()
         try:
             return self._process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             send(self._process.pid, signal.SIGSTOP)
-            send(self._process.pid, signal.SIGSTOP)  # what was started meanwhile
             return None
         finally:
             self._turns.append((began, time.time()))
+            send(self._process.pid, signal.SIGSTOP)  # what was started meanwhile
 
     def ran(self, until: float) -> float:
         """Seconds of its turns until a Unix time."""

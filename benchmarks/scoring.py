@@ -19,7 +19,8 @@ Every contender runs once a round, in turn, in a process of its own and on the s
 - / base: where several numbers of images or shards are given, the rate against the one with the first of them; a round has them all.
 
 With `--turns`, the contenders of a round run at once on the same cores, in turns of so many seconds: all processes of the others are stopped
-meanwhile. What the machine gains or loses in minutes is then nobody's; the steady rates are those of a contender's own turns.
+meanwhile. What the machine gains or loses in minutes is then nobody's. Only steady rates are reported, of a contender's own turns and
+while all have scored a quarter and none nine tenths of the images.
 
 The contenders are those of `benchmarks.contenders`: a hand-written loop that is the limit, ours, and, with `--peers`, others.
 """
@@ -40,12 +41,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.contenders import OURS, PEERS, Clock, How
+from benchmarks.contenders import OURS, PEERS, Clock, How, rate
 from benchmarks.jpegs import SIZES, generate
 from benchmarks.processes import Memory, Turns, send
 
 START_SECONDS = 40
-"""The first turn of each, in which it starts."""
+"""The first turn of each, in which it starts; the next ones wait as long for each of the others."""
 
 
 class Run(NamedTuple):
@@ -80,8 +81,17 @@ def started(name: str, folder: Path, cores: int, how: How) -> Iterator["subproce
             yield process
         finally:
             if process.poll() is None:
-                send(process.pid, signal.SIGKILL)
-                process.wait()
+                _end(process)
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """Ends a contender: as ^C does, and where that does not, at once."""
+    send(process.pid, signal.SIGCONT)
+    process.send_signal(signal.SIGINT)
+    try:
+        process.communicate(timeout=10)
+    except subprocess.TimeoutExpired:
+        send(process.pid, signal.SIGKILL)
 
 
 def answer(name: str, printed: str, errors: str) -> Clock:
@@ -101,26 +111,33 @@ def once(name: str, folder: Path, cores: int, how: How) -> Run:
 
 
 def in_turns(names: list[str], folder: Path, cores: int, how: How, seconds: float) -> dict[str, float]:
-    """Images/s of contenders that run at once and in turns, in their own turns and as long as all of them run."""
+    """Images/s of contenders that run at once and in turns, each in its own turns; of all in the same minutes."""
+    clocks: dict[str, Clock] = {}
     with ExitStack() as stack:
         turns = {}
         for name in names:
             turns[name] = Turns(stack.enter_context(started(name, folder, cores, how)))
-            if turns[name].take(START_SECONDS) is not None:
+            if (printed := turns[name].take(START_SECONDS)) is not None:
+                answer(name, *printed)
                 raise RuntimeError(f"{name} ended within {START_SECONDS} seconds: give more images")
-        ended: dict[str, tuple[str, str]] = {}
-        while not ended:
-            ended = {name: printed for name in names if (printed := turns[name].take(seconds)) is not None}
-        until = time.time()
-        for name in names:
-            if name not in ended and (printed := turns[name].take(None)) is not None:
-                ended[name] = printed
+        begin = time.time()
+        while len(clocks) < len(names):
+            for name in names:
+                # Where one has ended, the others do so at leisure: that is not counted.
+                if name not in clocks and (printed := turns[name].take(None if clocks else seconds)) is not None:
+                    clocks[name] = answer(name, *printed)
+    if len({clock.marks[-1][1] for clock in clocks.values()}) > 1:
+        raise RuntimeError("the contenders did not score as many images")
+    marks = {name: [(clock.start + at, images) for at, images in clock.marks] for name, clock in clocks.items()}
+    total = next(iter(marks.values()))[-1][1]
+    begin = max(begin, *(next(at for at, images in each if images >= 0.25 * total) for each in marks.values()))
+    end = min(next(at for at, images in each if images >= 0.9 * total) for each in marks.values())
     rates = {}
-    for name, printed in ended.items():
-        clock = answer(name, *printed)
-        marks = [(clock.start + at, images) for at, images in clock.marks]
-        own = Clock(0, [(turns[name].ran(at), images) for at, images in marks if at < until])
-        rates[name] = own.steady(clock.marks[-1][1]) or float("nan")
+    for name, each in marks.items():
+        inside = [(turns[name].ran(at), images) for at, images in each if begin <= at <= end]
+        if len(inside) < 10:
+            raise RuntimeError(f"{name} scored too few images while all ran: give more")
+        rates[name] = rate(inside)
     return rates
 
 
@@ -131,18 +148,16 @@ def compare_in_turns(
     for folder, title in folders.items():
         found: list[dict[str, float]] = []
         for number in range(rounds):
-            # Whoever starts last has gained up to 3% by it.
-            order = names[number % len(names) :] + names[: number % len(names)]
+            order = names[:: -1 if number % 2 else 1]  # as who started last was seen to gain 3% by it
             found.append(in_turns(order, folder, cores, how, seconds))
             rates = ", ".join(f"{name} {found[-1][name]:.1f}/s" for name in order)
             print(f"round {number + 1}: {folder.name}, {rates}", flush=True)
         print(f"\n{title}, {cores} cores, medians of {rounds} rounds in turns of {seconds:g} s")
         print(f"{'':<13} {'steady/s':>9} {'ours / it':>9}  in each round")
         for name in names:
-            ratios = [rates[OURS] / rates[name] for rates in found]
-            rate = statistics.median(rates[name] for rates in found)
-            each = " ".join(f"{ratio:.2f}" for ratio in ratios)
-            print(f"{name:<13} {rate:9.1f} {statistics.median(ratios):9.2f}  {each}")
+            its, ours = (statistics.median(rates[one] for rates in found) for one in (name, OURS))
+            each = " ".join(f"{rates[OURS] / rates[name]:.2f}" for rates in found)
+            print(f"{name:<13} {its:9.1f} {ours / its:9.2f}  {each}")
 
 
 def compare(folders: dict[Path, str], names: list[str], rounds: int, cores: int, how: How) -> None:
@@ -228,12 +243,18 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, help="where the images are kept; by default a temporary folder")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as ^C: nothing is left, stopped or running
     if 1 not in (len(arguments.images), len(arguments.shards)) and len(arguments.images) != len(arguments.shards):
         parser.error("argument --shards: takes one number, or as many as --images")
     if arguments.rounds < 1:
         parser.error("argument --rounds: must be a whole number from 1")
-    if arguments.turns is not None and not arguments.turns > 0:
-        parser.error("argument --turns: must be a number above 0")
+    if arguments.turns is not None:
+        if not arguments.turns > 0:
+            parser.error("argument --turns: must be a number above 0")
+        if arguments.gpu:
+            parser.error("argument --turns: a GPU goes on with what a stopped process asked of it")
+        if arguments.rounds % 2:
+            parser.error("argument --rounds: must be even with --turns, so that each is as often the last to start")
     how = How(arguments.gpu, arguments.compile)
     peers = list(PEERS) if arguments.peers == "all" else [name for name in arguments.peers.split(",") if name]
     if unknown := ", ".join(peer for peer in peers if peer not in PEERS):

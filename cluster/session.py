@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class Session:
     """Ray for the length of a `with` block: a local one, or the cluster at `cluster.address` (or of the job this process runs in).
 
     Nothing starts until `start` is called, so that work which finds everything finished does not wait for Ray. A local Ray requires
-    its token, has no dashboard, and ends with the block; this process and Ray's become a batch to Linux's scheduler.
+    its token, has no dashboard, and ends with the block; as long, Linux schedules this thread, what it starts, and Ray's processes as a batch.
 
     Args:
         cluster: where.
@@ -41,6 +41,7 @@ class Session:
         self._verbose = verbose
         self._started = False
         self._owned = False
+        self._exits = ExitStack()
 
     def __enter__(self) -> "Session":
         return self
@@ -56,7 +57,10 @@ class Session:
         import ray
 
         if not ray.is_initialized():
-            _connect(self._cluster, self._verbose)
+            address = os.environ.get("RAY_ADDRESS") or self._cluster.address
+            if address == "local":
+                self._exits.enter_context(_batch())
+            _connect(address, self._cluster, self._verbose)
             self._owned = True
         self._started = True
         if self._on_start is not None:
@@ -67,19 +71,18 @@ class Session:
             import ray
 
             ray.shutdown()
+        self._exits.close()
         if kind is KeyboardInterrupt:
             raise Interrupted("interrupted; what is finished is kept: run the same command to go on") from None
 
 
-def _connect(cluster: Cluster, verbose: bool) -> None:
+def _connect(address: str, cluster: Cluster, verbose: bool) -> None:
     import ray
 
-    address = os.environ.get("RAY_ADDRESS") or cluster.address
     options: dict[str, Any] = {"logging_level": logging.INFO if verbose else logging.ERROR, "log_to_driver": verbose}
     inherited: dict[str, str] = {}
     if address == "local":
         _tighten_token()
-        _become_batch()
         # Inherited, and not a runtime environment: Ray starts its first workers at once, and would start others for that.
         inherited["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         # Without `verbose`, nobody reads its workers' logs.
@@ -104,15 +107,22 @@ def _connect(cluster: Cluster, verbose: bool) -> None:
         _quiet()
 
 
-def _become_batch() -> None:
-    """Has this process and those that it will start wait their turn when they wake up.
+@contextmanager
+def _batch() -> Iterator[None]:
+    """Has this thread, and the threads and processes that it starts in the block, wait for their turn when they wake up (Linux's SCHED_BATCH).
 
-    Each of Ray's processes looks around a hundred times a second, and every look would interrupt a forward pass and cool its caches: 3% of
-    scoring on two cores.
+    Each of Ray's processes wakes a hundred times a second to look around, and may interrupt a forward pass each time.
     """
-    if os.sched_getscheduler(0) == os.SCHED_OTHER:
-        with suppress(OSError):  # a sandbox may have one policy only
+    normal = os.sched_getscheduler(0) == os.SCHED_OTHER  # else the user chose
+    if normal:
+        with suppress(OSError):  # a sandbox may refuse
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    try:
+        yield
+    finally:
+        if normal:
+            with suppress(OSError):
+                os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 @contextmanager
