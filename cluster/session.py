@@ -27,7 +27,8 @@ class Session:
     """Ray for the length of a `with` block: a local one, or the cluster at `cluster.address` (or of the job this process runs in).
 
     Nothing starts until `start` is called, so that work which finds everything finished does not wait for Ray. A local Ray requires
-    its token, has no dashboard, and ends with the block; as long, Linux schedules this thread, what it starts, and Ray's processes as a batch.
+    its token, has no dashboard, and ends with the block. For as long, Linux schedules this thread,
+    and the threads and processes that it starts, as a batch.
 
     Args:
         cluster: where.

@@ -3,17 +3,16 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
-import pytest
-
-from cluster.session import ROOT
+from cluster.session import ROOT, _batch
 
 PROGRAM = """
 import os
 from cluster.config import Cluster
 from cluster.session import Session
 
-os.sched_setscheduler(0, os.SCHED_{}, os.sched_param(0))
+os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 with Session(Cluster(cpus=1)) as session:
     session.start()
     import ray
@@ -27,13 +26,17 @@ print(os.sched_getscheduler(0))
 """
 
 
-@pytest.mark.parametrize(
-    ("before", "meanwhile"),
-    [("OTHER", os.SCHED_BATCH), ("IDLE", os.SCHED_IDLE)],
-    ids=["default", "of the user's choice"],
-)
-def test_a_local_ray_is_a_batch_unless_the_user_chose_a_policy(before: str, meanwhile: int) -> None:
-    program = [sys.executable, "-c", PROGRAM.format(before)]
-    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=True)
-    then = getattr(os, f"SCHED_{before}")
-    assert [int(policy) for policy in done.stdout.split()] == [meanwhile, meanwhile, meanwhile, then]
+def test_a_local_ray_is_a_batch_for_as_long_as_it_lasts() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [int(policy) for policy in done.stdout.split()] == [*3 * [os.SCHED_BATCH], os.SCHED_OTHER]
+
+
+def test_a_policy_that_the_user_chose_stays() -> None:
+    def chosen() -> list[int]:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        with _batch():
+            meanwhile = os.sched_getscheduler(0)
+        return [meanwhile, os.sched_getscheduler(0)]
+
+    with ThreadPoolExecutor(1) as pool:  # a policy is a thread's own
+        assert pool.submit(chosen).result() == [os.SCHED_IDLE, os.SCHED_IDLE]
