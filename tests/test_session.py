@@ -1,11 +1,15 @@
 """A local Ray."""
 
 import os
+import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-from cluster.session import ROOT, _batch
+import pytest
+
+from cluster.session import ROOT, SCHED_SETATTR, TURN_SECONDS, _batch
 
 PROGRAM = """
 import os
@@ -29,6 +33,35 @@ print(os.sched_getscheduler(0))
 def test_a_local_ray_is_a_batch_for_as_long_as_it_lasts() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=True)
     assert [int(policy) for policy in done.stdout.split()] == [*3 * [os.SCHED_BATCH], os.SCHED_OTHER]
+
+
+def turn() -> float:
+    """Seconds that this thread may compute for while others wait."""
+    for line in Path("/proc/thread-self/sched").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "se.slice":
+            return int(value) / 1e9
+    pytest.skip("this Linux has one length of turns for all")
+
+
+@pytest.mark.skipif(
+    platform.machine() not in SCHED_SETATTR or not Path("/proc/thread-self/sched").exists(),
+    reason="turns are not lengthened here, or not told",
+)
+def test_a_batch_has_long_turns_and_keeps_its_niceness() -> None:
+    def lengths() -> list[float]:
+        os.setpriority(os.PRIO_PROCESS, 0, 3)
+        before = turn()
+        with _batch():
+            meanwhile, nice = turn(), os.getpriority(os.PRIO_PROCESS, 0)
+        return [before, meanwhile, turn(), nice]
+
+    with ThreadPoolExecutor(1) as pool:  # all of it is a thread's own
+        before, meanwhile, after, nice = pool.submit(lengths).result()
+    if meanwhile == before and tuple(map(int, platform.release().split(".")[:2])) < (6, 12):
+        pytest.skip("this Linux has one length of turns for all")
+    assert before < meanwhile == TURN_SECONDS
+    assert (after, nice) == (before, 3)
 
 
 def test_a_policy_that_the_user_chose_stays() -> None:
