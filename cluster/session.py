@@ -139,17 +139,15 @@ def _batch() -> Iterator[None]:
 def _schedule(policy: int, seconds: float = 0) -> None:
     """Gives this thread a policy and, from Linux 6.12, turns of so many seconds before another thread has its own; 0: the system's choice.
 
-    Nothing happens where that is refused, as in some sandboxes.
+    Where a sandbox refuses that, the policy alone; where it refuses both, neither.
     """
-    if (number := SCHED_SETATTR.get(platform.machine())) is None:
+    # struct sched_attr: its size, policy, flags, nice, priority, runtime, deadline and period.
+    nice = os.getpriority(os.PRIO_PROCESS, 0)
+    attributes = struct.pack("=IIQiIQQQ", 48, policy, 0, nice, 0, int(seconds * 1e9), 0, 0)
+    number = SCHED_SETATTR.get(platform.machine())
+    if number is None or ctypes.CDLL(None).syscall(number, 0, attributes, 0):
         with suppress(OSError):
             os.sched_setscheduler(0, policy, os.sched_param(0))
-        return
-    # struct sched_attr: its size, policy, flags, nice, priority, runtime, deadline and period.
-    attributes = struct.pack(
-        "=IIQiIQQQ", 48, policy, 0, os.getpriority(os.PRIO_PROCESS, 0), 0, int(seconds * 1e9), 0, 0
-    )
-    ctypes.CDLL(None).syscall(number, 0, attributes, 0)
 
 
 @contextmanager

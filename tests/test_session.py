@@ -64,6 +64,22 @@ def test_a_batch_has_long_turns_and_keeps_its_niceness() -> None:
     assert (after, nice) == (before, 3)
 
 
+@pytest.mark.parametrize("numbers", [{}, {platform.machine(): 10**6}], ids=["unknown machine", "refused"])
+def test_without_long_turns_it_is_a_batch_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, numbers: dict[str, int]
+) -> None:
+    monkeypatch.setattr("cluster.session.SCHED_SETATTR", numbers)
+
+    def policies() -> list[int]:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        with _batch():
+            meanwhile = os.sched_getscheduler(0)
+        return [meanwhile, os.sched_getscheduler(0)]
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(policies).result() == [os.SCHED_BATCH, os.SCHED_OTHER]
+
+
 def test_a_policy_that_the_user_chose_stays() -> None:
     def chosen() -> list[int]:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
