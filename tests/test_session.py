@@ -1,5 +1,6 @@
 """A local Ray."""
 
+import json
 import os
 import platform
 import re
@@ -10,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster.session import ROOT, SCHED_SETATTR, TURN_SECONDS, _batch, _schedule
+from cluster.session import ROOT, SCHED_SETATTR, SPARING, TURN_SECONDS, _batch, _schedule
 
 PROGRAM = """
-import os
+import json, os
 from cluster.config import Cluster
-from cluster.session import Session
+from cluster.session import SPARING, Session
 
 os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 with Session(Cluster(cpus=1)) as session:
@@ -23,17 +24,26 @@ with Session(Cluster(cpus=1)) as session:
     import ray
 
     @ray.remote
-    def policies():
-        return [os.sched_getscheduler(process) for process in (os.getpid(), os.getppid())]
+    def seen():
+        policies = [os.sched_getscheduler(process) for process in (os.getpid(), os.getppid())]
+        return policies, {name: os.environ.get(name) for name in SPARING}
 
-    print(os.sched_getscheduler(0), *ray.get(policies.remote()))
-print(os.sched_getscheduler(0))
+    policies, settings = ray.get(seen.remote())
+    policies.insert(0, os.sched_getscheduler(0))
+policies.append(os.sched_getscheduler(0))
+print(json.dumps([policies, settings, sorted(SPARING.keys() & os.environ.keys())]))
 """
 
 
-def test_a_local_ray_is_a_batch_for_as_long_as_it_lasts() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert [int(policy) for policy in done.stdout.split()] == [*3 * [os.SCHED_BATCH], os.SCHED_OTHER]
+def test_a_local_ray_is_a_batch_and_spares_what_the_user_has_not_set() -> None:
+    chosen = {"RAY_event_stats": "1"}
+    environment = {name: value for name, value in os.environ.items() if name not in SPARING} | chosen
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    policies, settings, left = json.loads(done.stdout)
+    assert policies == [*3 * [os.SCHED_BATCH], os.SCHED_OTHER]
+    assert settings == {**SPARING, **chosen}
+    assert left == list(chosen)
 
 
 def turn() -> float:
