@@ -1,12 +1,15 @@
 """Rejects: one row per image, or whole shard, that could not be used. Nothing is dropped silently."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster import storage
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 REJECTS = "_rejects"
 """Where rejects go when a score table stands alone: a name that readers of a Parquet folder pass over, as they do the owner's."""
@@ -59,18 +62,29 @@ def read_rejects(uri: str, *, limit: int = 0, wholes: bool = False) -> tuple[Cou
         How many there are of each reason, and the rows.
     """
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    def read(entry: storage.FileEntry) -> Any:
-        with storage.open_input(storage.join(uri, entry.path)) as file:
-            return pq.read_table(file)
 
     counts: Counter[str] = Counter()
     rows: list[Reject] = []
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        for table in pool.map(read, storage.list_files(uri, ".parquet")):
-            counts.update({c["values"]: c["counts"] for c in pc.value_counts(table["reason"]).to_pylist()})
-            chosen = table.filter(pc.is_null(table["index"])) if wholes else table.slice(0, max(0, limit - len(rows)))
-            content: list[dict[str, Any]] = chosen.to_pylist()
-            rows.extend(Reject(**row) for row in content)
+    for _, table in _tables(uri):
+        counts.update({c["values"]: c["counts"] for c in pc.value_counts(table["reason"]).to_pylist()})
+        chosen = table.filter(pc.is_null(table["index"])) if wholes else table.slice(0, max(0, limit - len(rows)))
+        content: list[dict[str, Any]] = chosen.to_pylist()
+        rows.extend(Reject(**row) for row in content)
     return counts, rows
+
+
+def count_rejected(uri: str) -> Counter[str]:
+    """How many images each file under a folder of rejects has; rows about whole shards are none."""
+    return Counter({path: len(table) - table["index"].null_count for path, table in _tables(uri)})
+
+
+def _tables(uri: str) -> "Iterator[tuple[str, pa.Table]]":
+    """The files under a folder of rejects, and what they hold."""
+    import pyarrow.parquet as pq
+
+    def read(entry: storage.FileEntry) -> "tuple[str, pa.Table]":
+        with storage.open_input(storage.join(uri, entry.path)) as file:
+            return entry.path, pq.read_table(file)
+
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        yield from pool.map(read, storage.list_files(uri, ".parquet"))

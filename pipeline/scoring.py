@@ -9,20 +9,21 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster import storage
-from cluster.errors import RecipeError, RunError, StageError
+from cluster.errors import RecipeError, RunError, StageError, shown
 from cluster.progress import Progress
 from cluster.reduction import original_errors, parallel_map
 from cluster.resources import Bundle, Demand, check, cluster_shape
 from models.config import Transform
 from pipeline.ranges import MIN_TASK_BYTES, Range, RangeReader, Unfinished, finished, ledger, range_rows, surplus
 from pipeline.recipe import Score
-from pipeline.rejects import read_rejects
+from pipeline.rejects import count_rejected, read_rejects
 from pipeline.shards import ChangedShardError, MissingShardError, Reader
 from pipeline.sources import ImageSource
 from pipeline.store import publish_json, read_json
@@ -183,34 +184,37 @@ def prove(source: ImageSource, scores_uri: str, rejects_uri: str) -> Scored:
     shards = source.shards()
     if twice := surplus(shards, done):
         raise StageError(f"{twice[0].file} holds images that another file holds too: run the same command again")
-    listed, files = 0, []
+    ranges: list[Range] = []
     for shard, is_finished in zip(shards, finished(shards, done), strict=True):
         if not is_finished and shard.name not in gone:
             raise StageError(f"{shard.name} is not scored completely: run the same command again")
-        ranges = done.get(shard.name, [])
-        listed += sum(r.stop - r.start for r in ranges)
-        files += [storage.join(scores_uri, r.file) for r in ranges]
+        ranges += done.get(shard.name, [])
+    files = [storage.join(scores_uri, r.file) for r in ranges]
     groups = [files[start : start + FILES_PER_COUNT] for start in range(0, len(files), FILES_PER_COUNT)]
-    scored = sum(parallel_map(_count_rows, groups) if len(groups) > 1 else map(_count_rows, groups))
-    rejected = sum(reasons.values()) - len(wholes)
+    counts = parallel_map(_count_rows, groups) if len(groups) > 1 else map(_count_rows, groups)
+    rows = list(chain.from_iterable(counts))
+    listed, scored, rejected = sum(r.stop - r.start for r in ranges), sum(rows), sum(reasons.values()) - len(wholes)
     if listed != scored + rejected:
+        with_reject = count_rejected(rejects_uri)
+        wrong = [r.file for r, n in zip(ranges, rows, strict=True) if n + with_reject[r.file] != r.stop - r.start]
+        # Without one, there are rejects that belong to no file, and the next attempt forgets them.
+        fix = f"remove {shown(', '.join(wrong), 1000)} from {scores_uri}, and " if wrong else ""
         raise StageError(
-            f"{listed} images are listed, but {scored} are scored and {rejected} rejected: run the same command again; "
-            f"if it says the same, remove {scores_uri}, and score again"
+            f"{listed} images are listed, but {scored} are scored and {rejected} rejected: {fix}run the same command again"
         )
     unreadable = len({reject.shard for reject in wholes})
     return Scored(scores_uri, rejects_uri, listed, scored, rejected, unreadable, dict(sorted(reasons.items())))
 
 
-def _count_rows(uris: Sequence[str]) -> int:
-    """Rows of Parquet files, from their footers."""
+def _count_rows(uris: Sequence[str]) -> list[int]:
+    """Rows of each of some Parquet files, from their footers."""
 
     def rows(uri: str) -> int:
         with storage.open_input(uri) as file:
             return int(pq.read_metadata(file).num_rows)
 
     with ThreadPoolExecutor(max_workers=16) as pool:
-        return sum(pool.map(rows, uris))
+        return list(pool.map(rows, uris))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -39,7 +40,7 @@ from pipeline.ranges import (
     surplus,
 )
 from pipeline.recipe import Score, Source
-from pipeline.rejects import publish_rejects, read_rejects
+from pipeline.rejects import count_rejected, publish_rejects, read_rejects
 from pipeline.scorer import compiler_error
 from pipeline.scoring import claim, default_actors, prove, score
 from pipeline.shards import Shard
@@ -303,6 +304,31 @@ def test_what_two_files_hold_is_scored_once(scored: str, source: ImageSource, mo
     assert not storage.exists(storage.join(scored, again.file))
     assert read_scores(scored).equals(table)
     assert read_rejects(f"{scored}-rejects", limit=9)[0] == rejects[0]
+
+
+def test_a_file_whose_rejects_are_lost_is_named(scored: str, source: ImageSource, model: str) -> None:
+    """As when a process that outlived its scoring publishes scores, and the next scoring has just forgotten their rejects."""
+    table, rejects = read_scores(scored), read_rejects(f"{scored}-rejects", limit=9)
+    (file,) = (file for file, images in count_rejected(f"{scored}-rejects").items() if images)
+    storage.delete_file(storage.join(f"{scored}-rejects", file))
+    what = "90 images are listed, but 88 are scored and 0 rejected"
+    with pytest.raises(
+        StageError, match=f"^{what}: remove '{re.escape(file)}' from {scored}, and run the same command again$"
+    ):
+        prove(source, scored, f"{scored}-rejects")
+    storage.delete_file(storage.join(scored, file))
+    score(source, model, scored, f"{scored}-rejects", SETTINGS, SILENT)
+    assert read_scores(scored).equals(table)
+    assert read_rejects(f"{scored}-rejects", limit=9) == rejects
+
+
+def test_rejects_of_no_file_are_forgotten_by_the_next_attempt(scored: str, source: ImageSource, model: str) -> None:
+    _, rows = read_rejects(f"{scored}-rejects", limit=9)
+    publish_rejects(storage.join(f"{scored}-rejects", Range("b.tar", 2, 9, False).file), rows[:1])
+    what = "90 images are listed, but 88 are scored and 3 rejected: run the same command again"
+    with pytest.raises(StageError, match=f"^{what}$"):
+        prove(source, scored, f"{scored}-rejects")
+    assert score(source, model, scored, f"{scored}-rejects", SETTINGS, SILENT).rejected == 2
 
 
 def test_a_large_shard_is_scored_in_ranges_and_resumes_inside(source: ImageSource) -> None:
