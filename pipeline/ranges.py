@@ -210,6 +210,7 @@ class RangeReader:
         reader: of the source.
         transform: what the model takes in.
         rows: of a range, at most.
+        batch: images of a forward pass. Of a large shard a range is a part of one or whole ones, but for what the shard ends with.
         decode_seconds: CPU time that one image may take.
         unfinished: refers to an `Unfinished`.
     """
@@ -219,12 +220,14 @@ class RangeReader:
         reader: Reader,
         transform: Transform,
         rows: int,
+        batch: int,
         decode_seconds: float,
         unfinished: "ray.ObjectRef[Unfinished] | None" = None,
     ) -> None:
         self._reader = reader
         self._transform = transform
         self._rows = rows
+        self._batch = batch
         self._decode_seconds = decode_seconds
         self._unfinished = unfinished
 
@@ -293,8 +296,7 @@ class RangeReader:
                 position = row.index + 1
                 if any(done.start <= row.index < done.stop for done in covered):
                     continue
-                full = pending is not None and (pending.rows >= self._rows or pending.bytes >= size.bytes)
-                if pending is not None and (full or pending.stop != row.index):
+                if pending is not None and (self._full(pending, size) or pending.stop != row.index):
                     self._reader.check(shard)
                     yield pending
                     pending = None
@@ -313,6 +315,10 @@ class RangeReader:
             pending = None
         if gone or not ended:
             yield (pending or _Decoded(shard, position)).end(problem)
+
+    def _full(self, pending: "_Decoded", size: "RangeSize") -> bool:
+        whole = pending.rows < self._batch or pending.rows % self._batch == 0
+        return pending.rows >= self._rows or (pending.bytes >= size.bytes and whole)
 
 
 class RangeSize:

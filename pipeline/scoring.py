@@ -258,7 +258,7 @@ def _stream(job: Job, unfinished: Unfinished) -> Iterator[list[dict[str, Any]]]:
     )
     parts = unfinished.parts(actors, _readers(settings, actors))
     rows = range_rows(job.transform, settings.range_bytes, settings.batch)
-    read = RangeReader(job.reader, job.transform, rows, settings.decode_seconds, ray.put(unfinished))
+    read = RangeReader(job.reader, job.transform, rows, settings.batch, settings.decode_seconds, ray.put(unfinished))
     with ray.data.DataContext.current(_context(settings, actors)):
         ranges = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
             read,

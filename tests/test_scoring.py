@@ -334,7 +334,7 @@ def test_rejects_of_no_file_are_forgotten_by_the_next_attempt(scored: str, sourc
 def test_a_large_shard_is_scored_in_ranges_and_resumes_inside(source: ImageSource) -> None:
     """The reader alone: whatever ranges are done, the others complete the shard."""
     reader, shard = (
-        RangeReader(source.reader, CONFIG.transform, rows=1000, decode_seconds=10),
+        RangeReader(source.reader, CONFIG.transform, rows=1000, batch=1, decode_seconds=10),
         source.shards()[0],
     )
 
@@ -358,6 +358,26 @@ def test_a_large_shard_is_scored_in_ranges_and_resumes_inside(source: ImageSourc
         assert complete(together), (done, together)
 
 
+@pytest.mark.parametrize("batch", [3, 8, 12])
+def test_ranges_of_a_large_shard_are_whole_batches_or_a_part_of_one(source: ImageSource, batch: int) -> None:
+    shard = source.shards()[0]
+    reader = RangeReader(source.reader, CONFIG.transform, rows=32 // batch * batch, batch=batch, decode_seconds=10)
+
+    def sizes(size: RangeSize) -> list[int]:
+        return [one.stop - one.start for one in of_tables(reader.ranges([(0, shard)], {}, size))]
+
+    growing = sizes(RangeSize(1, 2**20))
+    assert sum(growing) == 50
+    *firsts, _ = growing
+    assert firsts[0] == 1
+    assert any(rows >= batch for rows in firsts)
+    assert all(rows < batch or rows % batch == 0 for rows in firsts)
+    assert sizes(RangeSize(1, 1)) == [1] * 50
+    encoded = [len(row.data) for row in source.reader.read(shard)]
+    enough = sum(encoded[: batch + 1])  # one more than a batch: a range goes on to the next
+    assert sizes(RangeSize(enough, enough))[0] == min(2 * batch, 32 // batch * batch)
+
+
 def of_tables(tables: Iterable[pa.Table]) -> list[Range]:
     rows = [row for table in tables for row in table.to_pylist()]
     return [Range(row["shards"][0], row["start"], row["stop"], row["last"], len(row["shards"])) for row in rows]
@@ -378,7 +398,7 @@ def test_small_shards_share_a_range(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "3.tar").unlink()
 
     def ranges(rows: int = 100, size: RangeSize | None = None, skip: int | None = None, **done: Range) -> list[Range]:
-        reader = RangeReader(source.reader, CONFIG.transform, rows=rows, decode_seconds=10)
+        reader = RangeReader(source.reader, CONFIG.transform, rows=rows, batch=1, decode_seconds=10)
         given = [(ordinal, shard) for ordinal, shard in shards if ordinal != skip]
         return of_tables(reader.ranges(given, {one.shard: [one] for one in done.values()}, size))
 
@@ -415,7 +435,7 @@ def test_small_shards_fill_a_range_as_large_ones_do(tmp_path: Path, monkeypatch:
     small, four = 1 + max(shard.size for _, shard in shards), sum(len(image) for image in images[:36])
     assert small < four  # together they are not small
     monkeypatch.setattr(pipeline.ranges, "SMALL_BYTES", small)
-    reader = RangeReader(source.reader, CONFIG.transform, rows=100, decode_seconds=10)
+    reader = RangeReader(source.reader, CONFIG.transform, rows=100, batch=1, decode_seconds=10)
     assert of_tables(reader.ranges(shards, {})) == [Range("0.tar", 0, 54, True, 6)]
     assert of_tables(reader.ranges(shards, {}, RangeSize(four, four))) == [
         Range("0.tar", 0, 36, True, 4),
