@@ -207,11 +207,14 @@ def prove(source: ImageSource, scores_uri: str, rejects_uri: str) -> Scored:
 
 
 def _count_rows(uris: Sequence[str]) -> list[int]:
-    """Rows of each of some Parquet files, from their footers."""
+    """Rows of each of some Parquet files, from their footers; a file whose footer is damaged has none that could be read."""
 
     def rows(uri: str) -> int:
         with storage.open_input(uri) as file:
-            return int(pq.read_metadata(file).num_rows)
+            try:
+                return int(pq.read_metadata(file).num_rows)
+            except pa.ArrowInvalid:
+                return 0
 
     with ThreadPoolExecutor(max_workers=16) as pool:
         return list(pool.map(rows, uris))

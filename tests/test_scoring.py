@@ -322,6 +322,21 @@ def test_a_file_whose_rejects_are_lost_is_named(scored: str, source: ImageSource
     assert read_rejects(f"{scored}-rejects", limit=9) == rejects
 
 
+def test_a_damaged_file_is_named(scored: str, source: ImageSource) -> None:
+    """As after a copy that was cut off."""
+    path = storage.list_files(scored, ".parquet")[0].path
+    with storage.open_input(storage.join(scored, path)) as file:
+        content = file.read()
+        others = 88 - pq.read_metadata(file).num_rows
+    for damaged in (content[:-1], b""):
+        storage.publish(storage.join(scored, path), damaged)
+        what = f"90 images are listed, but {others} are scored and 2 rejected"
+        fix = f"remove '{re.escape(path)}' from {scored}, and run the same command again"
+        with pytest.raises(StageError, match=f"^{what}: {fix}$"):
+            prove(source, scored, f"{scored}-rejects")
+    storage.publish(storage.join(scored, path), content)
+
+
 def test_rejects_of_no_file_are_forgotten_by_the_next_attempt(scored: str, source: ImageSource, model: str) -> None:
     _, rows = read_rejects(f"{scored}-rejects", limit=9)
     publish_rejects(storage.join(f"{scored}-rejects", Range("b.tar", 2, 9, False).file), rows[:1])
