@@ -191,12 +191,18 @@ def prove(source: ImageSource, scores_uri: str, rejects_uri: str) -> Scored:
         ranges += done.get(shard.name, [])
     files = [storage.join(scores_uri, r.file) for r in ranges]
     groups = [files[start : start + FILES_PER_COUNT] for start in range(0, len(files), FILES_PER_COUNT)]
-    counts = parallel_map(_count_rows, groups) if len(groups) > 1 else map(_count_rows, groups)
-    rows = list(chain.from_iterable(counts))
-    listed, scored, rejected = sum(r.stop - r.start for r in ranges), sum(rows), sum(reasons.values()) - len(wholes)
-    if listed != scored + rejected:
+    found = parallel_map(_count_rows, groups) if len(groups) > 1 else map(_count_rows, groups)
+    counts = dict(chain.from_iterable(found))
+    rows = [counts[file] for file in files]
+    listed, scored = sum(r.stop - r.start for r in ranges), sum(n for n in rows if n is not None)
+    rejected = sum(reasons.values()) - len(wholes)
+    if listed != scored + rejected or None in rows:
         with_reject = count_rejected(rejects_uri)
-        wrong = [r.file for r, n in zip(ranges, rows, strict=True) if n + with_reject[r.file] != r.stop - r.start]
+        wrong = [
+            r.file
+            for r, n in zip(ranges, rows, strict=True)
+            if n is None or n + with_reject[r.file] != r.stop - r.start
+        ]
         # Without one, there are rejects that belong to no file, and the next attempt forgets them.
         fix = f"remove {shown(', '.join(wrong), 1000)} from {scores_uri}, and " if wrong else ""
         raise StageError(
@@ -206,15 +212,19 @@ def prove(source: ImageSource, scores_uri: str, rejects_uri: str) -> Scored:
     return Scored(scores_uri, rejects_uri, listed, scored, rejected, unreadable, dict(sorted(reasons.items())))
 
 
-def _count_rows(uris: Sequence[str]) -> list[int]:
-    """Rows of each of some Parquet files, from their footers; a file whose footer is damaged has none that could be read."""
+def _count_rows(uris: Sequence[str]) -> list[tuple[str, int | None]]:
+    """Some Parquet files and the rows of each, from their footers; None where the footer is damaged."""
 
-    def rows(uri: str) -> int:
+    def rows(uri: str) -> tuple[str, int | None]:
         with storage.open_input(uri) as file:
             try:
-                return int(pq.read_metadata(file).num_rows)
-            except pa.ArrowInvalid:
-                return 0
+                return uri, int(pq.read_metadata(file).num_rows)
+            except (pa.ArrowException, ValueError):
+                return uri, None
+            except OSError as error:  # of a footer that is no Thrift, too
+                if error.errno is not None or storage.is_outage(error):
+                    raise
+                return uri, None
 
     with ThreadPoolExecutor(max_workers=16) as pool:
         return list(pool.map(rows, uris))

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -20,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pipeline.ranges
+import pipeline.scoring
 import tiny
 from cluster import storage
 from cluster.errors import ModelError, ResourceError, RunError, StageError, StorageError
@@ -40,7 +42,7 @@ from pipeline.ranges import (
     surplus,
 )
 from pipeline.recipe import Score, Source
-from pipeline.rejects import count_rejected, publish_rejects, read_rejects
+from pipeline.rejects import Reject, count_rejected, publish_rejects, read_rejects
 from pipeline.scorer import compiler_error
 from pipeline.scoring import claim, default_actors, prove, score
 from pipeline.shards import Shard
@@ -322,19 +324,50 @@ def test_a_file_whose_rejects_are_lost_is_named(scored: str, source: ImageSource
     assert read_rejects(f"{scored}-rejects", limit=9) == rejects
 
 
-def test_a_damaged_file_is_named(scored: str, source: ImageSource) -> None:
-    """As after a copy that was cut off."""
-    path = storage.list_files(scored, ".parquet")[0].path
-    with storage.open_input(storage.join(scored, path)) as file:
-        content = file.read()
-        others = 88 - pq.read_metadata(file).num_rows
-    for damaged in (content[:-1], b""):
-        storage.publish(storage.join(scored, path), damaged)
-        what = f"90 images are listed, but {others} are scored and 2 rejected"
-        fix = f"remove '{re.escape(path)}' from {scored}, and run the same command again"
-        with pytest.raises(StageError, match=f"^{what}: {fix}$"):
-            prove(source, scored, f"{scored}-rejects")
-    storage.publish(storage.join(scored, path), content)
+def cut_off(content: bytes) -> bytes:
+    return content[:-1]
+
+
+def empty(content: bytes) -> bytes:
+    return b""
+
+
+def no_thrift(content: bytes) -> bytes:
+    """The end of the file is as it was, and says that a footer of zeros is before it."""
+    length = int.from_bytes(content[-8:-4], "little")
+    return content[: -8 - length] + bytes(length) + content[-8:]
+
+
+@pytest.mark.parametrize("damage", [cut_off, empty, no_thrift])
+def test_a_damaged_file_is_named(
+    damage: Callable[[bytes], bytes], scored: str, source: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a copy that failed; in whatever order the counts of its and the other files arrive."""
+    copy = str(tmp_path / "scores")
+    shutil.copytree(scored, copy)
+    monkeypatch.setattr(pipeline.scoring, "FILES_PER_COUNT", 1)
+    monkeypatch.setattr(pipeline.scoring, "parallel_map", lambda count, groups: map(count, reversed(groups)))
+    files = [entry.path for entry in storage.list_files(copy, ".parquet")]
+    assert len(files) > 1
+    damaged = Path(copy, files[0])
+    content = damaged.read_bytes()
+    others = 88 - pq.read_metadata(damaged).num_rows
+    damaged.write_bytes(damage(content))
+    what = f"90 images are listed, but {others} are scored and 2 rejected"
+    fix = f"remove '{re.escape(files[0])}' from {copy}, and run the same command again"
+    with pytest.raises(StageError, match=f"^{what}: {fix}$"):
+        prove(source, copy, f"{scored}-rejects")
+
+
+def test_a_damaged_file_without_rows_is_named(source: ImageSource, tmp_path: Path) -> None:
+    """Its images are all rejected, so the sums are right without it."""
+    scores, rejects = str(tmp_path / "scores"), str(tmp_path / "rejects")
+    for shard, images in (("a.tar", 50), ("b.tar", 20), ("c.tar", 20)):
+        file = Range(shard, 0, images, True).file
+        storage.publish(f"{scores}/{file}", b"")
+        publish_rejects(f"{rejects}/{file}", [Reject(shard, n, "truncated", "") for n in range(images)])
+    with pytest.raises(StageError, match=r"^90 images are listed, but 0 are scored and 90 rejected: remove 'a\.tar/"):
+        prove(source, scores, rejects)
 
 
 def test_rejects_of_no_file_are_forgotten_by_the_next_attempt(scored: str, source: ImageSource, model: str) -> None:
