@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -340,23 +339,24 @@ def no_thrift(content: bytes) -> bytes:
 
 @pytest.mark.parametrize("damage", [cut_off, empty, no_thrift])
 def test_a_damaged_file_is_named(
-    damage: Callable[[bytes], bytes], scored: str, source: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    damage: Callable[[bytes], bytes], source: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a copy that failed; in whatever order the counts of its and the other files arrive."""
-    copy = str(tmp_path / "scores")
-    shutil.copytree(scored, copy)
+    scores, rejects = str(tmp_path / "scores"), str(tmp_path / "rejects")
+    files = [Range(name, 0, rows, True).file for name, rows in (("a.tar", 50), ("b.tar", 20), ("c.tar", 30))]
+    for file, rows in zip(files, (50, 18, 30), strict=True):
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table({"index": pa.array(range(rows), pa.uint32())}), sink)
+        storage.publish(f"{scores}/{file}", sink.getvalue().to_pybytes())
+    publish_rejects(f"{rejects}/{files[1]}", [Reject("b.tar", n, "truncated", "") for n in (5, 11)])
     monkeypatch.setattr(pipeline.scoring, "FILES_PER_COUNT", 1)
     monkeypatch.setattr(pipeline.scoring, "parallel_map", lambda count, groups: map(count, reversed(groups)))
-    files = [entry.path for entry in storage.list_files(copy, ".parquet")]
-    assert len(files) > 1
-    damaged = Path(copy, files[0])
-    content = damaged.read_bytes()
-    others = 88 - pq.read_metadata(damaged).num_rows
-    damaged.write_bytes(damage(content))
-    what = f"90 images are listed, but {others} are scored and 2 rejected"
-    fix = f"remove '{re.escape(files[0])}' from {copy}, and run the same command again"
-    with pytest.raises(StageError, match=f"^{what}: {fix}$"):
-        prove(source, copy, f"{scored}-rejects")
+    assert prove(source, scores, rejects).scored == 98
+    damaged = Path(scores, files[0])
+    damaged.write_bytes(damage(damaged.read_bytes()))
+    what = f"100 images are listed, but 48 are scored and 2 rejected: remove '{files[0]}' from {scores}"
+    with pytest.raises(StageError, match=f"^{re.escape(what)}, and run the same command again$"):
+        prove(source, scores, rejects)
 
 
 def test_a_damaged_file_without_rows_is_named(source: ImageSource, tmp_path: Path) -> None:
