@@ -210,7 +210,7 @@ class RangeReader:
         reader: of the source.
         transform: what the model takes in.
         rows: of a range, at most.
-        batch: images of a forward pass. Of a large shard a range is a part of one or whole ones, but for what the shard ends with.
+        batch: images of a forward pass. A range of a large shard is a part of one or whole ones, but where what is unfinished ends.
         decode_seconds: CPU time that one image may take.
         unfinished: refers to an `Unfinished`.
     """
@@ -317,6 +317,7 @@ class RangeReader:
             yield (pending or _Decoded(shard, position)).end(problem)
 
     def _full(self, pending: "_Decoded", size: "RangeSize") -> bool:
+        """Whether a range of a large shard ends before the next row."""
         whole = pending.rows < self._batch or pending.rows % self._batch == 0
         return pending.rows >= self._rows or (pending.bytes >= size.bytes and whole)
 
