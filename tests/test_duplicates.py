@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -369,16 +368,6 @@ def shifted(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.roll(np.asarray(image), 1, axis=1))
 
 
-def write_tar(path: Path, images: Sequence[bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for number, data in enumerate(images):
-            suffix = "jpg" if data[:2] == b"\xff\xd8" else "png"
-            member = tarfile.TarInfo(f"{number:04d}.{suffix}")
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-
-
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`test`: 40 digits. `u`: 260 other digits in two tars, and of the test images 8 copies, 8 JPEGs and 8 shifted by a pixel, in a
@@ -387,12 +376,12 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     digits = [large(data) for name in ("zero", "two") for data in tiny.digits()[name][:150]]
     test, others = digits[::15][:20] + digits[1::15][:20], [d for i, d in enumerate(digits) if i % 15 > 1]
     (root / "test").mkdir()
-    write_tar(root / "test" / "test.tar", [saved(image) for image in test])
-    write_tar(root / "u" / "a.tar", [saved(image) for image in others[:130]])
-    write_tar(root / "u" / "b.tar", [saved(image) for image in others[130:]])
+    tiny.write_tar(root / "test" / "test.tar", [saved(image) for image in test])
+    tiny.write_tar(root / "u" / "a.tar", [saved(image) for image in others[:130]])
+    tiny.write_tar(root / "u" / "b.tar", [saved(image) for image in others[130:]])
     plants = [saved(image) for image in test[:8]] + [saved(image, "JPEG") for image in test[8:16]]
     plants += [saved(shifted(image)) for image in test[16:24]]
-    write_tar(root / "u" / "<img src=x onerror=window.pwned=1>.tar", [*plants, plants[0], b"no image"])
+    tiny.write_tar(root / "u" / "<img src=x onerror=window.pwned=1>.tar", [*plants, plants[0], b"no image"])
     return root
 
 
@@ -500,9 +489,9 @@ def test_copies_are_found_in_any_layout(ray_local: None, tmp_path: Path, monkeyp
     shards = [[images[i] for i in draw.integers(0, 120, size)] for size in (70, 1, 90, 40)]
     shards[2][5:8] = [b"", b"", b""]  # images without bytes are no copies
     for number, shard in enumerate(shards):
-        write_tar(tmp_path / "u" / f"{'ba'[number % 2]}{number}.tar", shard)
+        tiny.write_tar(tmp_path / "u" / f"{'ba'[number % 2]}{number}.tar", shard)
     damaged = tmp_path / "u" / "c.tar"
-    write_tar(damaged, images[:30])
+    tiny.write_tar(damaged, images[:30])
     damaged.write_bytes(damaged.read_bytes()[: 512 * 2 * 10 + 100])
     source = open_source("U", Source(uri=str(tmp_path / "u")))
     counts = find_copies(source, str(tmp_path / "out"))
@@ -523,8 +512,8 @@ def test_hashing_goes_on_where_it_stopped(ray_local: None, tmp_path: Path, monke
     from pipeline import copies
 
     images = [bytes([n, *b"content"]) for n in range(50)]
-    write_tar(tmp_path / "u" / "a.tar", images)
-    write_tar(tmp_path / "u" / "b.tar", images[20:] + images[:5])
+    tiny.write_tar(tmp_path / "u" / "a.tar", images)
+    tiny.write_tar(tmp_path / "u" / "b.tar", images[20:] + images[:5])
     source = open_source("U", Source(uri=str(tmp_path / "u")))
     monkeypatch.setattr(
         copies, "_groups", lambda shards: [copies._Group(n, n, (shard,)) for n, shard in enumerate(shards)]

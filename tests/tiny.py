@@ -1,6 +1,8 @@
 """A tiny data set of real digits, and a recipe that runs the whole pipeline on it in seconds of training."""
 
 import io
+import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +72,14 @@ def recipe(root: str, **changes: Any) -> dict[str, Any]:
         "supervised": {**training, "epochs": 4},
         **changes,
     }
+
+
+def write_tar(path: Path, images: Sequence[bytes]) -> None:
+    """A tar of images, `0000.png` (or `.jpg`, where it is a JPEG) and on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for number, data in enumerate(images):
+            suffix = "jpg" if data[:2] == b"\xff\xd8" else "png"
+            member = tarfile.TarInfo(f"{number:04d}.{suffix}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
