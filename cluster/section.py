@@ -1,6 +1,19 @@
-"""The base of every section of a recipe."""
+"""The base of every section of a recipe, and the mark of fields that decide nothing."""
+
+from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict
+
+
+class _Free:
+    """The type of `FREE`."""
+
+    def __repr__(self) -> str:
+        return "FREE"
+
+
+FREE: Final = _Free()
+"""Marks a field that decides nothing about a result: how fast it comes, on what, or how it is shown. `workers: Annotated[int, FREE]`."""
 
 
 class Section(BaseModel):
@@ -10,3 +23,20 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides a result, as plain JSON data: every field but those marked `FREE`, here and in the sections within."""
+        plain = self.model_dump(mode="json")
+        return {
+            name: _deciding(getattr(self, name), plain[name])
+            for name, field in type(self).model_fields.items()
+            if FREE not in field.metadata
+        }
+
+
+def _deciding(value: object, plain: Any) -> Any:
+    if isinstance(value, Section):
+        return value.deciding()
+    if isinstance(value, tuple | list):
+        return [_deciding(one, plain[number]) for number, one in enumerate(value)]
+    return plain

@@ -6,11 +6,11 @@ Imports nothing heavy: the command line loads this file to show its help.
 import re
 from difflib import get_close_matches
 from math import ceil
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from cluster.section import Section
+from cluster.section import FREE, Section
 
 Channel = Annotated[float, Field(ge=0.0, le=1.0)]
 Deviation = Annotated[float, Field(gt=0.0, le=10.0)]
@@ -112,13 +112,13 @@ class Training(Section):
     """Length: images processed forward and backward, over all workers (the paper's "#iter")."""
     epochs: int | None = Field(default=None, ge=1, le=100_000)
     """Length: passes over the data."""
-    batch_size: int = Field(default=24, ge=1, le=65_536)
-    """Images per worker and step."""
-    workers: int = Field(default=1, ge=1, le=4096)
+    batch_size: Annotated[int, FREE] = Field(default=24, ge=1, le=65_536)
+    """Images per worker and step. The minibatch, `batch_size * workers`, is what decides."""
+    workers: Annotated[int, FREE] = Field(default=1, ge=1, le=4096)
     """Processes that train together (DDP)."""
-    cpus_per_worker: int = Field(default=1, ge=1, le=1024)
+    cpus_per_worker: Annotated[int, FREE] = Field(default=1, ge=1, le=1024)
     """CPUs of each worker; also its number of threads."""
-    gpus_per_worker: int = Field(default=0, ge=0, le=1)
+    gpus_per_worker: Annotated[int, FREE] = Field(default=0, ge=0, le=1)
     """1 trains on a GPU, 0 on CPUs."""
     learning_rate: float = Field(default=0.1, gt=0.0, le=100.0)
     """Learning rate per 256 images: the peak is `learning_rate / 256 * batch_size * workers` (linear scaling)."""
@@ -137,9 +137,9 @@ class Training(Section):
     """L2 penalty on all parameters."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the forward and backward passes; weights stay float32. float16 needs a GPU."""
-    max_failures: int = Field(default=3, ge=0, le=1000)
+    max_failures: Annotated[int, FREE] = Field(default=3, ge=0, le=1000)
     """How often the workers are restarted from the last checkpoint after one of them was lost."""
-    checkpoint_every_images: int | None = Field(default=None, ge=1, le=10**13)
+    checkpoint_every_images: Annotated[int | None, FREE] = Field(default=None, ge=1, le=10**13)
     """Images seen between two checkpoints; none means one a minute, or fewer where writing one takes long."""
 
     @model_validator(mode="after")
@@ -157,6 +157,10 @@ class Training(Section):
         if self.precision == "float16" and self.gpus_per_worker == 0:
             raise ValueError("precision = float16 needs gpus_per_worker = 1; on CPUs use bfloat16 or float32")
         return self
+
+    def deciding(self) -> dict[str, Any]:
+        """The minibatch stands for the workers and what each takes at a step."""
+        return {**super().deciding(), "minibatch": self.global_batch}
 
     @property
     def global_batch(self) -> int:

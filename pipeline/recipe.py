@@ -4,21 +4,32 @@ YAML in, `--set section.field=value` on top, resolved YAML out. Imports nothing 
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from cluster.config import Cluster
 from cluster.errors import RecipeError
-from cluster.section import Section
+from cluster.section import FREE, Section
 from models.config import CPU_BATCH, GPU_BATCH, ModelConfig, Training, Views
 from tuning.config import Sweep
 
 Uri = Annotated[str, StringConstraints(min_length=1, max_length=2000, strip_whitespace=True)]
 RECIPES = Path(__file__).parent / "recipes"
+SIDECAR = "sidecar"
+"""The tags that a source of images has itself, beside them."""
 
 
 class Source(Section):
@@ -49,13 +60,67 @@ class Labeled(Section):
     """Class names in the order of the network's outputs; by default what D itself says, else sorted."""
 
 
-class ModelTraining(Section):
-    """A network and its training."""
+class Weak(Section):
+    """Weakly labeled images W, which the teacher is pre-trained on before D (section 3.3)."""
 
-    model: ModelConfig
-    """The network."""
+    images: Source
+    """W. It may be U."""
+    tags: Uri = SIDECAR
+    """Words of each image: `sidecar` for those that the source itself has beside its images; else Parquet files with the columns `shard`, `index` and `tags`. A tag counts for a class when it is the words of the class's name, original or stemmed, in any order, joined (supplement 4.1)."""
     training: Training
-    """How it is trained on D."""
+    """How the network is pre-trained on W."""
+
+
+class SelfTraining(Section):
+    """The teacher taught by itself before it teaches the student (supplement 3): a first teacher of the same network selects for it."""
+
+    pretrain: Training
+    """Of the network on what the first teacher selected."""
+    fine_tune: "FineTune"
+    """Of the pre-trained network on D."""
+
+
+NETWORK, READY = "(a network)", "(a model directory)"
+"""Tags of the two forms of `Teacher.model`, which stand in pydantic's places of errors and in no message of ours."""
+
+
+def _form_of_model(value: object) -> str:
+    return READY if isinstance(value, str) else NETWORK
+
+
+class Teacher(Section):
+    """Stage (1): a network trained on D, or a model that exists; before that pre-trained on weak labels, after that taught by itself, if wanted."""
+
+    model: Annotated[
+        Annotated[ModelConfig, Tag(NETWORK)] | Annotated[Uri, Tag(READY)], Discriminator(_form_of_model)
+    ]
+    """A network to train, or the URI of a model directory that is ready."""
+    training: Training | None = None
+    """How it is trained on D; a ready model without it is used as it is."""
+    head: Literal["native", "fresh"] = "native"
+    """Of a ready model: `native` keeps its outputs for the classes of D, found by name; `fresh` trains a new last layer on D."""
+    weak: Weak | None = None
+    """Weakly labeled images to pre-train on (section 3.3)."""
+    self_training: SelfTraining | None = None
+    """Whether it is first taught by itself (supplement 3)."""
+
+    @property
+    def ready(self) -> str | None:
+        """The URI of the model directory; None where a network is trained from random weights."""
+        return self.model if isinstance(self.model, str) else None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.training is None:
+            if self.ready is None:
+                raise ValueError("training must be given: the network has random weights")
+            if self.head == "fresh":
+                raise ValueError("head = fresh needs training: the new last layer has random weights")
+            if self.weak is not None:
+                raise ValueError("weak needs training: after weak labels, the teacher is fine-tuned on D (section 3.3)")
+        if self.head == "fresh" and self.ready is None:
+            raise ValueError("head = fresh is for a model that exists; a network to train has a new last layer anyway")
+        return self
 
 
 class Student(Section):
@@ -76,25 +141,25 @@ class Score(Section):
     """Whether images are ranked by what enters the softmax and not by what leaves it; the paper found that worse (section 3.2)."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the forward pass. The others are faster on GPUs (bfloat16 four times, ResNet-50 on an H200), and move scores in the third digit; float16 needs a GPU."""
-    compile: bool = False
+    compile: Annotated[bool, FREE] = False
     """Whether `torch.compile` makes the kernels: half a minute or more at the start of each actor, and a C++ compiler on each node. Forward passes are 1.1 to 1.2 times as fast on CPUs, and 1.6 to 2 times on GPUs (bfloat16, ResNet-50 on an H200)."""
-    batch_size: int | None = Field(default=None, ge=1, le=8192)
+    batch_size: Annotated[int | None, FREE] = Field(default=None, ge=1, le=8192)
     """Images per forward pass; by default 32 on CPUs and 256 on GPUs."""
-    actors: int | None = Field(default=None, ge=1, le=4096)
+    actors: Annotated[int | None, FREE] = Field(default=None, ge=1, le=4096)
     """Processes that hold the teacher; by default one for each GPU, or as many as find room on the cluster's CPUs beside a reader each."""
-    cpus_per_actor: float = Field(default=0.75, gt=0.0, le=1024.0)
+    cpus_per_actor: Annotated[float, FREE] = Field(default=0.75, gt=0.0, le=1024.0)
     """CPUs reserved for each of them; rounded down, at least 1, the threads of a forward pass. With the default, an actor and a reader share a core and each takes what the other leaves."""
-    gpus_per_actor: float = Field(default=0.0, ge=0.0, le=1.0)
+    gpus_per_actor: Annotated[float, FREE] = Field(default=0.0, ge=0.0, le=1.0)
     """GPUs of each of them; a fraction shares one."""
-    readers: int | None = Field(default=None, ge=1, le=100_000)
+    readers: Annotated[int | None, FREE] = Field(default=None, ge=1, le=100_000)
     """Tasks that read and decode at once; by default what the actors leave of the CPUs."""
-    cpus_per_reader: float | None = Field(default=None, gt=0.0, le=64.0)
+    cpus_per_reader: Annotated[float | None, FREE] = Field(default=None, gt=0.0, le=64.0)
     """CPUs reserved for each of them; by default 0.25 beside actors on CPUs and 1 beside actors on GPUs."""
-    range_mib: int | None = Field(default=None, ge=1, le=4096)
+    range_mib: Annotated[int | None, FREE] = Field(default=None, ge=1, le=4096)
     """Decoded images that travel together, in MiB, to the nearest number of batches; by default 8 on CPUs and 128 on GPUs. A larger shard is scored in several row ranges, one file each; shards of less than 1 MiB share a file with those that follow."""
-    decode_seconds: float = Field(default=10.0, ge=0.1, le=3600.0)
+    decode_seconds: Annotated[float, FREE] = Field(default=10.0, ge=0.1, le=3600.0)
     """CPU time that decoding one image may take; one that takes more is a reject."""
-    max_reject_fraction: float = Field(default=1.0, ge=0.0, le=1.0)
+    max_reject_fraction: Annotated[float, FREE] = Field(default=1.0, ge=0.0, le=1.0)
     """The run stops when a larger share of U could not be scored."""
     embedding: bool = False
     """Whether each image's pooled features, the input of the teacher's last linear layer, are kept beside its scores (float16); of several views, the center's."""
@@ -113,15 +178,6 @@ class Score(Section):
     def batch(self) -> int:
         """Images of a forward pass."""
         return self.batch_size or (GPU_BATCH if self.gpus_per_actor else CPU_BATCH)
-
-    @property
-    def deciding(self) -> dict[str, Any]:
-        """What decides the content of a score table: P, and the other such fields where they are not at their default."""
-        others = ("embedding", "views", "logits", "precision")
-        changed = {
-            name: getattr(self, name) for name in others if getattr(self, name) != Score.model_fields[name].default
-        }
-        return {"classes_per_image": self.classes_per_image, **changed}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -199,11 +255,11 @@ class Select(Section):
     min_score: float | None = Field(default=None, ge=-1e6, le=1e6, allow_inf_nan=False)
     """Candidates below it are never selected: from 0 to 1, but with `score.logits`, where scores have no bounds."""
     tags: Uri | None = None
-    """Parquet files of weak labels (shard, index, class_ids: a list of any length). Then each class gets images at random among those tagged with it, and not the best-scored (section 4.4, "balanced-with-tags")."""
+    """Tags of U: `sidecar` for those that U has beside its images; else Parquet files with the columns `shard`, `index`, and `tags` (words, as of `teacher.weak`) or `class_ids` (numbers of classes). Then each class gets images at random among those tagged with it, and not the best-scored (section 4.4, "balanced-with-tags")."""
     exclude: tuple[Uri, ...] = ()
     """Parquet files, or folders of them, with columns `shard` and `index`: images that are never selected."""
-    memory_mib: int = Field(default=2048, ge=64, le=1_000_000)
-    """What each scanning task may hold; with more classes x K, the scores are read once for each range of classes that fits. It decides nothing about the result."""
+    memory_mib: Annotated[int, FREE] = Field(default=2048, ge=64, le=1_000_000)
+    """What each scanning task may hold; with more classes x K, the scores are read once for each range of classes that fits."""
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
@@ -230,6 +286,20 @@ class FineTune(Section):
     """Which initial learning rates are tried."""
 
 
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+class Seeds(Section):
+    """Seeds in place of `seed`, so that one thing can vary and the others stay."""
+
+    data: Seed | None = None
+    """Of what is held out, the classes' order in Zipf's law, the choice among tags, and D-hat's order."""
+    teacher: Seed | None = None
+    """Of the teacher's trainings."""
+    student: Seed | None = None
+    """Of the student's trainings, the baseline's among them."""
+
+
 class Report(Section):
     """The report, and the gallery of D-hat's images that it links to."""
 
@@ -247,14 +317,18 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     """Letters, digits, dots, dashes. A run directory belongs to one name."""
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
-    """Of everything random."""
-    cluster: Cluster = Cluster()
-    """Where Ray runs. It decides nothing about the result."""
+    """What random draws begin with: which images are held out, the initial weights, the order of images, their crops."""
+    seeds: Seeds = Seeds()
+    """Other seeds for some of that."""
+    rounds: int = Field(default=1, ge=1, le=20)
+    """How often a teacher teaches a student: the student of one round is the teacher of the next (section 4.2)."""
+    cluster: Annotated[Cluster, FREE] = Cluster()
+    """Where Ray runs."""
     labeled: Labeled
     """D, and what is held out."""
     unlabeled: Source
     """U."""
-    teacher: ModelTraining
+    teacher: Teacher
     """Stage (1)."""
     score: Score = Score()
     """Stage (2): ranking."""
@@ -272,7 +346,7 @@ class Recipe(Section):
     """Stage (4)."""
     supervised: Training
     """The baseline: the same student on D alone (Table 2, "Fully Supervised")."""
-    report: Report = Report()
+    report: Annotated[Report, FREE] = Report()
     """The report."""
 
     @field_validator("labeled")
@@ -301,6 +375,11 @@ class Recipe(Section):
                 f"set it to true, or the model to {RESNET18} or a model directory"
             )
         return self
+
+    def seed_of(self, what: Literal["data", "teacher", "student"]) -> int:
+        """The seed of one of `seeds`."""
+        own: int | None = getattr(self.seeds, what)
+        return self.seed if own is None else own
 
     def check_class_count(self, classes: int) -> None:
         """Holds P against the number of classes, once D has told it.
@@ -451,7 +530,7 @@ def _first_error(error: ValidationError, section: type[BaseModel]) -> RecipeErro
     details = error.errors(include_url=False)
     # An unknown key says more than the missing one that it was meant to be.
     first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
-    place = [str(part) for part in first["loc"]]
+    place = [str(part) for part in first["loc"] if part not in (NETWORK, READY)]
     field = ".".join(place) or "recipe"
     if first["type"] == "extra_forbidden":
         known = _fields_at(section, place[:-1])
@@ -468,10 +547,17 @@ def _first_error(error: ValidationError, section: type[BaseModel]) -> RecipeErro
 
 def _fields_at(section: type[BaseModel], place: Sequence[str]) -> list[str]:
     for name in place:
-        annotation = section.model_fields[name].annotation if name in section.model_fields else None
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        nested = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        field = section.model_fields.get(name)
+        nested = None if field is None else next(_sections_in(field.annotation), None)
         if nested is None:
             return []
         section = nested
     return list(section.model_fields)
+
+
+def _sections_in(annotation: object) -> Iterator[type[BaseModel]]:
+    """The sections that a type is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in getattr(annotation, "__args__", ()):
+        yield from _sections_in(part)

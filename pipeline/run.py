@@ -1,148 +1,104 @@
-"""The paper's pipeline, section 3.2, from a recipe to a student: its stages in their order, and what they need."""
+"""The paper's pipeline: section 3.2, from a recipe to a student. Section 3.3 and supplement 3 change the teacher alone."""
 
-from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
-from cluster import storage
-from cluster.errors import RunError
-from cluster.resources import Bundle, Demand
-from models.config import Training
-from pipeline import deduplication, scoring
+from cluster.store import Made
+from pipeline.context import Run
 from pipeline.recipe import Recipe
-from pipeline.sources import ImageSource, open_source
 from pipeline.stages import (
-    Run,
-    deduplicate,
-    evaluate_models,
-    fine_tune_student,
+    Evaluated,
+    LabeledData,
+    Listed,
+    Network,
+    Round,
+    Trained,
+    evaluate,
+    exclude,
+    fine_tune,
     list_unlabeled,
-    materialize_dhat,
-    pretrain_student,
+    materialize,
+    prepare_features,
+    pretrain_on_weak_labels,
+    ready_model,
     score_unlabeled,
     select_top_k,
     show_gallery,
     survey_labeled,
-    train_supervised,
-    train_teacher,
+    train,
 )
-from pipeline.store import Finished, RunStore
-
-STAGES = (
-    "labeled",
-    "unlabeled",
-    "teacher",
-    "scores",
-    "selection",
-    "dhat",
-    "gallery",
-    "pretrained",
-    "student",
-    "supervised",
-    "evaluation",
-)
-"""Every stage, in order: the name of its folder in the run, and what `--until` takes."""
 
 
-def stages_of(recipe: Recipe) -> tuple[str, ...]:
-    """The stages of a run of this recipe, in order: with those of the deduplication, where it is on."""
-    wanted = (recipe.deduplicate.near, recipe.deduplicate.near, recipe.deduplicate.copies, recipe.deduplicate.on)
-    return stages_with(name for name, on in zip(deduplication.STAGES, wanted, strict=True) if on)
+@dataclass(frozen=True)
+class Result:
+    """What a run comes to.
+
+    Attributes:
+        teacher: the first one.
+        rounds: each from its teacher to its student, who teaches the next.
+        baseline: the student's network, trained on D alone (Table 2, "Fully Supervised").
+        evaluation: of all of them, on test images.
+    """
+
+    teacher: Made[Trained]
+    rounds: list[Round]
+    baseline: Made[Trained]
+    evaluation: Made[Evaluated]
 
 
-def stages_with(deduplicating: Iterable[str]) -> tuple[str, ...]:
-    """`STAGES`, and some of those of the deduplication where they belong."""
-    place = STAGES.index("selection")
-    return (*STAGES[:place], *deduplicating, *STAGES[place:])
-
-
-def run(this: Run, until: str | None = None) -> dict[str, Finished]:
-    """The pipeline. Finished stages are found and not repeated.
-
-    Args:
-        this: recipe, store and display.
-        until: the last stage to run, one of `stages_of`; all when None.
-
-    Returns:
-        The stages that are finished, by name, in order.
+def run(this: Run, recipe: Recipe) -> Result:
+    """Section 3.2, as often as the recipe has rounds (section 4.2).
 
     Raises:
-        ModelError: near-duplicates are looked for with a model that cannot be had.
-        ValueError: the recipe has no stage of that name.
+        Reached: the stage `this.until` is made.
     """
-    done: dict[str, Finished] = {}
-    names = stages_of(this.recipe)
-    if "embeddings" in names[: len(names) if until is None else names.index(until) + 1]:
-        # Hours before it is needed: what is wrong with it can be mended now.
-        deduplication.features_model("deduplicate.model", this.recipe.deduplicate, this.store)
-
-    def reached(stage: Finished) -> bool:
-        done[stage.name] = stage
-        return stage.name == until
-
-    labeled = survey_labeled(this)
-    if reached(labeled.stage) or reached(unlabeled := list_unlabeled(this)):
-        return done
-    if reached(teacher := train_teacher(this, labeled)):  # (1)
-        return done
-    if reached(scores := score_unlabeled(this, unlabeled, teacher)):  # (2), ranking
-        return done
-    excluded = None
-    if this.recipe.deduplicate.on:
-        for excluded in deduplicate(this, labeled, unlabeled, teacher, scores):
-            if reached(excluded):
-                return done
-    if reached(chosen := select_top_k(this, labeled, scores, excluded)):  # (2), picking
-        return done
-    if reached(dhat := materialize_dhat(this, labeled, unlabeled, chosen)):
-        return done
-    if reached(show_gallery(this, labeled, chosen, dhat)):
-        return done
-    if reached(pretrained := pretrain_student(this, labeled, dhat)):  # (3)
-        return done
-    if reached(student := fine_tune_student(this, labeled, pretrained)):  # (4)
-        return done
-    if reached(supervised := train_supervised(this, labeled)):
-        return done
-    reached(evaluate_models(this, labeled, (teacher, pretrained, student, supervised)))
-    return done
+    prepare_features(this, recipe.deduplicate)
+    data = survey_labeled(this, recipe)  # D
+    pool = list_unlabeled(this, recipe.unlabeled)  # U
+    teacher = first = obtain_teacher(this, recipe, data, pool)  # (1)
+    student = Network(recipe.student.model, recipe.seed_of("student"))
+    rounds = []
+    for number in range(1, recipe.rounds + 1):
+        with this.named(f"round-{number}" if recipe.rounds > 1 else ""):
+            rounds.append(distill(this, recipe, student, teacher, data, pool))
+        teacher = rounds[-1].student
+    this.call("student", teacher)
+    baseline = train(this, "supervised", student, recipe.supervised, data.train, data)
+    return Result(first, rounds, baseline, evaluate(this, data, first, rounds, baseline))
 
 
-def open_sources(recipe: Recipe, store: RunStore) -> dict[str, ImageSource]:
-    """Lists every source of a recipe, before any work depends on one.
+def obtain_teacher(this: Run, recipe: Recipe, data: LabeledData, pool: Made[Listed]) -> Made[Trained]:
+    """(1) The teacher: trained on D, or ready; pre-trained on weak labels before that (section 3.3); taught by itself after that
+    (supplement 3)."""
+    wanted, seed = recipe.teacher, recipe.seed_of("teacher")
+    with this.named("self-training" if wanted.self_training else ""):
+        if wanted.ready is not None and wanted.training is None:
+            teacher = ready_model(this, wanted.ready, data)
+        else:
+            assert wanted.training is not None
+            network = Network.of(wanted, seed)
+            if wanted.weak is not None:
+                network = pretrain_on_weak_labels(this, wanted.weak, network, data)
+            teacher = train(this, "teacher", network, wanted.training, data.train, data)
+        if wanted.self_training is None:
+            return teacher
+        itself = Network.of(wanted, seed).afresh()
+        course = recipe.model_copy(
+            update={"pretrain": wanted.self_training.pretrain, "fine_tune": wanted.self_training.fine_tune}
+        )
+        teacher = distill(this, course, itself, teacher, data, pool).student
+    this.call("teacher", teacher)
+    return teacher
 
-    Raises:
-        SourceError: one that is missing or holds no images.
-        RunError: the run directory lies inside one, and would become a part of it.
-    """
-    labeled = recipe.labeled
-    fields = {"labeled.train": labeled.train, "labeled.validation": labeled.validation, "labeled.test": labeled.test}
-    given = {name: source for name, source in {**fields, "unlabeled": recipe.unlabeled}.items() if source is not None}
-    for name, source in given.items():
-        if storage.join(store.uri, "").startswith(storage.join(storage.absolute(source.uri), "")):
-            raise RunError("--run-dir", store.uri, f"lies inside {name}", "put it elsewhere")
-    return {name: open_source(name, source) for name, source in given.items()}
 
-
-def changed_sources(this: Run, done: Mapping[str, Finished]) -> list[str]:
-    """The sources that are not what they were when the run listed them; it goes on with what it listed."""
-    listed = {**done["labeled"].outputs["sources"]} if "labeled" in done else {}
-    if "unlabeled" in done:
-        listed["unlabeled"] = done["unlabeled"].outputs["source"]
-    return [name for name, found in this.sources.items() if name in listed and listed[name] != found.fingerprint()]
-
-
-def demands(recipe: Recipe) -> list[Demand]:
-    """What each stage needs at once."""
-
-    def workers(field: str, training: Training, times: int = 1) -> Demand:
-        bundle = Bundle(training.workers * times, training.cpus_per_worker, training.gpus_per_worker)
-        return Demand(field, training.workers * times, (bundle,))
-
-    trials = min(recipe.fine_tune.sweep.concurrent, len(recipe.fine_tune.sweep.learning_rates))
-    return [
-        Demand("labeled", 1, (Bundle(1, 1.0),)),
-        workers("teacher.training.workers", recipe.teacher.training),
-        scoring.demand(recipe.score),
-        workers("pretrain.workers", recipe.pretrain),
-        workers("fine_tune.sweep.concurrent x fine_tune.training.workers", recipe.fine_tune.training, trials),
-        workers("supervised.workers", recipe.supervised),
-    ]
+def distill(
+    this: Run, recipe: Recipe, network: Network, teacher: Made[Trained], data: LabeledData, pool: Made[Listed]
+) -> Round:
+    """(2) to (4): from a teacher to a student."""
+    scores = score_unlabeled(this, recipe.score, teacher, pool)  # (2), ranking
+    excluded = exclude(this, recipe, teacher, scores, data, pool)
+    selection = select_top_k(this, recipe, scores, excluded, data, pool)  # (2), picking
+    dhat = materialize(this, recipe, selection, data, pool)  # D-hat
+    show_gallery(this, recipe, selection, dhat, data)
+    pretrained = train(this, "pretrained", network, recipe.pretrain, dhat, data)  # (3)
+    student = fine_tune(this, network, recipe.fine_tune, data, start=pretrained)  # (4)
+    return Round(scores, selection, dhat, pretrained, student)

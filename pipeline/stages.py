@@ -1,444 +1,416 @@
-"""What each stage of the pipeline does, of which `pipeline.run` makes a run: from the stages before it to its own outputs, once."""
+"""The stages of a run that are about images: what each depends on, and what it says of what it made.
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+A stage is a function from a slice of the recipe and the stages before it to a `Made` handle. `pipeline.teaching` has those that make models.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from cluster import storage
 from cluster.errors import RecipeError, SourceError, StageError
-from cluster.progress import Display, Progress
-from cluster.session import Session
-from models.config import ModelConfig, Training
-from models.training import Fitted, fit
+from cluster.resources import Bundle, Demand
+from cluster.store import Key, Made
+from models.config import ModelConfig
 from pipeline import deduplication, gallery, scoring, selection
 from pipeline import dhat as dhat_stage
 from pipeline import labeled as labeled_stage
-from pipeline.evaluation import evaluate
+from pipeline import weak as weak_stage
+from pipeline.context import Run
+from pipeline.deduplication import Excluded
+from pipeline.dhat import Dhat
+from pipeline.evaluation import Candidate, Measured, evaluate
+from pipeline.gallery import Gallery
+from pipeline.labeled import Survey
 from pipeline.loading import TrainingSet, dhat_training_set
-from pipeline.ranges import ledger
-from pipeline.recipe import Recipe
+from pipeline.recipe import SIDECAR, Deduplicate, Recipe, Score, Source
+from pipeline.scoring import Scored
+from pipeline.selection import Selected
 from pipeline.sources import ImageSource
-from pipeline.store import Finished, RunStore, publish_json, read_json
-from tuning.sweep import best, sweep
+from pipeline.weak import Matched
 
-HISTORY = "history.json"
-"""In a trial's folder: the rows of its training; written when its model is complete."""
-
-WORK = "work"
-"""Folder of a stage that holds what it needs only while it is under way."""
+# Labeled images
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run under way.
+class Surveyed:
+    """What a labeled source holds.
 
     Attributes:
-        sources: what the recipe's sources hold now, by field (`labeled.train`, `unlabeled`, ...).
+        class_names: class i of the labels is class_names[i].
+        images: that can be used.
+        rejected: that cannot.
+        shards: of the source.
+        per_class: `images` of each class.
+        source: fingerprint of its listing.
+        held_out: images of D that are kept for validation, beside `images`.
     """
 
-    recipe: Recipe
-    store: RunStore
-    session: Session
-    display: Display
-    sources: Mapping[str, ImageSource]
+    class_names: tuple[str, ...]
+    images: int
+    rejected: int
+    shards: int
+    per_class: tuple[int, ...]
+    source: str
+    held_out: int = 0
 
-    def once(
-        self,
-        name: str,
-        sections: Mapping[str, Any],
-        inputs: Mapping[str, str],
-        work: Callable[[str], dict[str, Any]],
-        version: int = 1,
-    ) -> Finished:
-        """`RunStore.once`, with Ray running while `work` does."""
 
-        def with_ray(place: str) -> dict[str, Any]:
-            self.session.start()
-            outputs = work(place)
-            storage.delete_tree(storage.join(place, WORK))
-            return outputs
+@dataclass(frozen=True)
+class LabeledSet:
+    """Labeled images, to train on or to measure with.
 
-        return self.store.once(name, sections, inputs, with_ray, version=version)
+    Attributes:
+        made: the stage that surveyed them.
+        folder: of the stage's, the one that holds them.
+    """
+
+    made: Made[Surveyed]
+    folder: str
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """What a stage that uses them depends on."""
+        return {f"labeled.{self.folder}": self.made.fingerprint}
+
+    @property
+    def uri(self) -> str:
+        """Where their listing and labels are."""
+        return storage.join(self.made.uri, self.folder)
+
+    def load(self) -> TrainingSet:
+        """The images."""
+        source, labels = labeled_stage.load_labels(self.uri)
+        return labeled_stage.training_set(source, labels, self.made.outputs.class_names)
 
 
 @dataclass(frozen=True)
 class LabeledData:
-    """The labeled sets, ready for training and evaluation."""
+    """D, and what settings are chosen and models are measured on."""
 
-    stage: Finished
-    class_names: tuple[str, ...]
-    train: TrainingSet
-    validation: TrainingSet
-    test: TrainingSet
+    train: LabeledSet
+    validation: LabeledSet
+    test: LabeledSet
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of the networks' outputs."""
+        return self.train.made.outputs.class_names
 
 
-def survey_labeled(this: Run) -> LabeledData:
-    """D and what is held out: read once, every image checked."""
-    recipe, seed = this.recipe, this.recipe.seed
-    sets = {"train": recipe.labeled.train, "validation": recipe.labeled.validation, "test": recipe.labeled.test}
+_ONE_CPU = Demand("labeled", 1, (Bundle(1, 1.0),))
 
-    def work(place: str) -> dict[str, Any]:
-        sources = {name: this.sources[f"labeled.{name}"] for name, source in sets.items() if source is not None}
-        surveys = {}
-        with this.display.task("labeled", None) as progress:
-            for name, source in sources.items():
-                surveys[name] = labeled_stage.survey(source, progress)
-        names = labeled_stage.class_names(surveys["train"], recipe.labeled.classes)
+
+def survey_labeled(this: Run, recipe: Recipe) -> LabeledData:
+    """D and the labeled sets that are held out: each read once, every image checked."""
+    settings, seed = recipe.labeled, recipe.seed_of("data")
+    holds_out = settings.validation is None
+    draw = {"validation_fraction": settings.validation_fraction, "seed": seed} if holds_out else {}
+
+    def survey_train(place: str) -> Surveyed:
+        found = _survey(this, "train")
+        names = labeled_stage.class_names(found, settings.classes)
         recipe.check_class_count(len(names))
-        labels = {
-            name: labeled_stage.number_labels(f"labeled.{name}", found, names, complete=name == "train")
-            for name, found in surveys.items()
-        }
-        for name in ("test", "validation"):
-            if name in labels and not labeled_stage.count_labels(labels[name], len(names)).any():
-                raise SourceError(
-                    f"labeled.{name}.uri",
-                    sources[name].reader.root,
-                    "holds no image that can be used",
-                    "look at the files",
-                )
-        if "validation" not in labels:
-            surveys["validation"] = surveys["train"]
-            fraction = recipe.labeled.validation_fraction
-            labels["train"], labels["validation"] = labeled_stage.hold_out(labels["train"], fraction, seed)
-            if not labeled_stage.count_labels(labels["validation"], len(names)).any():
+        labels, held = labeled_stage.number_labels("labeled.train", found, names, complete=True), None
+        if holds_out:
+            labels, held = labeled_stage.hold_out(labels, settings.validation_fraction, seed)
+            if not labeled_stage.count_labels(held, len(names)).any():
                 rule = "can hold out no image, as every class of D has a single one"
-                raise RecipeError(
-                    "labeled.validation_fraction", fraction, rule, "add images, or name a labeled.validation source"
-                )
-        counts = {}
-        for name, found in surveys.items():
-            target = storage.join(place, name)
-            counts[name] = labeled_stage.save_labels(target, found.source, labels[name], found.rejects)
-        per_class = labeled_stage.count_labels(labels["train"], len(names)).tolist()
-        fingerprints = {f"labeled.{name}": source.fingerprint() for name, source in sources.items()}
-        return {"class_names": list(names), "per_class": per_class, "sources": fingerprints, **counts}
+                fix = "add images, or name a labeled.validation source"
+                raise RecipeError("labeled.validation_fraction", settings.validation_fraction, rule, fix)
+            labeled_stage.save_labels(storage.join(place, "validation"), found.source, held, ())
+        return _surveyed(place, "train", found, labels, names, held)
 
-    stage = this.once("labeled", {"labeled": recipe.labeled, "seed": seed}, {}, work)
-    names = tuple(stage.outputs["class_names"])
-    recipe.check_class_count(len(names))
+    def survey_other(name: str, place: str) -> Surveyed:
+        found, names = _survey(this, name), train.outputs.class_names
+        labels = labeled_stage.number_labels(f"labeled.{name}", found, names, complete=False)
+        if not labeled_stage.count_labels(labels, len(names)).any():
+            root = found.source.reader.root
+            raise SourceError(f"labeled.{name}.uri", root, "holds no image that can be used", "look at the files")
+        return _surveyed(place, name, found, labels, names)
 
-    def load(name: str) -> TrainingSet:
-        source, labels = labeled_stage.load_labels(storage.join(stage.uri, name))
-        return labeled_stage.training_set(source, labels, names)
+    def other(name: str, source: Source) -> LabeledSet:
+        key = Key(f"labeled-{name}", {name: source}, {"labeled.train": train.fingerprint})
+        return LabeledSet(this.once(key, Surveyed, lambda place: survey_other(name, place), demand=_ONE_CPU), name)
 
-    return LabeledData(stage, names, load("train"), load("validation"), load("test"))
+    key = Key("labeled-train", {"train": settings.train, "classes": settings.classes, **draw})
+    train = this.once(key, Surveyed, survey_train, demand=_ONE_CPU)
+    if train.record is not None:
+        recipe.check_class_count(len(train.outputs.class_names))
+    given = settings.validation
+    validation = LabeledSet(train, "validation") if given is None else other("validation", given)
+    return LabeledData(LabeledSet(train, "train"), validation, other("test", settings.test))
 
 
-def list_unlabeled(this: Run) -> Finished:
+def _survey(this: Run, name: str) -> Survey:
+    with this.display.task(f"labeled-{name}", None) as progress:
+        return labeled_stage.survey(this.sources[f"labeled.{name}"], progress)
+
+
+def _surveyed(
+    place: str,
+    name: str,
+    found: Survey,
+    labels: labeled_stage.Labels,
+    names: tuple[str, ...],
+    held: labeled_stage.Labels | None = None,
+) -> Surveyed:
+    images = labeled_stage.save_labels(storage.join(place, name), found.source, labels, found.rejects)
+    return Surveyed(
+        class_names=names,
+        images=images,
+        rejected=len(found.rejects),
+        shards=len(found.source.shards()),
+        per_class=tuple(labeled_stage.count_labels(labels, len(names)).tolist()),
+        source=found.source.fingerprint(),
+        held_out=0 if held is None else int(labeled_stage.count_labels(held, len(names)).sum()),
+    )
+
+
+# Unlabeled images
+
+
+@dataclass(frozen=True)
+class Listed:
+    """U as it was listed: shards, their bytes, and the listing's fingerprint."""
+
+    shards: int
+    bytes: int
+    source: str
+
+
+LISTING = "listing.parquet"
+
+
+def list_unlabeled(this: Run, unlabeled: Source) -> Made[Listed]:
     """U, listed once."""
 
-    def work(place: str) -> dict[str, Any]:
+    def work(place: str) -> Listed:
         source = this.sources["unlabeled"]
-        source.save(storage.join(place, "listing.parquet"))
-        return {"shards": len(source.shards()), "bytes": source.bytes, "source": source.fingerprint()}
+        source.save(storage.join(place, LISTING))
+        return Listed(len(source.shards()), source.bytes, source.fingerprint())
 
-    return this.store.once("unlabeled", {"unlabeled": this.recipe.unlabeled}, {}, work)
-
-
-def _unlabeled_source(stage: Finished) -> ImageSource:
-    return ImageSource.load(storage.join(stage.uri, "listing.parquet"))
+    return this.once(Key("unlabeled", {"unlabeled": unlabeled}), Listed, work)
 
 
-def _fit(
-    this: Run,
-    place: str,
-    stage: str,
-    labeled: LabeledData,
-    model: ModelConfig,
-    training: Training,
-    data: TrainingSet,
-    initial: Finished | None = None,
-) -> dict[str, Any]:
-    total = training.steps(data.images) * training.global_batch
-    with this.display.task(stage, total) as progress:
-        fitted = fit(
-            stage,
-            model=model,
-            class_names=list(labeled.class_names),
-            training=training,
-            data=data,
-            validation=labeled.validation,
-            initial=None if initial is None else initial.uri,
-            work=storage.join(place, WORK),
-            out=place,
-            seed=this.recipe.seed,
-            provenance=_provenance(this, stage),
-            progress=progress,
-        )
-    return _trained(fitted, model, total)
+def _images_of(pool: Made[Listed]) -> ImageSource:
+    return ImageSource.load(storage.join(pool.uri, LISTING))
 
 
-def _trained(fitted: Fitted, model: ModelConfig, images_seen: int) -> dict[str, Any]:
-    from models.card import read_card
-
-    return {
-        "images": images_seen,
-        "architecture": model.architecture,
-        "parameters": read_card(fitted.uri).parameters,
-        "metrics": fitted.metrics,
-        "history": fitted.history,
-    }
+TABLE, REJECTS = "table", "rejects"
+"""Folders of a scoring: the score table, and beside it the images that have no scores."""
 
 
-def _provenance(this: Run, stage: str) -> dict[str, Any]:
-    return {"recipe": this.recipe.name, "stage": stage, "seed": this.recipe.seed, "run": this.store.uri}
-
-
-def _deciding(training: Training) -> dict[str, Any]:
-    """What of a training decides its result: all but how it survives failures."""
-    return training.model_dump(mode="json", exclude={"max_failures", "checkpoint_every_images"})
-
-
-def train_teacher(this: Run, labeled: LabeledData) -> Finished:
-    """(1) The teacher, on D."""
-    teacher = this.recipe.teacher
-    return this.once(
-        "teacher",
-        {"model": teacher.model, "training": _deciding(teacher.training), "seed": this.recipe.seed},
-        {"labeled": labeled.stage.fingerprint},
-        lambda place: _fit(this, place, "teacher", labeled, teacher.model, teacher.training, labeled.train),
-    )
-
-
-def score_unlabeled(this: Run, unlabeled: Finished, teacher: Finished) -> Finished:
+def score_unlabeled(this: Run, settings: Score, teacher: "Made[Trained]", pool: Made[Listed]) -> Made[Scored]:
     """(2) The teacher on every image of U."""
-    rejects = this.store.place("rejects")
 
-    def work(place: str) -> dict[str, Any]:
-        if not ledger(place):
-            storage.delete_tree(rejects)  # of scores that were made from other inputs
-        source = _unlabeled_source(unlabeled)
+    def work(place: str) -> Scored:
+        model = scoring.Teacher(teacher.uri, teacher.outputs.class_outputs)
         with this.display.task("scores", None) as progress:
-            scored = scoring.score(source, teacher.uri, place, rejects, this.recipe.score, progress)
-        return {**asdict(scored), "images": scored.listed}
+            table, rejects = storage.join(place, TABLE), storage.join(place, REJECTS)
+            return scoring.score(_images_of(pool), model, table, rejects, settings, progress)
 
+    key = Key("scores", {"score": settings}, {"teacher": teacher.fingerprint, "unlabeled": pool.fingerprint})
     return this.once(
-        "scores",
-        this.recipe.score.deciding,
-        {"teacher": teacher.fingerprint, "unlabeled": unlabeled.fingerprint},
-        work,
+        key, Scored, work, demand=scoring.demand(settings), parts={"scores": TABLE, "rejects": REJECTS}
     )
 
 
-def deduplicate(
-    this: Run, labeled: LabeledData, unlabeled: Finished, teacher: Finished, scores: Finished
-) -> Iterator[Finished]:
-    """What of U is left out (supplement 5): its stages as they are finished, the exclusion list last."""
-    from models.card import read_card
+# Selection
 
-    settings = this.recipe.deduplicate
-    other = deduplication.features_model("deduplicate.model", settings, this.store)
-    model = teacher.uri if other is None else other
+
+def prepare_features(this: Run, settings: Deduplicate) -> None:
+    """The model whose features are compared, where it is not the teacher: hours before it is needed, what is wrong with it can be mended."""
+    deduplication.features_model(this, "deduplicate.model", settings)
+
+
+def exclude(
+    this: Run,
+    recipe: Recipe,
+    teacher: "Made[Trained]",
+    scores: Made[Scored],
+    data: LabeledData,
+    pool: Made[Listed],
+) -> Made[Excluded] | None:
+    """What of U is left out before selection (supplement 5); None where nothing is looked for."""
+    settings = recipe.deduplicate
+    if not settings.on:
+        return None
+    other = deduplication.features_model(this, "deduplicate.model", settings)
+    model = deduplication.Features(teacher.uri, teacher.fingerprint) if other is None else other
     inputs = {
-        "unlabeled": unlabeled.fingerprint,
-        "labeled": labeled.stage.fingerprint,
-        "model": read_card(model).weights.sha256 if settings.near else "",
-        "embeddings": scores.fingerprint,
+        "unlabeled": pool.fingerprint,
+        **data.validation.inputs,
+        **data.test.inputs,
+        "model": model.fingerprint if settings.near else "",
+        "embeddings": scores.fingerprint if settings.near and other is None else "",
     }
-    sets = deduplication.surveyed_sets(labeled.stage.uri, ("validation", "test"))
-    embeddings = scores.uri if other is None else None
-    subject = deduplication.Subject(_unlabeled_source(unlabeled), sets, model, embeddings, inputs)
-    field = "deduplicate.decisions"
-    return deduplication.deduplicate(this.once, this.display, subject, settings, this.recipe.score, field)
+    subject = deduplication.Subject(
+        unlabeled=lambda: _images_of(pool),
+        sets=lambda: tuple(
+            deduplication.surveyed_set(name, labeled.uri)
+            for name, labeled in (("validation", data.validation), ("test", data.test))
+        ),
+        model_uri=model.uri,
+        embeddings=storage.join(scores.uri, TABLE) if other is None else None,
+        inputs=inputs,
+    )
+    return deduplication.deduplicate(this, subject, settings, recipe.score, "deduplicate.decisions")
 
 
-def select_top_k(this: Run, labeled: LabeledData, scores: Finished, excluded: Finished | None = None) -> Finished:
+def match_tags(this: Run, field: str, tags: str, images: Source, data: LabeledData) -> Made[Matched]:
+    """The classes of images, by their tags (supplement 4.1).
+
+    Args:
+        this: the run.
+        field: what names the tags, for messages.
+        tags: URI of Parquet files with words, or `sidecar`.
+        images: whose tags they are.
+        data: has the classes.
+    """
+    source_field = field.rpartition(".")[0] + ".images" if field.startswith("teacher.") else "unlabeled"
+
+    def work(place: str) -> Matched:
+        source = this.sources[source_field]
+        with this.display.task("tags", None) as progress:
+            return weak_stage.match_tags(field, tags, source, data.class_names, place, progress)
+
+    listing = "" if tags == SIDECAR else selection.listing(tags)
+    key = Key("tags", {"images": images, "tags": tags}, {"tags": listing, "labeled.train": data.train.made.fingerprint})
+    return this.once(key, Matched, work, demand=_ONE_CPU)
+
+
+def select_top_k(
+    this: Run,
+    recipe: Recipe,
+    scores: Made[Scored],
+    excluded: Made[Excluded] | None,
+    data: LabeledData,
+    pool: Made[Listed],
+) -> Made[Selected]:
     """(2) For each class the K best-scored images; or, with tags, K at random among those tagged with it; without the excluded."""
-    settings, seed = this.recipe.select, this.recipe.seed
-    found = () if excluded is None else (excluded.uri,)
+    settings, seed = recipe.select, recipe.seed_of("data")
+    left_out = () if excluded is None else (excluded.uri,)
+    inputs = {"scores": scores.fingerprint, "labeled.train": data.train.made.fingerprint}
+    tags = settings.tags
+    if tags is not None and (tags == SIDECAR or not weak_stage.is_matched("select.tags", tags)):
+        matched = match_tags(this, "select.tags", tags, recipe.unlabeled, data)
+        tags, inputs["tags"] = matched.uri, matched.fingerprint
+    elif tags is not None:
+        inputs["tags"] = selection.listing(tags)
+    if excluded is not None:
+        inputs["excluded"] = excluded.fingerprint
 
-    def work(place: str) -> dict[str, Any]:
-        with this.display.task("selection", None if settings.tags else scores.outputs["scored"]) as progress:
+    def work(place: str) -> Selected:
+        with this.display.task("selection", None if tags else scores.outputs.scored) as progress:
             selected = selection.select(
-                settings.tags or scores.uri,
+                tags or storage.join(scores.uri, TABLE),
                 place,
                 images_per_class=settings.images_per_class,
                 classes_per_image=settings.classes_per_image,
-                num_classes=len(labeled.class_names),
+                num_classes=len(data.class_names),
                 zipf_exponent=settings.zipf_exponent,
                 class_weights=settings.class_weights,
                 min_score=settings.min_score,
-                exclude=(*settings.exclude, *found),
-                tags=settings.tags is not None,
+                exclude=(*settings.exclude, *left_out),
+                tags=tags is not None,
                 seed=seed,
                 memory_mib=settings.memory_mib,
                 progress=progress,
             )
-        if settings.tags is None and selected.images != scores.outputs["scored"]:
+        if tags is None and selected.images != scores.outputs.scored:
             raise StageError(
-                f"{scores.outputs['scored']} images are scored, but the selection saw {selected.images}: score again"
+                f"{scores.outputs.scored} images are scored, but the selection saw {selected.images}: score again"
             )
-        return asdict(selected)
+        return selected
 
-    sections = {"select": settings.model_dump(mode="json", exclude={"memory_mib"}), "seed": seed}
-    lists = {uri: selection.listing(uri) for uri in (*settings.exclude, *filter(None, [settings.tags]))}
-    if excluded is not None:
-        lists["excluded"] = excluded.fingerprint
-    return this.once("selection", sections, {"scores": scores.fingerprint, **lists}, work, version=2)
-
-
-def materialize_dhat(this: Run, labeled: LabeledData, unlabeled: Finished, chosen: Finished) -> Finished:
-    """D-hat: the selected images, copied once into shuffled shards."""
-
-    def work(place: str) -> dict[str, Any]:
-        with this.display.task("dhat", chosen.outputs["selected"]) as progress:
-            made = dhat_stage.materialize(
-                chosen.uri,
-                _unlabeled_source(unlabeled),
-                place,
-                images_per_shard=this.recipe.dhat.images_per_shard,
-                seed=this.recipe.seed,
-                class_names=labeled.class_names,
-                progress=progress,
-            )
-        return asdict(made)
-
-    sections = {"dhat": this.recipe.dhat, "seed": this.recipe.seed}
-    return this.once("dhat", sections, {"selection": chosen.fingerprint}, work)
-
-
-def show_gallery(this: Run, labeled: LabeledData, chosen: Finished, dhat: Finished) -> Finished:
-    """The images of D-hat at chosen ranks of every class (Figure 2), as pages to look at before the training and after."""
-    settings, names = this.recipe.report, labeled.class_names
-    most = min(settings.classes, len(names))
-
-    def work(place: str) -> dict[str, Any]:
-        facts = zip(names, dhat.outputs["counts"], chosen.outputs["lowest_scores"], strict=True)
-        with this.display.task("gallery", None) as progress:
-            made = gallery.write_gallery(
-                place,
-                dhat.uri,
-                [gallery.ClassCount(number, *fact) for number, fact in enumerate(facts)],
-                title=this.recipe.name,
-                first_ranks=settings.first_ranks,
-                strided_ranks=settings.strided_ranks,
-                rows_of=gallery.figure_ranks(len(names), 0, most),  # spread over all classes
-                progress=progress,
-            )
-        return asdict(made)
-
-    return this.once("gallery", {"report": settings}, {"dhat": dhat.fingerprint}, work)
-
-
-def pretrain_student(this: Run, labeled: LabeledData, dhat: Finished) -> Finished:
-    """(3) The student, on D-hat alone."""
-    recipe = this.recipe
-
-    def work(place: str) -> dict[str, Any]:
-        data = dhat_training_set(dhat.uri, len(labeled.class_names))
-        return _fit(this, place, "pretrained", labeled, recipe.student.model, recipe.pretrain, data)
-
-    sections = {"model": recipe.student.model, "training": _deciding(recipe.pretrain), "seed": recipe.seed}
-    return this.once("pretrained", sections, {"dhat": dhat.fingerprint, "labeled": labeled.stage.fingerprint}, work)
-
-
-def fine_tune_student(this: Run, labeled: LabeledData, pretrained: Finished) -> Finished:
-    """(4) The pre-trained student on D: one trial for each learning rate, the best on held-out labeled images."""
-    recipe, model = this.recipe, this.recipe.student.model
-    settings = recipe.fine_tune
-    total = settings.training.steps(labeled.train.images) * settings.training.global_batch
-
-    def work(place: str) -> dict[str, Any]:
-        rates = list(dict.fromkeys(settings.sweep.learning_rates))
-        with this.display.task("student", total * len(rates)) as progress:
-            tune_one = _FineTuning(this.recipe, labeled, pretrained.uri, place, _provenance(this, "student"), progress)
-            trials = sweep(
-                "sweep", rates, tune_one, concurrent=settings.sweep.concurrent, work=storage.join(place, WORK)
-            )
-        chosen = best(trials)
-        fitted = tune_one.finished(chosen.learning_rate)
-        assert fitted is not None
-        copy_model(fitted.uri, place)
-        outputs = _trained(fitted, model, total * len(rates))
-        return {**outputs, "learning_rate": chosen.learning_rate, "trials": [asdict(trial) for trial in trials]}
-
-    sections = {
-        "model": model,
-        "training": _deciding(settings.training),
-        "learning_rates": settings.sweep.learning_rates,
-        "seed": recipe.seed,
-    }
-    inputs = {"pretrained": pretrained.fingerprint, "labeled": labeled.stage.fingerprint}
-    return this.once("student", sections, inputs, work)
+    lists = {uri: selection.listing(uri) for uri in settings.exclude}
+    key = Key("selection", {"select": settings, "seed": seed}, {**inputs, **lists}, version=2)
+    return this.once(key, Selected, work)
 
 
 @dataclass(frozen=True)
-class _FineTuning:
-    """One trial of the fine-tuning sweep, run in a process of Tune's. A trial whose model is published is not repeated."""
+class DhatImages:
+    """D-hat, to train on."""
 
-    recipe: Recipe
-    labeled: LabeledData
-    initial: str
-    place: str
-    provenance: dict[str, Any]
-    progress: Progress
+    made: Made[Dhat]
+    data: LabeledData
 
-    def __call__(self, learning_rate: float, on_report: Any) -> Mapping[str, float]:
-        fitted = self.finished(learning_rate)
-        if fitted is None:
-            trial = self._name(learning_rate)
-            settings = self.recipe.fine_tune.training
-            fitted = fit(
-                trial,
-                model=self.recipe.student.model,
-                class_names=list(self.labeled.class_names),
-                training=settings.model_copy(update={"learning_rate": learning_rate}),
-                data=self.labeled.train,
-                validation=self.labeled.validation,
-                initial=self.initial,
-                work=storage.join(self.place, WORK),
-                out=self._uri(learning_rate),
-                seed=self.recipe.seed,
-                provenance={**self.provenance, "learning_rate": learning_rate},
-                progress=self.progress.part(trial),
-                on_report=on_report,
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """What a stage that uses it depends on."""
+        return {"dhat": self.made.fingerprint}
+
+    def load(self) -> TrainingSet:
+        """The images."""
+        return dhat_training_set(self.made.uri, len(self.data.class_names))
+
+
+def materialize(
+    this: Run, recipe: Recipe, chosen: Made[Selected], data: LabeledData, pool: Made[Listed]
+) -> DhatImages:
+    """D-hat: the selected images, copied once into shuffled shards."""
+    seed = recipe.seed_of("data")
+
+    def work(place: str) -> Dhat:
+        with this.display.task("dhat", chosen.outputs.selected) as progress:
+            return dhat_stage.materialize(
+                chosen.uri,
+                _images_of(pool),
+                place,
+                images_per_shard=recipe.dhat.images_per_shard,
+                seed=seed,
+                class_names=data.class_names,
+                progress=progress,
             )
-            publish_json(storage.join(fitted.uri, HISTORY), {"history": fitted.history})
-        return fitted.metrics
 
-    def finished(self, learning_rate: float) -> Fitted | None:
-        """The trial's model, if it is complete."""
-        uri = self._uri(learning_rate)
-        if not storage.exists(storage.join(uri, HISTORY)):
-            return None
-        history = read_json(storage.join(uri, HISTORY))["history"]
-        return Fitted(uri, history[-1], history)
-
-    def _name(self, learning_rate: float) -> str:
-        return f"lr-{learning_rate!r}"
-
-    def _uri(self, learning_rate: float) -> str:
-        return storage.join(self.place, "trials", self._name(learning_rate))
+    key = Key("dhat", {"dhat": recipe.dhat, "seed": seed}, {"selection": chosen.fingerprint})
+    return DhatImages(this.once(key, Dhat, work), data)
 
 
-def train_supervised(this: Run, labeled: LabeledData) -> Finished:
-    """The baseline: the student's network, from scratch, on D alone (Table 2, "Fully Supervised")."""
-    recipe = this.recipe
-    return this.once(
-        "supervised",
-        {"model": recipe.student.model, "training": _deciding(recipe.supervised), "seed": recipe.seed},
-        {"labeled": labeled.stage.fingerprint},
-        lambda place: _fit(this, place, "supervised", labeled, recipe.student.model, recipe.supervised, labeled.train),
-    )
+def show_gallery(
+    this: Run, recipe: Recipe, chosen: Made[Selected], dhat: DhatImages, data: LabeledData
+) -> Made[Gallery]:
+    """The images of D-hat at chosen ranks of every class (Figure 2), as pages to look at before the training and after."""
+    settings = recipe.report
+
+    def work(place: str) -> Gallery:
+        names = data.class_names
+        facts = zip(names, dhat.made.outputs.counts, chosen.outputs.lowest_scores, strict=True)
+        with this.display.task("gallery", None) as progress:
+            return gallery.write_gallery(
+                place,
+                dhat.made.uri,
+                [gallery.ClassCount(number, *fact) for number, fact in enumerate(facts)],
+                title=recipe.name,
+                first_ranks=settings.first_ranks,
+                strided_ranks=settings.strided_ranks,
+                rows_of=gallery.figure_ranks(len(names), 0, min(settings.classes, len(names))),  # spread over all
+                progress=progress,
+            )
+
+    # Of models, these settings decide nothing; of these pages, everything.
+    sections = {"report": settings.model_dump(mode="json"), "title": recipe.name}
+    return this.once(Key("gallery", sections, dhat.inputs), Gallery, work)
 
 
-def evaluate_models(this: Run, labeled: LabeledData, models: tuple[Finished, ...]) -> Finished:
-    """Top-1 and top-5 of every model on the test set, on which nothing was chosen."""
-
-    def work(place: str) -> dict[str, Any]:
-        uris = {model.name: model.uri for model in models}
-        with this.display.task("evaluation", labeled.test.images * len(uris)) as progress:
-            found = evaluate(uris, labeled.test, progress)
-        return {"images": labeled.test.images, "models": found}
-
-    return this.once("evaluation", {}, {model.name: model.fingerprint for model in models}, work)
+# Evaluation
 
 
-def copy_model(source: str, target: str) -> None:
-    """Copies a model directory; the card, which makes it complete, goes last."""
-    from models.card import CARD, WEIGHTS
+@dataclass(frozen=True)
+class Evaluated:
+    """Models on the test images: how many these are, and what each model did, by the model's name in the run."""
 
-    for file in (WEIGHTS, CARD):
-        with storage.local_copy(storage.join(source, file)) as local:
-            storage.publish(storage.join(target, file), local)
+    images: int
+    models: dict[str, Measured]
+
+
+def evaluate_models(this: Run, models: Mapping[str, "Made[Trained]"], test: LabeledSet) -> Made[Evaluated]:
+    """Top-1 and top-5 of models on the test set, on which nothing was chosen."""
+
+    def work(place: str) -> Evaluated:
+        images = test.load()
+        candidates = {name: Candidate(made.uri, made.outputs.class_outputs) for name, made in models.items()}
+        with this.display.task("evaluation", images.images * len(models)) as progress:
+            return Evaluated(images.images, evaluate(candidates, images, progress))
+
+    inputs = {name: made.fingerprint for name, made in models.items()}
+    return this.once(Key("evaluation", {}, {**inputs, **test.inputs}), Evaluated, work, demand=_ONE_CPU)

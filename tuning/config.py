@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cluster.section import Section
+from cluster.section import FREE, Section
 
 Rate = Annotated[float, Field(gt=0.0, le=100.0)]
 
@@ -14,5 +14,5 @@ class Sweep(Section):
 
     learning_rates: tuple[Rate, ...] = Field(min_length=1, max_length=1000)
     """Learning rates to try, per 256 images (linear scaling). The one best on held-out labeled images wins."""
-    concurrent: int = Field(default=1, ge=1, le=1000)
+    concurrent: Annotated[int, FREE] = Field(default=1, ge=1, le=1000)
     """Trials that run at the same time; each takes its training's workers."""
