@@ -20,6 +20,8 @@ ENVIRONMENT = {
     # A failed task is reported once, by us; Ray would repeat it on standard error.
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Else Tune takes Ctrl-C for the end of the search, returns what there is, and keeps its handler.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "RAY_TRAIN_ENABLE_V2": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",

@@ -51,6 +51,10 @@ class StorageError(InputError):
     """A path or an object store."""
 
 
+class MissingError(StorageError):
+    """Nothing is there."""
+
+
 class ModelError(InputError):
     """A model directory or an architecture."""
 

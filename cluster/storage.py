@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from cluster.errors import StorageError
+from cluster.errors import MissingError, StorageError
 
 ATTEMPTS = 8
 """Of a request to an object store that answers 500 or 503, cuts the connection or falls silent; pauses between them grow to 20 s."""
@@ -243,7 +243,7 @@ def _reported(uri: str) -> Iterator[None]:
             "uri", uri, f"could not be reached ({error})", "check AWS_ENDPOINT_URL and the network"
         ) from None
     except FileNotFoundError:
-        raise StorageError("uri", uri, "does not exist", "check the path") from None
+        raise MissingError("uri", uri, "does not exist", "check the path") from None
     except PermissionError as error:
         raise StorageError(
             "uri", uri, f"is not permitted ({error.strerror})", "check the permissions of the path"
@@ -261,7 +261,7 @@ def _refusal(uri: str, code: str) -> StorageError:
     if code in ("NoSuchBucket",):
         return StorageError("uri", uri, "is in a bucket that does not exist", "create the bucket, or correct its name")
     if code in ("NoSuchKey", "404"):
-        return StorageError("uri", uri, "does not exist", "check the path")
+        return MissingError("uri", uri, "does not exist", "check the path")
     denied = (
         "403",
         "401",

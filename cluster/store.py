@@ -167,11 +167,12 @@ class RunStore:
 
     # The directory
 
-    def claim(self, name: str) -> bool:
+    def claim(self, name: str, recipe: str) -> bool:
         """Makes the directory a run's; returns whether its store keeps several processes apart (`storage.conditional`).
 
         Args:
             name: of the recipe; a directory belongs to one name.
+            recipe: as YAML; `RUN/recipe.yaml` until there is a result.
 
         Raises:
             RunError: it belongs to another recipe, was made by an earlier version, or holds something that is no run.
@@ -185,6 +186,7 @@ class RunStore:
         if found is None:
             if storage.list_files(self.uri):
                 raise RunError("--run-dir", self.uri, "holds files that are no run", "give an empty or new folder")
+            storage.publish(storage.join(self.uri, RECIPE), recipe.encode())
             publish_json(storage.join(self.uri, RUN), {"format": FORMAT, "recipe": name, "stages": {}})
         elif found.get("recipe") != name:
             owner = found.get("recipe")
@@ -219,6 +221,19 @@ class RunStore:
             raise RunError("RUN", self.uri, "is not a run directory", "give the --run-dir of a `tophat run`")
         return dict(found["stages"])
 
+    def named(self, name: str, kind: type[T]) -> Made[T] | None:
+        """The stage that has this name in the run's result, whatever it depends on; None where there is none.
+
+        Raises:
+            RunError: this is no run directory.
+        """
+        folder = self.result().get(name)
+        record = None if folder is None else _record(storage.join(self.uri, STORE, folder))
+        if folder is None or record is None:
+            return None
+        key = Key(record["stage"], record["sections"], record["inputs"], record["version"])
+        return Made(key, storage.join(self.uri, STORE, folder), kind, record)
+
     def name_result(self, recipe: str, stages: Mapping[str, Made[Any]], parts: Mapping[str, str]) -> None:
         """Makes finished stages the run's result.
 
@@ -250,18 +265,18 @@ class RunStore:
         """The recipe of the run's result, as YAML.
 
         Raises:
-            RunError: there is no result yet.
+            RunError: this is no run directory.
         """
-        found = self._recipe()
-        if found is None:
-            raise RunError("RUN", self.uri, "has no finished stage yet", "run its recipe")
-        return found.decode()
+        self.result()
+        return (self._recipe() or b"").decode()
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Keeps `prune` away while the block runs."""
-        with lease.hold(storage.join(self.uri, LEASES, f"driver-{uuid.uuid4().hex}")):
+        folder = storage.join(self.uri, LEASES, f"driver-{uuid.uuid4().hex}")
+        with lease.hold(folder):
             yield
+        storage.delete_tree(folder)
 
     def users(self) -> list[Holder]:
         """Processes that are at work in the run, as far as one look tells."""
@@ -305,10 +320,12 @@ def _link(run: Path, links: Mapping[str, str]) -> None:
             temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
             temporary.symlink_to(relative)
             temporary.replace(place)
-    for folder in (run, *(p for p in run.iterdir() if p.is_dir() and not p.is_symlink())):
-        for place in folder.iterdir():
+    for folder, folders, files in os.walk(run):
+        for name in (*folders, *files):
+            place = Path(folder, name)
             if place.is_symlink() and place.relative_to(run).as_posix() not in links:
                 place.unlink()
+        folders[:] = [name for name in folders if folder != str(run) or name not in (STORE, LEASES)]
 
 
 def fingerprint(content: Any) -> str:

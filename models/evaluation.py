@@ -97,3 +97,22 @@ def evaluate(
         counts += measure(model(normalize(images, transform, device)), labels.to(device))
     model.train(was_training)
     return evaluation_of(counts)
+
+
+class SomeOutputs(nn.Module):
+    """A network of which some outputs count, in an order of their own.
+
+    Args:
+        network: maps float32 [N, 3, size, size] to logits [N, outputs of the network].
+        outputs: their numbers, one for each class.
+    """
+
+    def __init__(self, network: nn.Module, outputs: tuple[int, ...]) -> None:
+        super().__init__()
+        self.network = network
+        self.outputs = list(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [N, classes]."""
+        logits: Tensor = self.network(x)[:, self.outputs]
+        return logits

@@ -21,7 +21,6 @@ from pipeline.recipe import Recipe, Score
 from pipeline.sampling import Cost, Sample, actors_on, count_images, score_sample
 from pipeline.scoring import check_cluster
 from pipeline.sources import open_source
-from pipeline.store import RunStore
 
 HERE = "here"
 """Name, for prices, of the nodes that Ray runs on now."""
@@ -167,6 +166,7 @@ def forecast(
     deadline: float | None,
     prices: Sequence[str],
     cluster_file: str | None,
+    teacher: tuple[str, str] | None = None,
     verbose: bool = False,
 ) -> Forecast:
     """Scores a sample of a recipe's U with its teacher; with a network of random weights where that is not trained, which is as fast.
@@ -193,8 +193,7 @@ def forecast(
     source = open_source("unlabeled", recipe.unlabeled)
     given = [*node_types(ClusterShape(()), cluster_file), NodeType(HERE, "", NodeShape({}, 0))]
     costs = read_prices(prices, given)
-    store = RunStore(storage.absolute(run_dir))
-    place = f"{store.uri}-estimate-{secrets.token_hex(4)}"
+    place = f"{storage.absolute(run_dir)}-estimate-{secrets.token_hex(4)}"
     storage.check_writable("--run-dir", place)
     try:
         with Session(recipe.cluster, on_start=lambda: check_cluster(recipe.score), verbose=verbose) as session:
@@ -207,7 +206,10 @@ def forecast(
             if not any(actors_on(node.shape.resources, recipe.score) for node in types):
                 rule = "describes no node that can score as the recipe says, nor is such a node here for good"
                 raise InputError("--cluster-file", cluster_file, rule, "give the file that the cluster was made with")
-            model_uri, words = _teacher(recipe, store, storage.join(place, "teacher"))
+            if teacher is None:
+                teacher = storage.join(place, "teacher"), "one of random weights, as the run has trained none yet"
+                run_task(_untrained, recipe, teacher[0])
+            model_uri, words = teacher
             with display.task("sample", min(images, count)) as progress:
                 sample = score_sample(
                     source,
@@ -242,23 +244,12 @@ def forecast(
     )
 
 
-def _teacher(recipe: Recipe, store: RunStore, uri: str) -> tuple[str, str]:
-    """The run's teacher, where it is as the recipe says, or one of random weights, made at `uri`; and what it is, in words."""
-    from models.card import read_card
-
-    teacher = store.finished("teacher")
-    if teacher is not None and read_card(teacher.uri).model == recipe.teacher.model:
-        return teacher.uri, "the run's own, trained"
-    run_task(_untrained, recipe, uri)
-    why = "the run has trained none yet" if teacher is None else "the run's own is another"
-    return uri, f"a {recipe.teacher.model.architecture} of random weights, as {why}"
-
-
 def _untrained(recipe: Recipe, uri: str) -> None:
     from models.architectures import build
     from models.checkpoint import save
 
     classes = len(recipe.labeled.classes or ()) or max(1000, recipe.score.classes_per_image)
+    assert not isinstance(recipe.teacher.model, str)
     config, names = recipe.teacher.model, [str(number) for number in range(classes)]
     save(uri, build(config, classes), config=config, class_names=names, metrics={}, provenance={})
 

@@ -1,6 +1,7 @@
 """Measuring models on labeled images."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.progress import SILENT, Progress
@@ -11,32 +12,55 @@ IMAGES_PER_TASK = 1000
 BATCH = 100
 
 
-def evaluate(models: Mapping[str, str], data: TrainingSet, progress: Progress = SILENT) -> dict[str, dict[str, float]]:
+@dataclass(frozen=True)
+class Candidate:
+    """A model to measure.
+
+    Attributes:
+        uri: its directory.
+        outputs: where the model's outputs are not the classes of the labels in their order: the output of each class.
+    """
+
+    uri: str
+    outputs: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model did: images, shares in [0, 1] of those whose class is the best-scored, and among the five best; mean cross-entropy, in nats."""
+
+    images: int
+    top1: float
+    top5: float
+    loss: float
+
+
+def measure(
+    models: Mapping[str, Candidate], data: TrainingSet, progress: Progress = SILENT
+) -> dict[str, Measured]:
     """Top-1, top-5 and loss of models, on Ray tasks that each take a part of the images.
 
     Args:
-        models: URIs of model directories, by a name.
+        models: by a name.
         data: labeled images.
         progress: gets images evaluated, over all models.
-
-    Returns:
-        For each name: images, top1 and top5 (in [0, 1]) and loss (mean cross-entropy, in nats).
     """
     parts = max(1, min(int(cpus()), -(-data.images // IMAGES_PER_TASK)))
-    jobs = [(name, uri, data, part, parts) for name, uri in models.items() for part in range(parts)]
+    jobs = [(name, model, data, part, parts) for name, model in models.items() for part in range(parts)]
     total: dict[str, Any] = {}
-    for name, found in parallel_map(_evaluate_part, jobs):
+    for name, found in parallel_map(_measure_part, jobs):
         total[name] = found if name not in total else total[name] + found
         progress.add(found.images)
-    return {name: total[name].metrics() for name in models}
+    return {name: Measured(**total[name].metrics()) for name in models}
 
 
-def _evaluate_part(job: tuple[str, str, TrainingSet, int, int]) -> tuple[str, Any]:
+def _measure_part(job: tuple[str, Candidate, TrainingSet, int, int]) -> tuple[str, Any]:
     from models.checkpoint import load
-    from models.evaluation import evaluate as measure
+    from models.evaluation import SomeOutputs, evaluate_batches
 
-    name, uri, data, part, parts = job
-    loaded = load(uri)
+    name, candidate, data, part, parts = job
+    loaded = load(candidate.uri)
     transform = loaded.config.transform
     batches = data.evaluation_batches(transform, batch_size=BATCH, rank=part, world=parts)
-    return name, measure(loaded.model, batches, transform)
+    network = loaded.model if candidate.outputs is None else SomeOutputs(loaded.model, candidate.outputs)
+    return name, evaluate_batches(network, batches, transform)

@@ -6,7 +6,6 @@ start of a run rather than hours into it, and gives training the exact number of
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +22,8 @@ from pipeline.sources import ImageSource
 
 REJECTED = -1
 """In a table of labels: an image that cannot be used."""
+Labels = Sequence[Integers]
+"""Labels of a source: per shard, int64 [rows], the output of each row's class, or `REJECTED`."""
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,8 @@ def training_set(source: ImageSource, labels: Sequence[Integers], names: Sequenc
     return TrainingSet(source.reader, tuple(shards[n] for n in used), tuple(rows[n] for n in used), ids)
 
 
-def save_labels(uri: str, source: ImageSource, labels: Sequence[Integers], rejects: Sequence[Reject]) -> dict[str, Any]:
-    """Publishes a labeled set under `uri`: the listing, the labels of every row, the rejects. Returns its counts."""
+def save_labels(uri: str, source: ImageSource, labels: Labels, rejects: Sequence[Reject]) -> int:
+    """Publishes a labeled set under `uri`: the listing, the labels of every row, the rejects. Returns how many images can be used."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -212,8 +213,7 @@ def save_labels(uri: str, source: ImageSource, labels: Sequence[Integers], rejec
     pq.write_table(pa.table({"shard": [s.name for s in source.shards()], "labels": column}), sink)
     storage.publish(storage.join(uri, "labels.parquet"), sink.getvalue().to_pybytes())
     publish_rejects(storage.join(uri, "rejects.parquet"), rejects)
-    used = int(sum((shard != REJECTED).sum() for shard in labels))
-    return {"images": used, "rejected": len(rejects), "shards": len(source.shards())}
+    return int(sum((shard != REJECTED).sum() for shard in labels))
 
 
 def load_labels(uri: str) -> tuple[ImageSource, tuple[Integers, ...]]:

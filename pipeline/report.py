@@ -78,6 +78,21 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Tags:
+    """How many images have a class by their tags, and how many each class got."""
+
+    images: int
+    tagged: int
+    per_class: Sequence[tuple[str, int]]
+    """Class names and images."""
+
+    @property
+    def ordered(self) -> list[tuple[str, int]]:
+        """The classes, those with the fewest images first."""
+        return sorted(self.per_class, key=lambda one: one[1])
+
+
+@dataclass(frozen=True)
 class StageRow:
     """One stage of the run."""
 
@@ -101,6 +116,12 @@ class ReportContent:
     teacher: ModelFacts | None = None
     student: ModelFacts | None = None
     teacher_accuracy: Accuracy | None = None
+    teacher_data: str = "D"
+    """What the teacher was trained on."""
+    earlier_rounds: Sequence[tuple[Accuracy, Accuracy]] = ()
+    """Pre-trained and fine-tuned student of each round but the last."""
+    tags: Tags | None = None
+    """What became of weak labels."""
     pretrained: Accuracy | None = None
     """The student after pre-training on D-hat: Table 2, first column."""
     fine_tuned: Accuracy | None = None

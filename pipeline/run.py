@@ -9,23 +9,18 @@ from pipeline.stages import (
     Evaluated,
     LabeledData,
     Listed,
-    Network,
-    Round,
     Trained,
     evaluate,
     exclude,
-    fine_tune,
     list_unlabeled,
     materialize,
     prepare_features,
-    pretrain_on_weak_labels,
-    ready_model,
     score_unlabeled,
     select_top_k,
     show_gallery,
     survey_labeled,
-    train,
 )
+from pipeline.teaching import Network, Round, fine_tune, pretrain_on_weak_labels, ready_model, train
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,8 @@ def run(this: Run, recipe: Recipe) -> Result:
         teacher = rounds[-1].student
     this.call("student", teacher)
     baseline = train(this, "supervised", student, recipe.supervised, data.train, data)
-    return Result(first, rounds, baseline, evaluate(this, data, first, rounds, baseline))
+    models = {"teacher": first, **models_of(rounds), "supervised": baseline}
+    return Result(first, rounds, baseline, evaluate(this, data.test, models))
 
 
 def obtain_teacher(this: Run, recipe: Recipe, data: LabeledData, pool: Made[Listed]) -> Made[Trained]:
@@ -102,3 +98,12 @@ def distill(
     pretrained = train(this, "pretrained", network, recipe.pretrain, dhat, data)  # (3)
     student = fine_tune(this, network, recipe.fine_tune, data, start=pretrained)  # (4)
     return Round(scores, selection, dhat, pretrained, student)
+
+
+def models_of(rounds: list[Round]) -> dict[str, Made[Trained]]:
+    """The models of each round, by their names in the run."""
+    found = {}
+    for number, each in enumerate(rounds, 1):
+        prefix = f"round-{number}/" if len(rounds) > 1 else ""
+        found |= {f"{prefix}pretrained": each.pretrained, f"{prefix}student": each.student}
+    return found

@@ -26,7 +26,7 @@ from pipeline.recipe import Score
 from pipeline.rejects import count_rejected, read_rejects
 from pipeline.shards import ChangedShardError, MissingShardError, Reader
 from pipeline.sources import ImageSource
-from pipeline.store import publish_json, read_json
+from cluster.store import publish_json, read_json
 
 if TYPE_CHECKING:
     import ray.data
@@ -83,7 +83,7 @@ def claim(field: str, scores_uri: str, model_uri: str, source: ImageSource, sett
     wanted = {
         "model": read_card(model_uri).weights.sha256,
         "source": source.fingerprint(),
-        **settings.deciding,
+        **settings.deciding(),
     }
     storage.check_writable(field, scores_uri)
     owner = storage.join(scores_uri, OWNER)

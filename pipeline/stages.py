@@ -10,7 +10,7 @@ from cluster import storage
 from cluster.errors import RecipeError, SourceError, StageError
 from cluster.resources import Bundle, Demand
 from cluster.store import Key, Made
-from models.config import ModelConfig
+from models.job import Row
 from pipeline import deduplication, gallery, scoring, selection
 from pipeline import dhat as dhat_stage
 from pipeline import labeled as labeled_stage
@@ -18,7 +18,7 @@ from pipeline import weak as weak_stage
 from pipeline.context import Run
 from pipeline.deduplication import Excluded
 from pipeline.dhat import Dhat
-from pipeline.evaluation import Candidate, Measured, evaluate
+from pipeline.evaluation import Candidate, Measured, measure
 from pipeline.gallery import Gallery
 from pipeline.labeled import Survey
 from pipeline.loading import TrainingSet, dhat_training_set
@@ -27,6 +27,35 @@ from pipeline.scoring import Scored
 from pipeline.selection import Selected
 from pipeline.sources import ImageSource
 from pipeline.weak import Matched
+from tuning.sweep import Trial
+
+# Models
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model directory.
+
+    Attributes:
+        images: seen in training, over all trials; 0 of a model that was ready.
+        architecture: its name.
+        parameters: how many numbers are trained.
+        metrics: the last row of its history.
+        history: of its training, a row at each of some steps.
+        learning_rate: the best of a sweep, per 256 images.
+        trials: of that sweep.
+        class_outputs: where its outputs are not the classes of D in their order: the output of each class.
+    """
+
+    images: int
+    architecture: str
+    parameters: int
+    metrics: dict[str, float | None]
+    history: list[Row]
+    learning_rate: float | None = None
+    trials: tuple[Trial, ...] = ()
+    class_outputs: tuple[int, ...] | None = None
+
 
 # Labeled images
 
@@ -199,14 +228,14 @@ TABLE, REJECTS = "table", "rejects"
 """Folders of a scoring: the score table, and beside it the images that have no scores."""
 
 
-def score_unlabeled(this: Run, settings: Score, teacher: "Made[Trained]", pool: Made[Listed]) -> Made[Scored]:
+def score_unlabeled(this: Run, settings: Score, teacher: Made[Trained], pool: Made[Listed]) -> Made[Scored]:
     """(2) The teacher on every image of U."""
 
     def work(place: str) -> Scored:
-        model = scoring.Teacher(teacher.uri, teacher.outputs.class_outputs)
+        table, rejects = storage.join(place, TABLE), storage.join(place, REJECTS)
         with this.display.task("scores", None) as progress:
-            table, rejects = storage.join(place, TABLE), storage.join(place, REJECTS)
-            return scoring.score(_images_of(pool), model, table, rejects, settings, progress)
+            outputs = teacher.outputs.class_outputs
+            return scoring.score(_images_of(pool), teacher.uri, table, rejects, settings, progress, outputs)
 
     key = Key("scores", {"score": settings}, {"teacher": teacher.fingerprint, "unlabeled": pool.fingerprint})
     return this.once(
@@ -225,7 +254,7 @@ def prepare_features(this: Run, settings: Deduplicate) -> None:
 def exclude(
     this: Run,
     recipe: Recipe,
-    teacher: "Made[Trained]",
+    teacher: Made[Trained],
     scores: Made[Scored],
     data: LabeledData,
     pool: Made[Listed],
@@ -271,7 +300,8 @@ def match_tags(this: Run, field: str, tags: str, images: Source, data: LabeledDa
     def work(place: str) -> Matched:
         source = this.sources[source_field]
         with this.display.task("tags", None) as progress:
-            return weak_stage.match_tags(field, tags, source, data.class_names, place, progress)
+            where = None if tags == SIDECAR else tags
+            return weak_stage.match_tags(field, source, data.class_names, place, tags_uri=where, progress=progress)
 
     listing = "" if tags == SIDECAR else selection.listing(tags)
     key = Key("tags", {"images": images, "tags": tags}, {"tags": listing, "labeled.train": data.train.made.fingerprint})
@@ -403,14 +433,14 @@ class Evaluated:
     models: dict[str, Measured]
 
 
-def evaluate_models(this: Run, models: Mapping[str, "Made[Trained]"], test: LabeledSet) -> Made[Evaluated]:
-    """Top-1 and top-5 of models on the test set, on which nothing was chosen."""
+def evaluate(this: Run, test: LabeledSet, models: Mapping[str, Made[Trained]]) -> Made[Evaluated]:
+    """Top-1 and top-5 of models, by their names in the run, on the test set, on which nothing was chosen."""
 
     def work(place: str) -> Evaluated:
         images = test.load()
         candidates = {name: Candidate(made.uri, made.outputs.class_outputs) for name, made in models.items()}
         with this.display.task("evaluation", images.images * len(models)) as progress:
-            return Evaluated(images.images, evaluate(candidates, images, progress))
+            return Evaluated(images.images, measure(candidates, images, progress))
 
     inputs = {name: made.fingerprint for name, made in models.items()}
     return this.once(Key("evaluation", {}, {**inputs, **test.inputs}), Evaluated, work, demand=_ONE_CPU)

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -10,29 +11,34 @@ from rich.console import Console
 
 import tiny
 from cluster import storage
-from cluster.progress import Display
-from cluster.session import Session
+from cluster.store import Made, RunStore
 from models.checkpoint import load
-from pipeline import summary
+from pipeline import tables
 from pipeline.gallery import TILE
 from pipeline.ingest import ingest
-from pipeline.recipe import Recipe, Source, validate
+from pipeline.recipe import Source, validate
 from pipeline.rejects import read_rejects
-from pipeline.run import STAGES, open_sources, run
 from pipeline.sources import open_source
-from pipeline.stages import Run
-from pipeline.store import Finished, RunStore
+from runs import execute, fresh
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
-
-def execute(recipe: Recipe, uri: str, until: str | None = None) -> dict[str, Finished]:
-    store = RunStore(uri)
-    store.claim(recipe.name, recipe.to_yaml())
-    with Session(recipe.cluster) as session:
-        return run(
-            Run(recipe, store, session, Display(Console(quiet=True), enabled=False), open_sources(recipe, store)), until
-        )
+STAGES = (
+    "labeled-train",
+    "labeled-validation",
+    "labeled-test",
+    "unlabeled",
+    "teacher",
+    "scores",
+    "selection",
+    "dhat",
+    "gallery",
+    "pretrained",
+    "student",
+    "supervised",
+    "evaluation",
+)
+Local = tuple[str, dict[str, Made[Any]]]
 
 
 @pytest.fixture(scope="module")
@@ -45,32 +51,32 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def local_run(
     folders: Path, tmp_path_factory: pytest.TempPathFactory, ray_local: None
-) -> tuple[str, dict[str, Finished]]:
+) -> Local:
     uri = str(tmp_path_factory.mktemp("runs") / "tiny")
     return uri, execute(validate(tiny.recipe(str(folders))), uri)
 
 
-def test_every_stage_is_done_once_and_in_order(local_run: tuple[str, dict[str, Finished]]) -> None:
+def test_every_stage_is_done_once_and_in_order(local_run: Local) -> None:
     _, done = local_run
     assert tuple(done) == STAGES
     assert all(stage.fresh for stage in done.values())
 
 
-def test_every_image_is_accounted_for(local_run: tuple[str, dict[str, Finished]]) -> None:
+def test_every_image_is_accounted_for(local_run: Local) -> None:
     uri, done = local_run
     scores = done["scores"].outputs
-    assert scores["listed"] == tiny.UNLABELED + len(tiny.BROKEN)
-    assert scores["scored"] == tiny.UNLABELED
+    assert scores.listed == tiny.UNLABELED + len(tiny.BROKEN)
+    assert scores.scored == tiny.UNLABELED
     reasons, rows = read_rejects(storage.join(uri, "rejects"), limit=9)
-    assert sum(reasons.values()) == scores["rejected"] == len(tiny.BROKEN)
+    assert sum(reasons.values()) == scores.rejected == len(tiny.BROKEN)
     assert {row.reason for row in rows} <= {"empty", "not_an_image", "truncated", "decode_error"}
     assert reasons["empty"] == 1
     selection = done["selection"].outputs
-    assert selection["candidates"] == 2 * tiny.UNLABELED == selection["selected"] + selection["unselected"]
+    assert selection.candidates == 2 * tiny.UNLABELED == selection.selected + selection.unselected
 
 
 def test_dhat_holds_the_selected_images_with_their_labels(
-    local_run: tuple[str, dict[str, Finished]], folders: Path
+    local_run: Local, folders: Path
 ) -> None:
     _, done = local_run
     source = open_source("unlabeled", Source(uri=str(folders / "unlabeled")))
@@ -87,46 +93,31 @@ def test_dhat_holds_the_selected_images_with_their_labels(
         assert copy["image"] == originals[row["shard"], row["index"]]
 
 
-def test_models_load_and_the_teacher_has_learned(local_run: tuple[str, dict[str, Finished]]) -> None:
+def test_models_load_and_the_teacher_has_learned(local_run: Local) -> None:
     _, done = local_run
     for name in ("teacher", "pretrained", "student", "supervised"):
         assert load(done[name].uri).class_names == ["one", "two", "zero"]
     # 12 images of each of three easy classes: far above the third that chance gives.
-    assert done["evaluation"].outputs["models"]["teacher"]["top1"] > 0.6
+    assert done["evaluation"].outputs.models["teacher"].top1 > 0.6
 
 
-def test_nothing_of_the_work_is_left(local_run: tuple[str, dict[str, Finished]]) -> None:
+def test_nothing_of_the_work_is_left(local_run: Local) -> None:
     uri, _ = local_run
     assert list(Path(uri).rglob("work")) == []
 
 
-def test_the_sweep_takes_the_best_trial_on_validation(local_run: tuple[str, dict[str, Finished]]) -> None:
+def test_the_sweep_takes_the_best_trial_on_validation(local_run: Local) -> None:
     _, done = local_run
     student = done["student"].outputs
-    trials = {trial["learning_rate"]: trial["metrics"]["val_top1"] for trial in student["trials"]}
+    trials = {trial.learning_rate: trial.metrics["val_top1"] for trial in student.trials}
     assert set(trials) == {0.01, 0.1}
-    assert trials[student["learning_rate"]] == max(trials.values())
+    assert trials[student.learning_rate] == max(trials.values())
     assert load(done["student"].uri).metrics["val_top1"] == pytest.approx(max(trials.values()))
 
 
-def test_a_finished_run_does_no_work_and_a_changed_k_redoes_what_depends_on_it(
-    local_run: tuple[str, dict[str, Finished]], folders: Path
-) -> None:
+def test_the_report_shows_the_run(local_run: Local) -> None:
     uri, _ = local_run
-    again = execute(validate(tiny.recipe(str(folders))), uri)
-    assert not any(stage.fresh for stage in again.values())
-    changed = execute(validate(tiny.recipe(str(folders), select={"images_per_class": 20})), uri, until="dhat")
-    assert [name for name, stage in changed.items() if stage.fresh] == ["selection", "dhat"]
-    assert changed["dhat"].outputs["images"] == 60
-    back = execute(validate(tiny.recipe(str(folders))), uri, until="dhat")
-    assert [name for name, stage in back.items() if stage.fresh] == ["selection", "dhat"]
-
-
-def test_the_report_shows_the_run(local_run: tuple[str, dict[str, Finished]], folders: Path) -> None:
-    uri, done = local_run
-    recipe = validate(tiny.recipe(str(folders)))
-    index = summary.write_run_report(recipe, RunStore(uri), done)
-    page = storage.read_bytes(index).decode()
+    page = Path(uri, "report", "index.html").read_text()
     for text in ("ully supervised", "resnet8", "zero", "not_an_image", 'href="../gallery/index.html"'):
         assert text in page
     for number in range(3):
@@ -138,16 +129,16 @@ def test_the_report_shows_the_run(local_run: tuple[str, dict[str, Finished]], fo
     assert [first.count(f"<bdi>{name}</bdi>") for name in tiny.CLASSES] == [1, 1, 1]
 
 
-def test_the_closing_tables_add_up(local_run: tuple[str, dict[str, Finished]]) -> None:
+def test_the_closing_tables_add_up(local_run: Local) -> None:
     _, done = local_run
     console = Console(width=200, record=True, file=io.StringIO())
-    summary.print_stages(console, done)
-    summary.print_closing(console, done)
+    tables.print_stages(console, done)
+    tables.print_closing(console, done)
     text = console.export_text()
     assert "153 listed = 150 scored + 3 rejected" in text
     assert "300 = 90 selected + 210 unselected" in text
-    models = done["evaluation"].outputs["models"]
-    assert f"{100 * models['student']['top1']:.1f}% /" in text
+    student = done["evaluation"].outputs.models["student"]
+    assert f"{100 * student.top1:.1f}% /" in text
 
 
 def test_the_whole_pipeline_on_s3(folders: Path, s3: str, ray_local: None) -> None:
@@ -163,8 +154,9 @@ def test_the_whole_pipeline_on_s3(folders: Path, s3: str, ray_local: None) -> No
     done = execute(validate(tiny.recipe(s3, **short)), f"{s3}/run")
     assert tuple(done) == STAGES
     scores = done["scores"].outputs
-    assert (scores["listed"], scores["scored"], scores["rejected"]) == (153, 150, 3)
-    assert load(f"{s3}/run/student").class_names == ["one", "two", "zero"]
-    assert done["evaluation"].outputs["models"]["student"]["images"] == 60
+    assert (scores.listed, scores.scored, scores.rejected) == (153, 150, 3)
+    assert load(done["student"].uri).class_names == ["one", "two", "zero"]
+    assert done["evaluation"].outputs.models["student"].images == 60
+    assert set(RunStore(f"{s3}/run").result()) == {*STAGES, "report", "trials/lr-0.01"}
     left = [file.path for file in storage.list_files(f"{s3}/run") if "work" in file.path.split("/")]
     assert left == []

@@ -1,0 +1,84 @@
+"""The application `tophat`: what its commands share. Loads nothing heavy: each command imports what it needs, so that help and a mistyped
+option answer at once."""
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from cluster.errors import InputError, Interrupted, TophatError, one_line
+
+if TYPE_CHECKING:
+    from cluster.session import Session
+    from pipeline.sources import ImageSource
+
+app = typer.Typer(
+    name="tophat",
+    help="Semi-supervised image classification: a teacher labels a huge unlabeled pool, a student learns from the best of it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+out = Console(highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 160)
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe: demo, fashion-mnist, paper.")
+]
+RunDir = Annotated[
+    str | None, typer.Option("--run-dir", metavar="URI", help="Where everything is written; by default runs/NAME.")
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a field: select.images_per_class=200. Repeatable."),
+]
+Until = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Ray's own messages.")]
+ClassesPerImage = Annotated[int | None, typer.Option("--classes-per-image", metavar="P", min=1)]
+Address = Annotated[str, typer.Option("--address", help="`local`, or a running Ray cluster's address.")]
+Model = Annotated[str, typer.Option("--model", metavar="DIR", help="A model directory.")]
+
+
+def pairs(title: str, values: Mapping[str, int]) -> Any:
+    """A table of names and counts."""
+    from pipeline.tables import table
+
+    made = table(title, "", "count")
+    for name, value in values.items():
+        made.add_row(name, f"{value:,}")
+    return made
+
+
+def listed(field: str, uri: str) -> "ImageSource":
+    """A source of any layout, listed."""
+    from pipeline import recipe
+    from pipeline.sources import open_source
+
+    return open_source(field, recipe.Source(uri=uri))
+
+
+def ray_session(address: str, verbose: bool, on_start: Callable[[], None] | None = None) -> "Session":
+    """Ray for a command without a recipe."""
+    from cluster.config import Cluster
+    from cluster.session import Session
+
+    return Session(Cluster(address=address), on_start=on_start, verbose=verbose)
+
+
+def main() -> None:
+    """Runs the command line: exit code 0 on success, 2 for a user's mistake, 1 for a failure, 130 when interrupted."""
+    try:
+        app(standalone_mode=True)
+    except InputError as error:
+        _fail(str(error), 2)
+    except Interrupted as error:
+        _fail(str(error), 130)
+    except TophatError as error:
+        _fail(one_line(str(error)), 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)

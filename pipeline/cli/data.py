@@ -1,0 +1,142 @@
+"""Commands about images: ingest, score, evaluate."""
+
+from typing import Annotated, Any
+
+import typer
+
+from cluster.errors import InputError, SourceError, one_line
+from pipeline.cli.app import Address, ClassesPerImage, Model, Sets, Verbose, app, listed, out, pairs, ray_session
+
+
+@app.command()
+def ingest(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A folder of images or shards, or a known data set: digits, fashion-mnist."
+        ),
+    ],
+    to: Annotated[str, typer.Option("--out", metavar="URI", help="An empty or new folder.")],
+    layout: Annotated[str, typer.Option(help="Of the shards: webdataset or parquet.")] = "webdataset",
+    images_per_shard: Annotated[int, typer.Option(min=1, help="Images in one shard.")] = 1000,
+    origin: Annotated[
+        str | None, typer.Option("--from", metavar="DIR", help="Where a known data set's files are.")
+    ] = None,
+    train_per_class: Annotated[
+        int | None, typer.Option(min=1, help="Known data sets: labeled images of each class.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the shuffle and the split.")] = 0,
+) -> None:
+    """Turn images into shards, so that plain files can be used as a source."""
+    from cluster.progress import Display
+    from pipeline import datasets
+    from pipeline.ingest import ingest as ingest_source
+
+    lost: tuple[tuple[str, str], ...] = ()
+    display = Display(out, here=True)
+    if source in datasets.NAMES:
+        with display.task("ingest", None) as progress:
+            made = datasets.make(
+                source, to, origin=origin, train_per_class=train_per_class, seed=seed, progress=progress
+            )
+        table = pairs(f"{'Made' if made.fresh else 'Found'} {made.uri}", made.counts)
+    else:
+        if layout not in ("webdataset", "parquet"):
+            raise InputError("--layout", layout, "is not a layout of shards", "use webdataset or parquet")
+        found = listed("SOURCE", source)
+        with display.task("ingest", None) as progress:
+            written = ingest_source(
+                found,
+                to,
+                layout=layout,  # type: ignore[arg-type]
+                images_per_shard=images_per_shard,
+                seed=seed,
+                progress=progress,
+            )
+        counts: dict[str, Any] = {
+            "images": written.images,
+            "labeled": written.labeled,
+            "shards": written.shards,
+            "bytes": written.bytes,
+        }
+        table = pairs(f"{'Made' if written.fresh else 'Found'} {written.uri}", counts)
+        lost = written.unreadable
+    out.print(table)
+    for shard, reason in lost:
+        out.print(one_line(f"not read to its end: {shard}: {reason}"), markup=False)
+
+
+@app.command()
+def score(
+    model: Model,
+    source: Annotated[str, typer.Option("--source", metavar="URI", help="Images, in any layout.")],
+    to: Annotated[
+        str, typer.Option("--out", metavar="URI", help="Folder of the score table; rejects go to its _rejects.")
+    ],
+    classes_per_image: ClassesPerImage = None,
+    sets: Sets = None,
+    address: Address = "local",
+    verbose: Verbose = False,
+) -> None:
+    """Score a source with a model: P classes for each image. Run again to go on where it stopped."""
+    from cluster import storage
+    from cluster.progress import Display
+    from models.card import read_card
+    from pipeline import scoring
+    from pipeline.recipe import score_settings
+    from pipeline.rejects import REJECTS
+
+    classes = len(read_card(model).class_names)
+    settings = score_settings(sets or [], classes_per_image, classes)
+    images = listed("--source", source)
+    target = storage.absolute(to)
+    scoring.claim("--out", target, storage.absolute(model), images, settings)
+    with ray_session(address, verbose, on_start=lambda: scoring.check_cluster(settings)) as session:
+        session.start()
+        with Display(out).task("scores", None) as progress:
+            rejects = storage.join(target, REJECTS)
+            scored = scoring.score(images, storage.absolute(model), target, rejects, settings, progress)
+    counts = {
+        "images listed": scored.listed,
+        "scored": scored.scored,
+        "rejected": scored.rejected,
+        "unreadable shards": scored.unreadable_shards,
+    }
+    counts |= {f"  {reason}": count for reason, count in scored.rejects.items()}
+    out.print(pairs(f"Score table {scored.uri}", counts))
+    out.print(f"images: {scored.listed:,} listed = {scored.scored:,} scored + {scored.rejected:,} rejected")
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    source: Annotated[str, typer.Option("--source", metavar="URI", help="Labeled images.")],
+    address: Address = "local",
+    verbose: Verbose = False,
+) -> None:
+    """Measure a model's top-1 and top-5 on labeled images."""
+    from cluster import storage
+    from cluster.progress import Display
+    from models.card import read_card
+    from pipeline import labeled, tables, text
+    from pipeline.evaluation import Candidate, measure
+
+    names = read_card(model).class_names
+    images = listed("--source", source)
+    with ray_session(address, verbose) as session:
+        session.start()
+        display = Display(out)
+        with display.task("reading", None) as progress:
+            found = labeled.survey(images, progress)
+        labels = labeled.number_labels("--source", found, names, complete=False)
+        data = labeled.training_set(images, labels, names)
+        if not data.images:
+            raise SourceError("--source", source, "holds no image that can be used", "look at the files")
+        with display.task("evaluation", data.images) as progress:
+            found_by = measure({"model": Candidate(storage.absolute(model))}, data, progress)["model"]
+    table = tables.table("Evaluation", "images", "rejected", "top-1", "top-5", "loss")
+    top = [text.percent(share) for share in (found_by.top1, found_by.top5)]
+    table.add_row(f"{data.images:,}", f"{len(found.rejects):,}", *top, f"{found_by.loss:.4f}")
+    out.print(table)
+
+

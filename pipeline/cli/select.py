@@ -1,0 +1,138 @@
+"""Commands about what of U is taken: select, duplicates."""
+
+from typing import Annotated
+
+import typer
+
+from cluster.errors import InputError
+from pipeline.cli.app import Address, Verbose, app, listed, out, pairs, ray_session
+
+
+@app.command()
+def select(
+    scores: Annotated[str, typer.Option("--scores", metavar="URI", help="A score table: a folder of Parquet files.")],
+    to: Annotated[
+        str, typer.Option("--out", metavar="URI", help="Folder of the selection (of several, their folders).")
+    ],
+    images_per_class: Annotated[list[int], typer.Option("--images-per-class", metavar="K", min=1, help="Repeatable.")],
+    classes_per_image: Annotated[
+        list[int] | None, typer.Option("--classes-per-image", metavar="P", min=1, help="Repeatable; by default all.")
+    ] = None,
+    min_score: Annotated[
+        float | None, typer.Option("--min-score", help="Candidates below it are never selected.")
+    ] = None,
+    zipf_exponent: Annotated[
+        float | None, typer.Option("--zipf-exponent", metavar="S", min=0.0, help="Quotas by Zipf's law, K their mean.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", metavar="URI", help="Parquet: shard, index of images to leave out.")
+    ] = None,
+    tags: Annotated[
+        bool, typer.Option("--tags", help="The table has tags and no scores: select at random among them.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of --tags and --zipf-exponent.")] = 0,
+    memory_mib: Annotated[int, typer.Option("--memory-mib", min=64, help="For each scanning task.")] = 2048,
+    address: Address = "local",
+    verbose: Verbose = False,
+) -> None:
+    """Select the K best-scored images of each class out of any score table.
+
+    Several K or P make a selection of each pair, in one pass over the scores, in folders named by them, P10-K16000.
+    """
+    from cluster import storage
+    from cluster.progress import Display
+    from pipeline import selection, tables
+
+    ps: list[int | None] = list(classes_per_image) if classes_per_image else [None]
+    pairs = [(p, k) for p in dict.fromkeys(ps) for k in dict.fromkeys(images_per_class)]
+    wanted = [selection.Wanted(to if len(pairs) == 1 else storage.join(to, f"P{p or ''}-K{k}"), k, p) for p, k in pairs]
+    with ray_session(address, verbose) as session:
+        session.start()
+        with Display(out).task("selection", None) as progress:
+            selected = selection.select_several(
+                storage.absolute(scores),
+                wanted,
+                zipf_exponent=zipf_exponent,
+                min_score=min_score,
+                exclude=exclude or (),
+                tags=tags,
+                seed=seed,
+                memory_mib=memory_mib,
+                progress=progress,
+            )
+    if len(selected) == 1:
+        tables.print_selection(out, selected[0])
+    else:
+        tables.print_selections(out, selected)
+    for one in selected:
+        out.print(f"selection: {one.uri}", markup=False)
+
+
+@app.command()
+def duplicates(
+    to: Annotated[str, typer.Option("--out", metavar="URI", help="Folder of the pairs, the review and the list.")],
+    source: Annotated[str | None, typer.Option("--source", metavar="URI", help="U: images, in any layout.")] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option("--against", metavar="URI", help="Labeled images that must not be in U. Repeatable."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="DIR",
+            help="Whose features are compared; by default torchvision's ResNet-18, downloaded.",
+        ),
+    ] = None,
+    scores: Annotated[
+        str | None,
+        typer.Option("--scores", metavar="URI", help="U's score table by that model, made with score.embedding."),
+    ] = None,
+    nearest: Annotated[int | None, typer.Option("--nearest", metavar="N", help="Leave out the N nearest.")] = None,
+    within: Annotated[
+        float | None, typer.Option("--within", metavar="D", help="Leave out what is at most so far.")
+    ] = None,
+    copies: Annotated[bool, typer.Option("--copies", help="Leave out all but the first of equal files in U.")] = False,
+    decisions: Annotated[
+        str | None, typer.Option("--decisions", metavar="FILE", help="What the review page saved.")
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A field of deduplicate, or score.FIELD. Repeatable."),
+    ] = None,
+    address: Address = "local",
+    verbose: Verbose = False,
+) -> None:
+    """Find images of U that are near-duplicates of evaluation images, or copies; review them; list what to leave out.
+
+    First with --source and --against; then look at the review page, and give its file: --out URI --decisions FILE.
+    """
+    from cluster import storage
+    from cluster.progress import Display
+    from cluster.store import RunStore
+    from pipeline import deduplication
+    from pipeline.context import Run, Sources
+    from pipeline.recipe import deduplicate_settings
+
+    store = RunStore(storage.absolute(to))
+    with ray_session(address, verbose) as session:
+        this = Run(deduplication.CLAIM, "", store, Sources({}), session, Display(out))
+        if source is None:
+            if decisions is None:
+                fix = "add --source URI, or --decisions FILE to decide"
+                raise InputError("--source", "nothing", "must be given", fix)
+            if against or model or scores or copies or sets or nearest is not None or within is not None:
+                rule = "must be given with the other options"
+                raise InputError("--source", "nothing", rule, "add it, or give --out and --decisions alone")
+            excluded = deduplication.decide(this, decisions)
+        else:
+            options = {"nearest": nearest, "within": within, "copies": copies, "decisions": decisions, "model": model}
+            settings, score = deduplicate_settings(sets or [], **options)
+            subject = deduplication.prepare(store, listed("--source", source), against or [], settings, scores)
+            excluded = deduplication.find(this, subject, settings, score)
+    counts = {"near-duplicates": excluded.outputs.near, "copies": excluded.outputs.copies}
+    out.print(pairs(f"Left out of U: {excluded.uri}", counts | {"decided in the review": excluded.outputs.decided}))
+    if "pairs" in this.made:
+        found: deduplication.Pairs = this.made["pairs"].outputs
+        out.print(f"compared: {found.images:,} images of U with {found.labeled:,}; {found.pairs:,} pairs kept")
+        out.print(f"review: {found.review}", markup=False)

@@ -1,0 +1,171 @@
+"""A run under way: what every stage gets, and how it is done once."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from cluster.errors import RunError
+from cluster.lease import Holder
+from cluster.progress import Display
+from cluster.resources import Demand
+from cluster.session import Session
+from cluster.storage import absolute, join
+from cluster.store import Key, Made, RunStore
+from pipeline.recipe import Source
+from pipeline.sources import ImageSource, open_source
+
+T = TypeVar("T")
+
+
+class Reached(Exception):  # noqa: N818 - no error
+    """The stage that a run was to end with is made."""
+
+
+class Sources:
+    """Sources of images by the recipe's fields, each listed once, when it is first asked for."""
+
+    def __init__(self, given: Mapping[str, Source]) -> None:
+        self._given = given
+        self._found: dict[str, ImageSource] = {}
+
+    def __getitem__(self, field: str) -> ImageSource:
+        """Lists the source of a field.
+
+        Raises:
+            SourceError: it is missing or holds no images.
+        """
+        if field not in self._found:
+            self._found[field] = open_source(field, self._given[field])
+        return self._found[field]
+
+    def check(self, store: RunStore) -> None:
+        """Lists every source, before any work depends on one.
+
+        Raises:
+            SourceError: one that is missing or holds no images.
+            RunError: the run directory lies inside one, and would become a part of it.
+        """
+        for name, source in self._given.items():
+            if join(store.uri, "").startswith(join(absolute(source.uri), "")):
+                raise RunError("--run-dir", store.uri, f"lies inside {name}", "put it elsewhere")
+        for name in self._given:
+            self[name]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage that a run comes to: its name in the run, what it makes, and what it needs at once."""
+
+    name: str
+    made: Made[Any]
+    demand: Demand | None
+
+
+@dataclass
+class Run:
+    """One run of a recipe, under way or only planned.
+
+    Attributes:
+        name: the recipe's.
+        recipe: as YAML.
+        store: its directory.
+        sources: of the recipe.
+        session: Ray, which starts with the first stage that has work to do.
+        display: shows progress.
+        until: the name of the stage that the run ends with; every stage when None.
+        planning: whether stages are only listed: none works, and of those that are not made yet, nothing but the key is known.
+        planned: every stage that the run has come to, in order.
+        made: those that are made, by name.
+    """
+
+    name: str
+    recipe: str
+    store: RunStore
+    sources: Sources
+    session: Session
+    display: Display
+    until: str | None = None
+    planning: bool = False
+    planned: list[Planned] = field(default_factory=list)
+    made: dict[str, Made[Any]] = field(default_factory=dict)
+    _others: dict[str, Made[Any]] = field(default_factory=dict)
+    _parts: dict[str, str] = field(default_factory=dict)
+    _prefix: str = ""
+
+    def once(
+        self,
+        key: Key,
+        kind: type[T],
+        work: Callable[[str], T],
+        *,
+        demand: Demand | None = None,
+        parts: Mapping[str, str] | None = None,
+        needs_ray: bool = True,
+    ) -> Made[T]:
+        """A stage: `RunStore.once`, with Ray running while `work` does.
+
+        Args:
+            key: what the stage depends on; its name in the run begins with those of `named`.
+            kind: the type of what it says of its outputs.
+            work: makes them in the folder that it gets. It alone may look at the outputs of other stages.
+            demand: what it needs of the cluster at once.
+            parts: of a stage whose folder holds several, their readable names and the folders within.
+            needs_ray: whether `work` uses Ray.
+
+        Raises:
+            Reached: it was the last one wanted.
+        """
+        name = self.named_as(key.stage)
+
+        def with_ray(place: str) -> T:
+            if needs_ray:
+                self.session.start()
+            self.name_result()
+            return work(place)
+
+        def waits(holder: Holder) -> None:
+            self.display.console.print(f"{name}: waits for {holder}, which is at it", markup=False, highlight=False)
+
+        if self.planning:
+            made = self.store.find(key, kind)
+        else:
+            made = self.store.once(key, kind, with_ray, waits)
+            self.made[name] = made
+            self._parts |= {self.named_as(part): join(key.folder, folder) for part, folder in (parts or {}).items()}
+            if made.fresh:
+                self.name_result()
+        self.planned.append(Planned(name, made, demand))
+        if name == self.until:
+            raise Reached
+        return made
+
+    def reuse(self, name: str, kind: type[T]) -> Made[T] | None:
+        """A stage of the run's result as it is now, whatever it depends on; None where there is none."""
+        made = self.store.named(name, kind)
+        if made is not None:
+            self.made[name] = made
+        return made
+
+    def named_as(self, name: str) -> str:
+        """A stage's name in the run, where it is now."""
+        return f"{self._prefix}{name}"
+
+    @contextmanager
+    def named(self, prefix: str) -> Iterator[None]:
+        """Has the names of the block's stages begin with `prefix/`; an empty one leaves them as they are."""
+        before = self._prefix
+        self._prefix = f"{before}{prefix}/" if prefix else before
+        try:
+            yield
+        finally:
+            self._prefix = before
+
+    def call(self, name: str, made: Made[Any]) -> None:
+        """Gives a stage a further name in the run's result, or a stage that another one's work has made its first."""
+        if not self.planning:
+            self._others[self.named_as(name)] = made
+
+    def name_result(self) -> None:
+        """Makes the stages that are made so far the run's result."""
+        self.store.name_result(self.recipe, {**self.made, **self._others}, self._parts)

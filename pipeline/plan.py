@@ -1,0 +1,83 @@
+"""What a run will come to, before it does: its stages, what is made of them, and what the rest needs of the cluster."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+from rich.console import Console
+
+from cluster.config import Cluster
+from cluster.errors import ModelError
+from cluster.progress import Display
+from cluster.resources import Demand
+from cluster.session import Session
+from cluster.store import RunStore
+from models.config import ModelConfig
+from pipeline.context import Planned, Reached, Run, Sources
+from pipeline.recipe import Recipe, Source
+from pipeline.run import run
+
+
+def sources_of(recipe: Recipe) -> Sources:
+    """The sources of a recipe, by field."""
+    labeled, weak = recipe.labeled, recipe.teacher.weak
+    given: dict[str, Source | None] = {
+        "labeled.train": labeled.train,
+        "labeled.validation": labeled.validation,
+        "labeled.test": labeled.test,
+        "unlabeled": recipe.unlabeled,
+        "teacher.weak.images": weak and weak.images,
+    }
+    return Sources({name: source for name, source in given.items() if source is not None})
+
+
+def plan(recipe: Recipe, store: RunStore, until: str | None = None) -> list[Planned]:
+    """The stages that a run of the recipe comes to, in order: `run` itself, with nothing done.
+
+    Args:
+        recipe: of the run.
+        store: its directory.
+        until: the last stage of interest; every stage when None, and where no stage has that name.
+    """
+    quiet = Display(Console(quiet=True), enabled=False)
+    this = Run(recipe.name, "", store, sources_of(recipe), Session(Cluster()), quiet, until, planning=True)
+    try:
+        run(this, recipe)
+    except Reached:
+        pass
+    return this.planned
+
+
+def demands(planned: Sequence[Planned]) -> list[Demand]:
+    """What the stages that are not made yet need of the cluster at once, each."""
+    return [one.demand for one in planned if one.demand is not None and one.made.record is None]
+
+
+def check_networks(recipe: Recipe, planned: Sequence[Planned], sources: Sources) -> None:
+    """Builds the networks that are to be trained, before any work depends on them.
+
+    Raises:
+        ModelError: one cannot be built; names the recipe's field.
+    """
+    unmade = {one.made.key.stage for one in planned if one.made.record is None}
+    networks: dict[str, ModelConfig] = {}
+    if not isinstance(recipe.teacher.model, str) and unmade & {"teacher", "weak-pretrained"}:
+        networks["teacher.model"] = recipe.teacher.model
+    if unmade & {"pretrained", "student", "supervised"}:
+        networks["student.model"] = recipe.student.model
+    if not networks:
+        return
+
+    import torch
+
+    from models.architectures import build
+
+    classes = len(recipe.labeled.classes or sources["labeled.train"].reader.class_names or ())
+    for field, config in networks.items():
+        named = ":" not in config.architecture
+        if not (named or classes):
+            continue  # a user's factory may take the right number of classes alone, which D has still to tell
+        try:
+            with torch.device("meta") if named else nullcontext():
+                build(config, classes or 10)
+        except ModelError as error:
+            raise ModelError(f"{field}.{error.field}", error.value, error.rule, error.fix) from None

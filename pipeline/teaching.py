@@ -1,0 +1,328 @@
+"""The stages of a run that make models: the teacher in all its forms, the student and the baseline."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from cluster import storage
+from cluster.errors import ModelError, StageError, shown
+from cluster.progress import Progress
+from cluster.resources import Bundle, Demand
+from cluster.store import WORK, Key, Made, RunStore
+from models.card import CARD, WEIGHTS, read_card
+from models.config import ModelConfig, Training
+from models.job import TrainingJob
+from models.training import fit
+from pipeline import weak as weak_stage
+from pipeline.context import Run
+from pipeline.dhat import Dhat
+from pipeline.loading import TrainingSet
+from pipeline.recipe import FineTune, Teacher, Weak
+from pipeline.scoring import Scored
+from pipeline.selection import Selected
+from pipeline.stages import DhatImages, LabeledData, Trained, match_tags
+from pipeline.weak import Matched
+from tuning.sweep import best, sweep
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is to be trained.
+
+    Attributes:
+        model: the network and its input.
+        seed: of the initial weights, and of the order and the crops of the images.
+        start: the model directory whose weights it begins with; random ones when None.
+        start_fingerprint: what those weights depend on.
+        fresh_head: whether its last layer begins with random weights all the same.
+    """
+
+    model: ModelConfig
+    seed: int
+    start: str | None = None
+    start_fingerprint: str = ""
+    fresh_head: bool = False
+
+    @classmethod
+    def of(cls, teacher: Teacher, seed: int) -> "Network":
+        """The teacher's.
+
+        Raises:
+            ModelError: the model that is to be ready is not.
+        """
+        if not isinstance(teacher.model, str):
+            return cls(teacher.model, seed)
+        card = _card(teacher.model)
+        uri = storage.absolute(teacher.model)
+        return cls(card.model, seed, uri, card.weights.sha256, teacher.head == "fresh")
+
+    def afresh(self) -> "Network":
+        """The same, with random weights."""
+        return Network(self.model, self.seed)
+
+    def starting_from(self, made: Made[Trained]) -> "Network":
+        """The same, with the weights of a stage."""
+        return replace(self, start=made.uri, start_fingerprint=made.fingerprint, fresh_head=False)
+
+    @property
+    def sections(self) -> dict[str, Any]:
+        """What of a recipe decides it."""
+        return {"model": self.model, "seed": self.seed, "fresh_head": self.fresh_head}
+
+
+class Examples(Protocol):
+    """Labeled images to train on."""
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """Fingerprints of what they depend on."""
+        ...
+
+    def load(self) -> TrainingSet:
+        """The images."""
+        ...
+
+
+@dataclass(frozen=True)
+class Round:
+    """One teacher-to-student pass: steps (2) to (4)."""
+
+    scores: Made[Scored]
+    selection: Made[Selected]
+    dhat: DhatImages
+    pretrained: Made[Trained]
+    student: Made[Trained]
+
+
+def _card(uri: str) -> Any:
+    try:
+        return read_card(storage.absolute(uri))
+    except ModelError as error:
+        raise ModelError("teacher.model", uri, error.rule, error.fix) from None
+
+
+def train(
+    this: Run, name: str, network: Network, training: Training, examples: Examples, data: LabeledData
+) -> Made[Trained]:
+    """A network on labeled images, by synchronous SGD (section 4.1).
+
+    Args:
+        this: the run.
+        name: of the stage.
+        network: what is trained.
+        training: how.
+        examples: what on.
+        data: has the classes, and held-out images that the training is watched on.
+    """
+
+    def work(place: str) -> Trained:
+        _check_head(network, data)
+        images = examples.load()
+        total = training.steps(images.images) * training.global_batch
+        with this.display.task(this.named_as(name), total) as progress:
+            job = _job(this, name, network, training, images, data, progress)
+            return _fit(replace(job, out=place), storage.join(place, WORK))
+
+    return this.once(_key(name, network, training, examples.inputs, data), Trained, work, demand=_demand(this, name, training))
+
+
+def _key(name: str, network: Network, training: Training, inputs: Mapping[str, str], data: LabeledData) -> Key:
+    start = {"start": network.start_fingerprint} if network.start is not None else {}
+    return Key(name, {**network.sections, "training": training}, {**start, **inputs, **data.validation.inputs})
+
+
+def _job(
+    this: Run,
+    name: str,
+    network: Network,
+    training: Training,
+    images: TrainingSet,
+    data: LabeledData,
+    progress: Progress,
+) -> TrainingJob:
+    return TrainingJob(
+        name=name,
+        model=network.model,
+        class_names=list(data.class_names),
+        training=training,
+        data=images,
+        validation=data.validation.load(),
+        initial=network.start,
+        fresh_head=network.fresh_head,
+        out="",
+        seed=network.seed,
+        provenance={"recipe": this.name, "stage": this.named_as(name), "seed": network.seed, "run": this.store.uri},
+        progress=progress,
+    )
+
+
+def _fit(job: TrainingJob, work: str, on_report: Any = None) -> Trained:
+    fitted = fit(job, work, on_report)
+    total = job.training.steps(job.data.images) * job.training.global_batch
+    card = read_card(fitted.uri)
+    return Trained(total, job.model.architecture, card.parameters, dict(fitted.metrics), fitted.history)
+
+
+_FIELDS = {
+    "teacher": "teacher.training",
+    "weak-pretrained": "teacher.weak.training",
+    "pretrained": "pretrain",
+    "student": "fine_tune.training",
+    "supervised": "supervised",
+}
+"""Where a recipe says how a stage trains."""
+
+
+def _demand(this: Run, name: str, training: Training, trials: int = 1) -> Demand:
+    field = _FIELDS[name]
+    if this.named_as(name).startswith("self-training/") and name in ("pretrained", "student"):
+        field = f"teacher.self_training.{field}"
+    workers = training.workers * trials
+    said = f"{field}.workers" if trials == 1 else f"{field.removesuffix('.training')}.sweep.concurrent x {field}.workers"
+    return Demand(said, workers, (Bundle(workers, training.cpus_per_worker, training.gpus_per_worker),))
+
+
+def fine_tune(
+    this: Run, network: Network, settings: FineTune, data: LabeledData, *, start: Made[Trained]
+) -> Made[Trained]:
+    """(4) The pre-trained student on D: one trial for each learning rate, the best on held-out labeled images.
+
+    Trials are stages of their own, so that a wider sweep repeats none.
+    """
+    name, network = "student", network.starting_from(start)
+    rates = list(dict.fromkeys(settings.sweep.learning_rates))
+    trainings = {rate: settings.training.model_copy(update={"learning_rate": rate}) for rate in rates}
+    keys = {rate: _key("trial", network, each, data.train.inputs, data) for rate, each in trainings.items()}
+
+    def work(place: str) -> Trained:
+        images = data.train.load()
+        total = settings.training.steps(images.images) * settings.training.global_batch * len(rates)
+        with this.display.task(this.named_as(name), total) as progress:
+            jobs = {
+                rate: (keys[rate], _job(this, _trial(rate), network, each, images, data, progress.part(_trial(rate))))
+                for rate, each in trainings.items()
+            }
+            tried = sweep(
+                "sweep",
+                rates,
+                _FineTuning(this.store, jobs),
+                concurrent=settings.sweep.concurrent,
+                work=storage.join(place, WORK),
+            )
+        for trial in tried:
+            if trial.error is None and this.store.find(keys[trial.learning_rate], Trained).record is None:
+                raise StageError(f"the trial {_trial(trial.learning_rate)} ended without a model: run the same command again")
+        chosen = best(tried)
+        made = this.store.find(keys[chosen.learning_rate], Trained)
+        copy_model(made.uri, place)
+        return replace(made.outputs, images=total, learning_rate=chosen.learning_rate, trials=tuple(tried))
+
+    trials = min(settings.sweep.concurrent, len(rates))
+    inputs = {_trial(rate): key.fingerprint for rate, key in keys.items()}
+    student = this.once(
+        Key(name, {}, inputs), Trained, work, demand=_demand(this, name, settings.training, trials)
+    )
+    for rate, key in keys.items():
+        if (made := this.store.find(key, Trained)).record is not None:
+            this.call(f"trials/{_trial(rate)}", made)
+    return student
+
+
+def _trial(rate: float) -> str:
+    return f"lr-{rate!r}"
+
+
+@dataclass(frozen=True)
+class _FineTuning:
+    """One trial of the fine-tuning sweep, run in a process of Tune's."""
+
+    store: RunStore
+    trials: Mapping[float, tuple[Key, TrainingJob]]
+
+    def __call__(self, learning_rate: float, on_report: Any) -> Mapping[str, float | None]:
+        key, job = self.trials[learning_rate]
+
+        def work(place: str) -> Trained:
+            made = _fit(replace(job, out=place), storage.join(place, WORK), on_report)
+            return replace(made, learning_rate=learning_rate)
+
+        return self.store.once(key, Trained, work).outputs.metrics
+
+
+# Teachers
+
+
+def ready_model(this: Run, uri: str, data: LabeledData) -> Made[Trained]:
+    """A teacher that exists, as it is; copied, so that the run has all that it depends on.
+
+    Raises:
+        ModelError: it is no model directory, or does not know every class of D.
+    """
+    card, source = _card(uri), storage.absolute(uri)
+
+    def work(place: str) -> Trained:
+        outputs = class_outputs(uri, card.class_names, data.class_names)
+        copy_model(source, place)
+        same = outputs == tuple(range(len(card.class_names)))
+        metrics = dict(card.metrics)
+        return Trained(0, card.model.architecture, card.parameters, metrics, [], class_outputs=None if same else outputs)
+
+    key = Key("teacher", {}, {"weights": card.weights.sha256, "labeled.train": data.train.made.fingerprint})
+    return this.once(key, Trained, work)
+
+
+def class_outputs(uri: str, known: list[str], wanted: tuple[str, ...]) -> tuple[int, ...]:
+    """The model's output for each class of D, found by name.
+
+    Raises:
+        ModelError: it has none for some of them.
+    """
+    places = {name: number for number, name in enumerate(known)}
+    missing = [name for name in wanted if name not in places]
+    if missing:
+        names = shown(", ".join(map(repr, missing)), 300)
+        raise ModelError(
+            "teacher.model",
+            uri,
+            f"has no output for {len(missing)} of the {len(wanted)} classes of D ({names}); its own {len(known)} begin with "
+            f"{shown(', '.join(map(repr, known[:5])), 200)}",
+            "rename the classes of D, or train a new last layer with teacher.head: fresh and teacher.training",
+        )
+    return tuple(places[name] for name in wanted)
+
+
+def _check_head(network: Network, data: LabeledData) -> None:
+    """A model that begins a training with its own last layer knows every class."""
+    if network.start is not None and not network.fresh_head:
+        class_outputs(network.start, read_card(network.start).class_names, data.class_names)
+
+
+@dataclass(frozen=True)
+class _WeakImages:
+    """W, to train on."""
+
+    this: Run = field(repr=False)
+    made: Made[Matched]
+    classes: LabeledData
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        return {"tags": self.made.fingerprint}
+
+    def load(self) -> TrainingSet:
+        source = self.this.sources["teacher.weak.images"]
+        return weak_stage.weak_training_set(self.made.uri, source, len(self.classes.class_names))
+
+
+def pretrain_on_weak_labels(this: Run, weak: Weak, network: Network, data: LabeledData) -> Network:
+    """The network, pre-trained on weakly labeled images W (section 3.3)."""
+    matched = match_tags(this, "teacher.weak.tags", weak.tags, weak.images, data)
+    images = _WeakImages(this, matched, data)
+    return network.starting_from(train(this, "weak-pretrained", network, weak.training, images, data))
+
+
+def copy_model(source: str, target: str) -> None:
+    """Copies a model directory; the card, which makes it complete, goes last."""
+    for file in (WEIGHTS, CARD):
+        with storage.local_copy(storage.join(source, file)) as local:
+            storage.publish(storage.join(target, file), local)

@@ -1,0 +1,36 @@
+"""Runs of recipes in this process, on the Ray of the tests."""
+
+from typing import Any
+
+from rich.console import Console
+
+from cluster.progress import Display
+from cluster.session import Session
+from cluster.store import Made, RunStore
+from pipeline.content import write_run_report
+from pipeline.context import Reached, Run
+from pipeline.plan import sources_of
+from pipeline.recipe import Recipe
+from pipeline.run import run
+
+
+def execute(recipe: Recipe, uri: str, until: str | None = None) -> dict[str, Made[Any]]:
+    """The stages of a run, by name; its result is named, and its report written."""
+    store = RunStore(uri)
+    store.claim(recipe.name, recipe.to_yaml())
+    quiet = Display(Console(quiet=True), enabled=False)
+    with Session(recipe.cluster) as session:
+        this = Run(recipe.name, recipe.to_yaml(), store, sources_of(recipe), session, quiet, until)
+        try:
+            run(this, recipe)
+        except Reached:
+            pass
+        stages = dict(this.made)
+        write_run_report(this)
+        this.name_result()
+    return stages
+
+
+def fresh(stages: dict[str, Made[Any]]) -> list[str]:
+    """Names of the stages that were not found finished."""
+    return [name for name, made in stages.items() if made.fresh]
