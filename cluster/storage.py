@@ -7,6 +7,7 @@ closed after an error, which would publish half an object.
 Credentials, region and endpoint are boto3's usual ones (`AWS_ACCESS_KEY_ID`, `AWS_PROFILE`, `AWS_ENDPOINT_URL`, instance roles).
 """
 
+import errno
 import mimetypes
 import os
 import shutil
@@ -361,7 +362,86 @@ def publish(uri: str, data: bytes | Path) -> None:
                 stream.write(content)
 
 
+def create(uri: str, data: bytes) -> bool:
+    """Publishes `data` at `uri` where nothing is yet; False, and nothing changes, where something is.
+
+    Of those who create the same object at the same moment, exactly one gets True, if the store honors conditions; see `conditional`.
+
+    Raises:
+        StorageError: the store refuses.
+    """
+    if exists(uri):  # all there is to go by in a store that does not honor conditions
+        return False
+    created = _create(uri, data)
+    if created is None:
+        publish(uri, data)
+    return created is not False
+
+
+def conditional(uri: str) -> bool:
+    """Whether `create` is exact in the store of the folder `uri`: found out by writing a hidden object twice.
+
+    Raises:
+        StorageError: the store refuses.
+    """
+    probe = join(uri, f".probe-{uuid.uuid4().hex}")
+    try:
+        return _create(probe, b"1") is True and _create(probe, b"2") is False
+    finally:
+        delete_file(probe)
+
+
+def _create(uri: str, data: bytes) -> bool | None:
+    """`create`, by the store's own condition alone; None, and nothing is written, where it has none."""
+    scheme, path = _split(uri)
+    with _reported(uri):
+        if scheme == "s3":
+            return _create_s3(path, data)
+        if scheme == "file":
+            return _create_local(Path(path), data)
+        return None  # pyarrow has no conditional write
+
+
+def _create_s3(path: str, data: bytes) -> bool | None:
+    from botocore.exceptions import ClientError
+
+    client, bucket, key = _s3(path)
+    writer = uuid.uuid4().hex
+    try:
+        client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*", Metadata={"writer": writer})
+    except ClientError as error:
+        code = error.response["Error"]["Code"]
+        if code == "NotImplemented":
+            return None
+        if code == "PreconditionFailed":  # perhaps by our own first attempt, whose answer was lost on the way
+            return bool(client.head_object(Bucket=bucket, Key=key)["Metadata"].get("writer") == writer)
+        if code == "ConditionalRequestConflict":  # another one writes it at this moment
+            return False
+        raise
+    return True
+
+
+def _create_local(target: Path, data: bytes) -> bool | None:
+    with _temporary(target, data) as temporary:
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):  # a mounted file system without hard links
+                return None
+            raise
+    return True
+
+
 def _publish_local(target: Path, data: bytes | Path) -> None:
+    with _temporary(target, data) as temporary:
+        temporary.replace(target)
+
+
+@contextmanager
+def _temporary(target: Path, data: bytes | Path) -> Iterator[Path]:
+    """A file beside `target` with the content, on the disk for good; its parents are made. It is removed at the end, if it is still there."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex}.tmp")
     try:
@@ -373,7 +453,7 @@ def _publish_local(target: Path, data: bytes | Path) -> None:
                 file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(target)
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,41 @@ def test_readers_never_see_a_part(place: str) -> None:
     assert errors == []
     assert len(seen) > 1
     assert seen <= contents
+
+
+def test_only_the_first_creates(place: str) -> None:
+    target = storage.join(place, "a", "lease")
+    assert storage.create(target, b"one")
+    assert not storage.create(target, b"two")
+    assert storage.read_bytes(target) == b"one"
+    assert [f.path for f in storage.list_files(place)] == ["a/lease"]
+
+
+def race(target: str, contenders: int = 12) -> None:
+    """Exactly one of many who create an object at the same moment does so, and it is theirs."""
+    start = threading.Barrier(contenders)
+
+    def attempt(number: int) -> bool:
+        start.wait()
+        return storage.create(target, str(number).encode() * 1000)
+
+    with ThreadPoolExecutor(contenders) as pool:
+        won = [number for number, created in enumerate(pool.map(attempt, range(contenders))) if created]
+    assert len(won) == 1
+    assert storage.read_bytes(target) == str(won[0]).encode() * 1000
+
+
+def test_one_of_many_creates_on_a_local_disk(tmp_path: Path) -> None:
+    assert storage.conditional(str(tmp_path / "new" / "folder"))
+    assert not list((tmp_path / "new" / "folder").iterdir())
+    for name in "abc":
+        race(str(tmp_path / name))
+
+
+def test_a_store_that_ignores_conditions_is_found_out(s3: str) -> None:
+    assert not storage.conditional(s3)
+    assert not storage.exists(s3)
+    assert storage.list_files(s3) == []
 
 
 @pytest.mark.parametrize(
