@@ -33,10 +33,10 @@ def evaluate(models: Mapping[str, str], data: TrainingSet, progress: Progress = 
 
 def _evaluate_part(job: tuple[str, str, TrainingSet, int, int]) -> tuple[str, Any]:
     from models.checkpoint import load
-    from models.evaluation import evaluate as measure
+    from models.evaluation import evaluate_batches
 
     name, uri, data, part, parts = job
     loaded = load(uri)
     transform = loaded.config.transform
     batches = data.evaluation_batches(transform, batch_size=BATCH, rank=part, world=parts)
-    return name, measure(loaded.model, batches, transform)
+    return name, evaluate_batches(loaded.model, batches, transform)
