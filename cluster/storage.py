@@ -414,7 +414,7 @@ def _create_s3(path: str, data: bytes) -> bool | None:
         if code == "NotImplemented":
             return None
         if code == "PreconditionFailed":  # perhaps by our own first attempt, whose answer was lost on the way
-            return bool(client.head_object(Bucket=bucket, Key=key)["Metadata"].get("writer") == writer)
+            return writer in client.head_object(Bucket=bucket, Key=key)["Metadata"].values()
         if code == "ConditionalRequestConflict":  # another one writes it at this moment
             return False
         raise

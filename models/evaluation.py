@@ -75,7 +75,7 @@ def evaluation_of(counts: Tensor) -> Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(
+def evaluate_batches(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     transform: Transform,

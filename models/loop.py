@@ -22,9 +22,10 @@ from cluster.errors import ModelError, StageError
 from models import checkpoint
 from models.architectures import build
 from models.config import Training
-from models.evaluation import Evaluation, evaluate, evaluation_of, measure
+from models.evaluation import Evaluation, evaluate_batches, evaluation_of, measure
+from models.job import Row, TrainingJob
 from models.schedules import due, learning_rate
-from models.training import Job, Row
+from models.traces import Tracer, traced
 from models.transforms import normalize
 
 ROWS = 200
@@ -38,14 +39,20 @@ CHECKPOINT_RATIO = 20.0
 PROGRESS_SECONDS = 0.5
 
 
-def train(job: Job) -> dict[str, Any]:
+def train(job: TrainingJob, key: str, reports: bool) -> dict[str, Any]:
     """Trains as rank `ray.train.get_context()` says; rank 0 publishes the model.
+
+    Args:
+        job: what to train.
+        key: of the workers' traces; see `models.traces`.
+        reports: report each validation to Ray Train, where somebody listens.
 
     Returns:
         `history`, or `error`: one that every worker meets alike, which a restart would not mend.
     """
     try:
-        return {"history": _Trainer(job).run()}
+        with traced(key, ray.train.get_context().get_world_rank()) as tracer:
+            return {"history": _Trainer(job, reports).run(tracer)}
     except (ModelError, StageError) as error:
         return {"error": error}
 
@@ -62,9 +69,10 @@ def check_finite(name: str, loss: float, images_seen: int, training: Training) -
 class _Trainer:
     """The state of one worker."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: TrainingJob, reports: bool) -> None:
         context = ray.train.get_context()
         self.job = job
+        self.reports = reports
         self.training = job.training
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = get_device() if job.training.gpus_per_worker else torch.device("cpu")
@@ -87,7 +95,7 @@ class _Trainer:
         self.next_checkpoint = time.monotonic() + CHECKPOINT_SECONDS
         self._restore()
 
-    def run(self) -> list[Row]:
+    def run(self, tracer: Tracer) -> list[Row]:
         """The steps that are left."""
         job, training = self.job, self.training
         steps = training.steps(job.data.images)
@@ -103,6 +111,7 @@ class _Trainer:
         meter = _Meter(self.device)
         self._reseed()
         while self.step < steps:
+            tracer.at(self.step + 1)
             images, labels = next(batches)
             self._learn(network, images, labels, steps, meter)
             self.step += 1
@@ -157,7 +166,7 @@ class _Trainer:
             self.history[-1] |= self._validate()
         timed = self.training.checkpoint_every_images is None and bool(counts[4])
         save = (timed or self._planned()) and self.step < steps
-        if save or (validated and self.job.reports):
+        if save or (validated and self.reports):
             self._report(save)
         self._reseed()
 
@@ -184,7 +193,7 @@ class _Trainer:
             job.model.transform, batch_size=2 * self.training.batch_size, rank=self.rank, world=self.world
         )
         with self._autocast():
-            own = evaluate(self.model, batches, job.model.transform, self.device)
+            own = evaluate_batches(self.model, batches, job.model.transform, self.device)
         counts = torch.tensor([own.images, own.hits1, own.hits5, own.loss_sum], dtype=torch.float64, device=self.device)
         found = evaluation_of(self._summed(counts))
         return {"val_loss": found.loss, "val_top1": found.top1, "val_top5": found.top5}

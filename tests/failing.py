@@ -1,9 +1,16 @@
-"""A network for tests that goes well on a small batch, as in the check when it is made, and fails on a larger one."""
+"""Networks for tests that fail."""
 
+import ctypes
+import os
+from pathlib import Path
+
+import torch
 from torch import Tensor, nn
 
 
 class Failing(nn.Module):
+    """Goes well on a small batch, as in the check when it is made, and fails on a larger one."""
+
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.fc = nn.Linear(3, num_classes)
@@ -12,3 +19,29 @@ class Failing(nn.Module):
         if len(x) > 2:
             raise ValueError("nothing\nto see")
         return self.fc(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+
+class Crashing(nn.Module):
+    """A network whose process has a real segmentation fault at training step `at`, for the first `times` times.
+
+    Each crash adds a line to the file `note`. The step is in the state dict, so that it goes on after a restart.
+    """
+
+    steps: Tensor
+
+    def __init__(self, num_classes: int, at: int, times: int, note: str) -> None:
+        super().__init__()
+        self.at, self.times, self.note = at, times, Path(note)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.conv = nn.Conv2d(3, 8, 4, stride=4)
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.steps += 1
+            crashes = self.note.read_text().count("\n") if self.note.exists() else 0
+            if self.steps == self.at and crashes < self.times:
+                with self.note.open("a") as file:
+                    file.write(f"{os.getpid()}\n")
+                ctypes.string_at(0)
+        return self.fc(self.conv(x).relu().mean(dim=(2, 3)))  # type: ignore[no-any-return]

@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
+
+import boto3
+from botocore.exceptions import ClientError
 
 FAULTS = ("500", "503", "reset", "stall")
 _ERROR = '<?xml version="1.0"?><Error><Code>{}</Code><Message>injected</Message></Error>'
@@ -23,20 +27,31 @@ class FaultyProxy(ThreadingHTTPServer):
         share: of requests, from 0 to 1, that meet a fault.
         seed: of which ones do.
         stall: seconds of silence, before the connection is cut.
+        conditional: honor `If-None-Match: *` (RFC 9110, 13.1.2) as AWS's S3 does, for a server that ignores it.
     """
 
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, port: int, share: float, seed: int = 0, stall: float = 3.0) -> None:
+    def __init__(self, port: int, share: float, seed: int = 0, stall: float = 3.0, conditional: bool = False) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.upstream = port
         self.share = share
         self.stall = stall
+        self.conditional = threading.Lock() if conditional else None
         self.requests = 0
         self.injected: Counter[str] = Counter()
         self._rng = random.Random(seed)
         self._lock = threading.Lock()
+
+    def has(self, path: str) -> bool:
+        """Whether the server has an object at the path of a request."""
+        bucket, _, key = unquote(path.partition("?")[0]).lstrip("/").partition("/")
+        try:
+            boto3.client("s3", endpoint_url=f"http://127.0.0.1:{self.upstream}").head_object(Bucket=bucket, Key=key)
+        except ClientError:
+            return False
+        return True
 
     @property
     def url(self) -> str:
@@ -64,6 +79,17 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         pass
 
+    def do_PUT(self) -> None:
+        if self.server.conditional is None or self.headers.get("If-None-Match") != "*":
+            self._pass_on()
+            return
+        with self.server.conditional:
+            if not self.server.has(self.path):
+                self._pass_on()
+                return
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self._answer(412, [("Content-Type", "application/xml")], _ERROR.format("PreconditionFailed").encode())
+
     def _pass_on(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         kind = self.server.fault()
@@ -83,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = [(n, v) for n, v in answer.getheaders() if n.lower() not in ("connection", "transfer-encoding")]
         self._answer(answer.status, headers, content, kind)
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass_on  # noqa: N815 - http.server's names
+    do_GET = do_HEAD = do_POST = do_DELETE = _pass_on  # noqa: N815 - http.server's names
 
     def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes, cut: str | None = None) -> None:
         """The whole answer; with `cut`, half of it, or nothing of one without content although the store did what was asked."""
@@ -106,9 +132,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def faulty_proxy(port: int, share: float, seed: int = 0, stall: float = 3.0) -> Iterator[FaultyProxy]:
+def faulty_proxy(
+    port: int, share: float, seed: int = 0, stall: float = 3.0, conditional: bool = False
+) -> Iterator[FaultyProxy]:
     """A running proxy."""
-    proxy = FaultyProxy(port, share, seed, stall)
+    proxy = FaultyProxy(port, share, seed, stall, conditional)
     thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:

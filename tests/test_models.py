@@ -17,7 +17,7 @@ from models import checkpoint
 from models.architectures import SmallResNet, build
 from models.card import read_card
 from models.config import ARCHITECTURES, ModelConfig, Transform
-from models.evaluation import Evaluation, evaluate
+from models.evaluation import Evaluation, evaluate_batches
 from models.transforms import normalize
 
 TINY = ModelConfig(architecture="resnet8", options={"width": 4}, transform=Transform(size=16, resize=16))
@@ -280,9 +280,10 @@ def test_evaluation_counts_and_adds_up(classes: int) -> None:
     labels = torch.arange(50) % classes
     images = torch.arange(50, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4).contiguous()
     model = Table(logits, TINY.transform)
-    whole = evaluate(model, [(images, labels)], TINY.transform)
+    whole = evaluate_batches(model, [(images, labels)], TINY.transform)
     parts = [
-        evaluate(model, [(images[a:b], labels[a:b])], TINY.transform) for a, b in ((0, 1), (1, 33), (33, 50), (50, 50))
+        evaluate_batches(model, [(images[a:b], labels[a:b])], TINY.transform)
+        for a, b in ((0, 1), (1, 33), (33, 50), (50, 50))
     ]
     ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
     assert (whole.images, whole.hits1, whole.hits5) == (50, int((ranks < 1).sum()), int((ranks < 5).sum()))

@@ -14,6 +14,8 @@ import pytest
 
 from cluster import storage
 from cluster.errors import StorageError
+from faulty_proxy import faulty_proxy
+from killing import environment
 
 KILLED = """
 import os, sys, time
@@ -157,6 +159,27 @@ def test_one_of_many_creates_on_a_local_disk(tmp_path: Path) -> None:
     assert not list((tmp_path / "new" / "folder").iterdir())
     for name in "abc":
         race(str(tmp_path / name))
+
+
+def test_one_of_many_creates_in_an_object_store(s3: str) -> None:
+    server = int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2])
+    with faulty_proxy(server, 0.0, conditional=True) as proxy, environment(AWS_ENDPOINT_URL=proxy.url):
+        assert storage.conditional(s3)
+        assert storage.list_files(s3) == []
+        for name in "abc":
+            race(storage.join(s3, name))
+
+
+def test_a_lost_answer_does_not_make_the_writer_another_one(s3: str) -> None:
+    server = int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2])
+    with (
+        faulty_proxy(server, 0.4, seed=1, stall=1.2, conditional=True) as proxy,
+        environment(AWS_ENDPOINT_URL=proxy.url, TOPHAT_S3_TIMEOUT="1"),
+    ):
+        for number in range(8):
+            assert storage.create(storage.join(s3, str(number)), b"one")
+            assert not storage.create(storage.join(s3, str(number)), b"one")
+        assert proxy.injected["reset"] + proxy.injected["stall"] > 0
 
 
 def test_a_store_that_ignores_conditions_is_found_out(s3: str) -> None:

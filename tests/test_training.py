@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cluster.errors import ModelError, StageError
-from cluster.progress import SILENT
+from cluster.errors import ModelError, StageError, StorageError
 from models.card import read_card
 from models.config import ModelConfig, Training, Transform
+from models.job import Fitted, TrainingJob
 from models.schedules import due
-from models.training import Fitted, fit
+from models.training import fit
 
 MODEL = ModelConfig(architecture="resnet8", options={"width": 4}, transform=Transform(size=16, resize=16, crop="none"))
 CLASSES = ["upper left", "upper right", "lower left", "lower right"]
@@ -74,7 +75,7 @@ class Corners:
             yield self._batch(own[first : first + batch_size])
 
 
-def run(folder: Path, name: str, data: Corners, **changes: Any) -> Fitted:
+def run(folder: Path, name: str, data: Corners, model: ModelConfig = MODEL, **changes: Any) -> Fitted:
     from ray import cloudpickle  # here, because the session's environment must be set before ray is imported
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # type: ignore[no-untyped-call]  # workers cannot import a test
@@ -88,20 +89,18 @@ def run(folder: Path, name: str, data: Corners, **changes: Any) -> Fitted:
         "checkpoint_every_images": 128,
         "max_failures": 1,
     }
-    arguments: dict[str, Any] = {
-        "model": MODEL,
-        "class_names": CLASSES,
-        "training": Training.model_validate(training | changes),
-        "data": data,
-        "validation": Corners(37, seed=9),
-        "initial": None,
-        "work": str(folder / "work"),
-        "out": str(folder / name),
-        "seed": 4,
-        "provenance": {"stage": name},
-        "progress": SILENT,
-    }
-    return fit(name, **arguments)
+    job = TrainingJob(
+        name=name,
+        model=model,
+        class_names=CLASSES,
+        training=Training.model_validate(training | changes),
+        data=data,
+        validation=Corners(37, seed=9),
+        out=str(folder / name),
+        seed=4,
+        provenance={"stage": name},
+    )
+    return fit(job, str(folder / "work"))
 
 
 def test_a_killed_worker_changes_nothing(ray_local: None, tmp_path: Path) -> None:
@@ -137,6 +136,99 @@ def test_a_killed_worker_changes_nothing(ray_local: None, tmp_path: Path) -> Non
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+def crashing(folder: Path, times: int) -> ModelConfig:
+    options = {"at": 21, "times": times, "note": str(folder / f"note-{times}")}
+    return MODEL.model_copy(update={"architecture": "failing:Crashing", "options": options})
+
+
+def test_a_crash_at_the_same_step_is_not_repeated_and_says_where(ray_local: None, tmp_path: Path) -> None:
+    with pytest.raises(StageError) as caught:
+        run(tmp_path, "crash", Corners(256), crashing(tmp_path, 99), workers=1, max_failures=3)
+    assert (tmp_path / "note-99").read_text().count("\n") == 2
+    log = tmp_path / "work" / "crash" / "worker-0.txt"
+    assert str(caught.value) == (
+        "training crash: worker 0 crashed at step 21 (Segmentation fault), twice at the same step; "
+        f"{log} shows where; the network, or a library under it, cannot do that step: change its sizes or that library"
+    )
+    assert "failing.py" in log.read_text()
+    assert not list(Path(tempfile.gettempdir()).glob("tophat-crash-*"))
+
+
+@pytest.mark.slow
+def test_a_crash_once_changes_nothing(ray_local: None, tmp_path: Path) -> None:
+    calm, disturbed = (
+        run(tmp_path, f"crashes-{times}", Corners(256), crashing(tmp_path, times), workers=1, max_failures=1)
+        for times in (0, 1)
+    )
+    assert (tmp_path / "note-1").read_text().count("\n") == 1
+    first, second = (load_file(Path(fitted.uri) / "model.safetensors") for fitted in (calm, disturbed))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert [row["loss"] for row in calm.history] == [row["loss"] for row in disturbed.history]
+    assert not list(Path(tempfile.gettempdir()).glob("tophat-crashes-*"))
+
+
+def test_a_killed_worker_is_told_from_a_crash(ray_local: None, tmp_path: Path) -> None:
+    killed = Corners(256, kill_at=16 * 21, killed=str(tmp_path / "killed"))
+    with pytest.raises(StageError) as caught:
+        run(tmp_path, "lost", killed, max_failures=0)
+    assert str(caught.value) == (
+        "training lost: worker 1 died at step 11 (it had no time to say why), failure 1 (max_failures = 0); "
+        "it was killed, often for want of memory (lower batch_size), or its node was lost; "
+        f"see {tmp_path}/work/lost/worker-1.txt"
+    )
+
+
+def test_an_error_of_the_network_names_its_step(ray_local: None, tmp_path: Path) -> None:
+    failing = MODEL.model_copy(update={"architecture": "failing:Failing", "options": {}})
+    with pytest.raises(StageError) as caught:
+        run(tmp_path, "error", Corners(256), failing, workers=1, max_failures=0)
+    assert str(caught.value) == (
+        "training error: worker 0 failed at step 1 (ValueError: nothing to see), failure 1 (max_failures = 0); "
+        f"see {tmp_path}/work/error/worker-0.txt"
+    )
+    assert "failing.py" in (tmp_path / "work/error/worker-0.txt").read_text()
+
+
+CRASH = "Fatal Python error: Segmentation fault\n\nCurrent thread ..."
+
+
+@pytest.mark.parametrize(
+    ("cause", "before", "now", "repeats"),
+    [
+        (ValueError("shapes"), (7, ""), (7, ""), True),
+        (ValueError("shapes"), (6, ""), (7, ""), False),
+        (ValueError("shapes"), (0, ""), (0, ""), False),
+        (None, (7, CRASH), (7, CRASH), True),
+        (None, (0, CRASH), (0, CRASH), True),
+        (None, None, (7, ""), False),
+        (None, (7, ""), None, False),
+        (ConnectionResetError(), (7, ""), (7, ""), False),
+        (StorageError("uri", "s3://x", "could not be reached", "check it"), (7, ""), (7, ""), False),
+    ],
+)
+def test_which_failure_would_come_again(
+    cause: Exception | None, before: tuple[int, str] | None, now: tuple[int, str] | None, repeats: bool
+) -> None:
+    from models.traces import Failure, Trace
+
+    earlier, later = (Failure(1, cause, found and Trace(1, *found)) for found in (before, now))
+    assert later.repeats(earlier) is repeats
+
+
+def test_the_worker_that_crashed_is_named_and_not_those_that_lost_it() -> None:
+    from ray.exceptions import ActorDiedError
+
+    from models.traces import Trace, failure_of
+
+    lost, ours = RuntimeError("Connection closed by peer"), ModelError("model", "x", "is bad", "mend it")
+    traces = [Trace(0, 3, ""), Trace(1, 3, ""), Trace(2, 4, CRASH)]
+    assert failure_of({0: lost, 1: ActorDiedError()}, traces).rank == 2
+    assert failure_of({0: lost, 1: ActorDiedError()}, traces[:2]).rank == 1
+    assert failure_of({0: lost, 1: ours}, traces[:2]).cause is ours
+    assert failure_of({0: lost}, []).trace is None
+    assert failure_of({0: lost}, traces[:2]).trace == traces[0]
+
+
 def test_a_loss_that_is_no_number_is_one_line() -> None:
     from models.loop import check_finite
 
@@ -151,18 +243,17 @@ def test_a_loss_that_is_no_number_is_one_line() -> None:
 def test_a_missing_initial_model_is_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no model\.json"):
         fit(
-            "no-start",
-            model=MODEL,
-            class_names=CLASSES,
-            training=Training(epochs=1),
-            data=Corners(8),
-            validation=None,
-            initial=str(tmp_path / "nothing"),
-            work=str(tmp_path / "work"),
-            out=str(tmp_path / "out"),
-            seed=0,
-            provenance={},
-            progress=SILENT,
+            TrainingJob(
+                name="no-start",
+                model=MODEL,
+                class_names=CLASSES,
+                training=Training(epochs=1),
+                data=Corners(8),
+                initial=str(tmp_path / "nothing"),
+                out=str(tmp_path / "out"),
+                seed=0,
+            ),
+            str(tmp_path / "work"),
         )
 
 
