@@ -1,0 +1,192 @@
+"""Every kind of teacher, and rounds, on tiny real data in one run directory: each run ends in its table, and shares what it can."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from rich.console import Console
+
+import tiny
+from cluster.errors import ModelError
+from cluster.store import Made, RunStore
+from models.card import read_card
+from models.checkpoint import load, save
+from pipeline import tables
+from pipeline.plan import plan
+from pipeline.recipe import validate
+from runs import execute, fresh
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+QUICK = {"batch_size": 12, "learning_rate": 0.5, "drops": 0, "epochs": 2}
+FINE_TUNE = {"training": QUICK, "sweep": {"learning_rates": [0.1]}}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tiny")
+    tiny.write_folders(root)
+    return root
+
+
+def recipe(folders: Path, **changes: Any) -> dict[str, Any]:
+    quick = {"pretrain": QUICK, "fine_tune": FINE_TUNE, "supervised": QUICK}
+    return tiny.recipe(str(folders), **{**quick, **changes})
+
+
+@pytest.fixture(scope="module")
+def run_dir(folders: Path, tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> str:
+    """A finished run of the plain recipe."""
+    uri = str(tmp_path_factory.mktemp("runs") / "tiny")
+    execute(validate(recipe(folders)), uri)
+    return uri
+
+
+@pytest.fixture(scope="module")
+def ready(run_dir: str, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The teacher of that run as somebody else's: its classes are in another order, among two that D lacks and no image resembles."""
+    teacher = load(str(Path(run_dir, "teacher")))
+    state = teacher.model.state_dict()
+    order = [2, 0, 1]
+    for name, extra in (("fc.weight", torch.zeros(2, state["fc.weight"].shape[1])), ("fc.bias", torch.full((2,), -1e4))):
+        rows = torch.cat([state[name], extra])
+        state[name] = rows[[3, *order, 4]]
+    names = ["seven", *(teacher.class_names[number] for number in order), "eight"]
+    from models.architectures import build
+
+    network = build(teacher.config, 5)
+    network.load_state_dict(state)
+    uri = str(tmp_path_factory.mktemp("models") / "ready")
+    save(uri, network, config=teacher.config, class_names=names, metrics={}, provenance={})
+    return uri
+
+
+def closing(stages: dict[str, Made[Any]]) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    tables.print_closing(console, stages)
+    return console.export_text()
+
+
+def test_a_ready_teacher_is_used_as_it_is_and_its_classes_are_found_by_name(
+    run_dir: str, folders: Path, ready: str
+) -> None:
+    before = pq.read_table(Path(run_dir, "selection"))
+    stages = execute(validate(recipe(folders, teacher={"model": ready})), run_dir)
+    assert stages["teacher"].outputs.class_outputs == (2, 3, 1)  # one, two, zero
+    assert stages["teacher"].outputs.images == 0
+    assert "supervised" not in fresh(stages)
+    after = pq.read_table(Path(run_dir, "selection"))
+    for name in ("class_id", "rank", "shard", "index"):
+        assert after[name] == before[name]
+    evaluated = stages["evaluation"].outputs.models["teacher"]
+    card = read_card(str(Path(run_dir, "teacher")))
+    assert card.class_names == ["seven", "zero", "one", "two", "eight"]
+    assert evaluated.top1 > 0.6  # as the first run's: three easy classes
+    assert "found finished" not in closing(stages)
+
+
+def test_a_ready_teacher_can_be_fine_tuned(run_dir: str, folders: Path, ready: str) -> None:
+    teacher = {"model": ready, "training": QUICK}
+    stages = execute(validate(recipe(folders, teacher=teacher)), run_dir, until="teacher")
+    assert fresh(stages) == ["teacher"]
+    assert load(stages["teacher"].uri).class_names == ["one", "two", "zero"]
+    started = stages["teacher"].outputs.history[0]["top1"]
+    fresh_head = execute(validate(recipe(folders, teacher={**teacher, "head": "fresh"})), run_dir, until="teacher")
+    assert fresh(fresh_head) == ["teacher"]
+    assert fresh_head["teacher"].outputs.history[0]["top1"] < started  # it knew the classes, and forgot them
+
+
+def test_a_ready_teacher_that_lacks_classes_is_refused(folders: Path, tmp_path: Path, run_dir: str) -> None:
+    teacher = load(str(Path(run_dir, "supervised")))
+    names = ["uno", "two", "nil"]
+    save(str(tmp_path), teacher.model, config=teacher.config, class_names=names, metrics={}, provenance={})
+    for extra in ({}, {"training": QUICK}):
+        other = validate(recipe(folders, teacher={"model": str(tmp_path), **extra}))
+        with pytest.raises(ModelError) as error:
+            execute(other, run_dir, until="teacher")
+        assert str(error.value) == (
+            f"teacher.model = {str(tmp_path)!r}: has no output for 2 of the 3 classes of D ('one', 'zero'); its own 3 begin with "
+            "'uno', 'two', 'nil'; rename the classes of D, or train a new last layer with teacher.head: fresh and teacher.training"
+        )
+
+
+def test_a_model_that_is_not_there_is_refused_before_anything(folders: Path, tmp_path: Path) -> None:
+    other = validate(recipe(folders, teacher={"model": str(tmp_path / "nowhere")}))
+    with pytest.raises(ModelError, match=r"^teacher\.model = .* has no model\.json"):
+        plan(other, RunStore(str(tmp_path / "run")))
+
+
+def test_a_teacher_that_is_pre_trained_on_weak_labels(run_dir: str, folders: Path, tmp_path: Path) -> None:
+    images = tiny.digits()
+    for number, (name, files) in enumerate(images.items()):
+        for position, data in enumerate(files[200:210]):
+            (tmp_path / f"{name}-{position}.png").write_bytes(data)
+            tag = "#Zero" if name == "zero" else "one" if position % 2 else "other"
+            (tmp_path / f"{name}-{position}.txt").write_text(f"a {tag} photo {number}")
+    weak = {"images": {"uri": str(tmp_path)}, "training": QUICK}
+    teacher = {**recipe(folders)["teacher"], "weak": weak}
+    stages = execute(validate(recipe(folders, teacher=teacher)), run_dir)
+    assert fresh(stages)[:3] == ["tags", "weak-pretrained", "teacher"]
+    matched = stages["tags"].outputs
+    assert (matched.images, matched.tagged, matched.per_class) == (30, 20, (10, 0, 10))  # one, two, zero
+    assert stages["teacher"].key.inputs["start"] == stages["weak-pretrained"].fingerprint
+    text = closing(stages)
+    assert "tags: 20 of 30 images have a class; 1 of 3 classes got none" in text
+    assert "Weak labels" in Path(run_dir, "report", "index.html").read_text()
+
+
+def test_tags_that_select_are_matched_in_the_same_way(run_dir: str, folders: Path, tmp_path: Path) -> None:
+    from pipeline.sources import open_source
+    from pipeline.recipe import Source
+
+    source = open_source("unlabeled", Source(uri=str(folders / "unlabeled")))
+    words = {
+        "shard": [shard.name for shard in source.shards() for _ in shard.files],
+        "index": [number for shard in source.shards() for number, _ in enumerate(shard.files)],
+        "tags": [
+            [tiny.CLASSES[int(path[:3]) % 3]] if path[:3].isdigit() else ["broken"]
+            for shard in source.shards()
+            for path in shard.files
+        ],
+    }
+    import pyarrow as pa
+
+    schema = pa.schema([("shard", pa.string()), ("index", pa.uint32()), ("tags", pa.list_(pa.string()))])
+    pq.write_table(pa.table(words, schema=schema), tmp_path / "tags.parquet")
+    select = {"images_per_class": 20, "tags": str(tmp_path / "tags.parquet")}
+    stages = execute(validate(recipe(folders, select=select)), run_dir, until="selection")
+    assert fresh(stages) == ["tags", "selection"]
+    assert stages["tags"].outputs.per_class == (50, 50, 50)
+    assert stages["selection"].outputs.counts == (20, 20, 20)
+
+
+def test_a_teacher_that_was_taught_by_itself(run_dir: str, folders: Path) -> None:
+    teacher = {**recipe(folders)["teacher"], "self_training": {"pretrain": QUICK, "fine_tune": FINE_TUNE}}
+    stages = execute(validate(recipe(folders, teacher=teacher)), run_dir)
+    # The plain recipe's teacher is the first one: its scores, its selection and D-hat are there.
+    again = ("teacher", "scores", "selection", "dhat", "gallery")
+    assert not {f"self-training/{name}" for name in again} & set(fresh(stages))
+    assert stages["scores"].key.inputs["teacher"] == stages["self-training/student"].fingerprint
+    assert RunStore(run_dir).result()["teacher"] == stages["self-training/student"].key.folder
+    assert "gain" not in closing(stages)
+    evaluated = stages["evaluation"].outputs.models
+    assert set(evaluated) == {"teacher", "pretrained", "student", "supervised"}
+
+
+def test_the_student_of_a_round_teaches_the_next(run_dir: str, folders: Path) -> None:
+    stages = execute(validate(recipe(folders, rounds=2)), run_dir)
+    assert not {name for name in fresh(stages) if name.startswith("round-1/")}  # one round is the first of two
+    assert stages["round-2/scores"].key.inputs["teacher"] == stages["round-1/student"].fingerprint
+    text = closing(stages)
+    rows = [line for line in text.splitlines() if line.strip().startswith("student ")]
+    assert [row.split("parameters), ")[1].split()[:2] for row in rows] == [["round", "1"], ["round", "2"]]
+    assert "round-2: images: 153 listed = 150 scored + 3 rejected" in text
+    page = Path(run_dir, "report", "index.html").read_text()
+    assert "Student of round 1, fine-tuned" in page
+    assert 'href="../round-2/gallery/index.html"' in page
+    result = RunStore(run_dir).result()
+    assert result["student"] == result["round-2/student"]
+    assert Path(run_dir, "round-1", "rejects").is_dir()
