@@ -9,7 +9,7 @@ import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from queue import Full, Queue
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster import storage
-from cluster.errors import StageError, one_line
+from cluster.errors import SourceError, StageError, one_line, shown
 from models.config import Transform
 from pipeline.shards import Label, Reader, Row, Shard, ShardError
+from pipeline.sources import ImageSource
 
 if TYPE_CHECKING:
     import torch
@@ -103,18 +104,20 @@ class TrainingSet:
     Attributes:
         reader: of the source.
         shards: those that hold usable images.
-        rows: per shard, int64 [n], ascending indices of its usable images.
-        class_ids: the network's output for each label of the source.
+        rows: per shard, int64 [n], ascending indices of its usable images; an index may repeat where `labels` are given.
+        class_ids: the network's output for each label, of the source or of `labels`.
+        labels: per shard, int64 [n], the label of each of `rows`, in place of the source's own; None where those are used.
     """
 
     reader: Reader
     shards: tuple[Shard, ...]
     rows: tuple[Integers, ...]
     class_ids: dict[Label, int]
+    labels: tuple[Integers, ...] | None = None
 
     @property
     def images(self) -> int:
-        """Images in one epoch."""
+        """Images in one epoch; one that has several labels counts once for each."""
         return sum(len(rows) for rows in self.rows)
 
     def training_batches(
@@ -191,22 +194,26 @@ class TrainingSet:
             epoch += 1
 
     def _read(self, piece: Piece, cache: dict[int, list[Row]] | None) -> Iterator[tuple[Row, Shard]]:
-        shard, usable = self.shards[piece.shard], self.rows[piece.shard]
+        shard = self.shards[piece.shard]
         if cache is not None:
             if piece.shard not in cache:
-                cache[piece.shard] = list(self._rows_of(shard, usable))
+                cache[piece.shard] = list(self._rows_of(piece.shard, 0, len(self.rows[piece.shard])))
             rows: Iterable[Row] = cache[piece.shard][piece.start : piece.stop]
         else:
-            rows = self._rows_of(shard, usable[piece.start : piece.stop])
+            rows = self._rows_of(piece.shard, piece.start, piece.stop)
         for row in rows:
             yield row, shard
 
-    def _rows_of(self, shard: Shard, wanted: Integers) -> Iterator[Row]:
+    def _rows_of(self, number: int, start: int, stop: int) -> Iterator[Row]:
+        shard, wanted = self.shards[number], self.rows[number][start:stop]
+        labels = None if self.labels is None else self.labels[number][start:stop].tolist()
         count = 0
         try:
             for row in self.reader.read(shard, wanted.tolist()):
-                count += 1
-                yield row
+                first, last = np.searchsorted(wanted, [row.index, row.index + 1])
+                for place in range(first, last):
+                    count += 1
+                    yield row if labels is None else replace(row, label=labels[place])
         except ShardError as error:
             raise StageError(f"shard {shard.name} of {self.reader.root} cannot be read any more: {error}") from None
         if count != len(wanted):
@@ -249,6 +256,54 @@ def dhat_training_set(uri: str, classes: int) -> TrainingSet:
         counts = tuple(pool.map(rows, files))
     shards = tuple(Shard(f.path, f.size, f.etag) for f in files)
     return TrainingSet(Reader(uri, "parquet"), shards, counts, {number: number for number in range(classes)})
+
+
+def weak_training_set(uri: str, source: ImageSource, classes: int) -> TrainingSet:
+    """W as training data: every tagged image with its class; one that has several classes appears once for each, as in D-hat (section 3.3).
+
+    All of its images were decoded when the tags were matched, so that none ends a training.
+
+    Args:
+        uri: the folder that `pipeline.weak.match_tags` wrote.
+        source: that it was made of.
+        classes: how many there are.
+
+    Raises:
+        SourceError: the folder is not that, or is of another source or of other classes.
+    """
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    from pipeline.score_table import CLASSES_METADATA, blamed
+
+    by_name = {shard.name: shard for shard in source.shards()}
+    fix = "match the tags of this source again"
+
+    def read(path: str) -> list[tuple[Shard, Integers, Integers]]:
+        place = storage.join(uri, path)
+        with storage.open_input(place) as file, blamed("weak labels", lambda: place, fix):
+            table = pq.read_table(file, columns=["shard", "index", "class_ids"])
+            if int(said := (table.schema.metadata or {}).get(CLASSES_METADATA, 0)) != classes:
+                raise ValueError(f"has {int(said)} classes, and {classes} are expected")
+            names, lists = table["shard"].combine_chunks().dictionary_encode(), table["class_ids"].combine_chunks()
+            row, labels = pc.list_parent_indices(lists).to_numpy(), lists.flatten().to_numpy().astype(np.int64)
+            index = table["index"].to_numpy().astype(np.int64)[row]
+            code = names.indices.to_numpy()[row]
+        found = []
+        for number, name in enumerate(names.dictionary.to_pylist()):
+            if name not in by_name:
+                rule = f"names the shard {shown(name)}, which the source does not have"
+                raise SourceError("weak labels", place, rule, fix)
+            found.append((by_name[name], index[code == number], labels[code == number]))
+        return found
+
+    files = [file.path for file in storage.list_files(uri, ".parquet") if not file.path.startswith("_")]
+    if not files:
+        raise SourceError("weak labels", uri, "holds no Parquet files", fix)
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        found = [each for part in pool.map(read, files) for each in part]  # no shard is in two files
+    shards, rows, labels = zip(*found, strict=True)
+    return TrainingSet(source.reader, shards, rows, {number: number for number in range(classes)}, labels)
 
 
 def _decoded(row: Row, shard: Shard, decode: Callable[[bytes], npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:

@@ -1,6 +1,7 @@
 """Shards of images and how they are read: WebDataset tars, Parquet with an image column, groups of image files."""
 
 import io
+import json
 import random
 import re
 import tarfile
@@ -41,6 +42,9 @@ READ_BYTES = 4 * 2**20
 """Of one request to an object store, at most: large, because each takes tens of milliseconds whatever its size."""
 MAX_IMAGE_BYTES = 256 * 2**20
 MAX_HEADER_BYTES = 2**20
+MAX_SIDECAR_BYTES = 2**20
+TAG_FIELDS = ("tags", "caption")
+"""Columns of a Parquet source, and keys of a JSON sidecar, that hold tags; both are read where there are both."""
 _LONG_HEADERS = (b"g", b"x", b"X", b"L", b"K")
 
 
@@ -97,6 +101,7 @@ class Row:
         label: the class's name or number, where the source has labels.
         problem: why the image's bytes could not be had, although the shard is readable; None when they could.
         offset: in a tar, the byte where its sample begins.
+        words: its tags, and the words of its caption, where the reader is asked for them.
     """
 
     index: int
@@ -104,6 +109,7 @@ class Row:
     label: Label = None
     problem: str | None = None
     offset: int = 0
+    words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +137,8 @@ class Reader:
 
     Attributes:
         class_names: names of numeric labels, where the source knows them.
+        tags: whether `Row.words` is filled: in a tar from the sample's `.txt` and `.json`, in a folder from the `.txt` beside the image,
+            in Parquet from the columns of `TAG_FIELDS`. An image without any of these has no words.
     """
 
     root: str
@@ -138,6 +146,7 @@ class Reader:
     image_column: str = "image"
     label_column: str = "label"
     class_names: tuple[str, ...] | None = None
+    tags: bool = False
 
     def read(self, shard: Shard, rows: Collection[int] | None = None, *, unchanged: bool = False) -> Iterator[Row]:
         """The images of a shard in row order. A store that fails for a moment is asked again, from the byte that came last.
@@ -219,6 +228,7 @@ class Reader:
             tarfile.open(fileobj=content, mode="r|gz" if compressed else "r|", tarinfo=_Member) as archive,
         ):
             index, key, data, label, problem, offset = -1, None, b"", None, None, 0
+            words: tuple[str, ...] = ()
             certain = unlabeled = False  # `data` is no mask; samples here have no labels
             try:
                 for member in archive:
@@ -229,9 +239,9 @@ class Reader:
                     if (folder, stem) != key:
                         if key is not None and (wanted is None or index in wanted):
                             unlabeled = unlabeled or label is None
-                            yield Row(index, data, label, problem, offset)
+                            yield Row(index, data, label, problem, offset, words)
                         index, key, data, label, problem = index + 1, (folder, stem), b"", None, None
-                        offset = member.offset
+                        offset, words = member.offset, ()
                     if wanted is not None and index not in wanted:
                         continue
                     plain = extension.lower().rpartition(".")[2]
@@ -246,13 +256,15 @@ class Reader:
                             data, problem = _content(archive, member), None
                     elif extension in ("cls", "cls.txt") and member.isfile() and member.size < 10_000:
                         label = _label(_content(archive, member).decode("utf-8", "replace"))
+                    elif self.tags and plain == extension.lower() and plain in ("txt", "json"):
+                        words += _sidecar_words(plain, _content(archive, member, MAX_SIDECAR_BYTES))
             except (tarfile.TarError, EOFError, ValueError):
                 # Nothing of this sample is lost; what gzip gives just before damage may be damaged too.
                 if data and certain and (unlabeled or label is not None) and not compressed:
-                    yield Row(index, data, label, problem, offset)
+                    yield Row(index, data, label, problem, offset, words)
                 raise
             if key is not None and (wanted is None or index in wanted):
-                yield Row(index, data, label, problem, offset)
+                yield Row(index, data, label, problem, offset, words)
 
     def _read_parquet(self, shard: Shard, wanted: frozenset[int] | None) -> Iterator[Row]:
         import pyarrow as pa
@@ -264,25 +276,23 @@ class Reader:
                 raise SourceError(
                     "image_column", self.image_column, f"is not in {shard.name}", f"use one of {', '.join(names)}"
                 )
-            columns = [self.image_column, *([self.label_column] if self.label_column in names else [])]
+            tags = [name for name in TAG_FIELDS if self.tags and name in names]
+            columns = [self.image_column, *([self.label_column] if self.label_column in names else []), *tags]
             start = 0
             for batch in parquet.iter_batches(batch_size=256, columns=columns):
                 images, labels = batch.column(self.image_column), None
                 if pa.types.is_struct(images.type):
                     images = images.field("bytes")
                 if not (pa.types.is_binary(images.type) or pa.types.is_large_binary(images.type)):
-                    raise SourceError(
-                        "image_column",
-                        self.image_column,
-                        f"holds {images.type} in {shard.name}",
-                        "name a column of encoded images",
-                    )
-                if len(columns) > 1:
+                    rule = f"holds {images.type} in {shard.name}"
+                    raise SourceError("image_column", self.image_column, rule, "name a column of encoded images")
+                if self.label_column in names:
                     labels = batch.column(self.label_column)
                 for offset in range(batch.num_rows):
                     if wanted is None or start + offset in wanted:
                         label = None if labels is None else labels[offset].as_py()
-                        yield Row(start + offset, images[offset].as_py() or b"", label)
+                        words = tuple(word for name in tags for word in split_tags(batch.column(name)[offset].as_py()))
+                        yield Row(start + offset, images[offset].as_py() or b"", label, words=words)
                 start += batch.num_rows
 
     def _read_files(self, shard: Shard, wanted: frozenset[int] | None, unchanged: bool) -> Iterator[Row]:
@@ -299,7 +309,14 @@ class Reader:
                                 data, problem = b"", "the file changed since it was listed"
                 except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
                     data, problem = b"", one_line(f"{type(error).__name__}: {error.strerror or error}")
-                yield Row(index, data, folder, problem)
+                yield Row(index, data, folder, problem, words=self._words_beside(path) if self.tags else ())
+
+    def _words_beside(self, path: str) -> tuple[str, ...]:
+        try:
+            with self._open(f"{path.rpartition('.')[0]}.txt") as file:
+                return _sidecar_words("txt", file.read(MAX_SIDECAR_BYTES))
+        except FileNotFoundError:
+            return ()
 
 
 def _asked(uri: str, ask: Callable[[], T]) -> T:
@@ -372,14 +389,38 @@ def _buffered(file: "pa.NativeFile | _RemoteFile") -> Any:
     return io.BufferedReader(file, READ_BYTES) if isinstance(file, _RemoteFile) else nullcontext(file)
 
 
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member)
-    return b"" if file is None else file.read()
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, size: int = -1) -> bytes:
+    file = archive.extractfile(member) if member.isfile() else None
+    return b"" if file is None else file.read(size)
 
 
 def _label(text: str) -> Label:
     text = text.strip()
     return int(text) if re.fullmatch(r"-?\d{1,9}", text) else text
+
+
+def split_tags(value: object) -> tuple[str, ...]:
+    """The tags of one image.
+
+    Args:
+        value: a text, which is split at white space, commas and semicolons, and before each `#`; or a list, each text of which is a tag.
+            Anything else has no tags.
+    """
+    if isinstance(value, str):
+        return tuple(re.findall(r"#?[^\s,;#]+", value))
+    return tuple(item for item in value if isinstance(item, str)) if isinstance(value, list) else ()
+
+
+def _sidecar_words(suffix: str, content: bytes) -> tuple[str, ...]:
+    """The words of a text, or those in the tags and the caption of a JSON object; none of what is no JSON object."""
+    text = content.decode("utf-8-sig", "replace")
+    if suffix == "txt":
+        return split_tags(text)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return ()
+    return tuple(w for name in TAG_FIELDS for w in split_tags(found.get(name))) if isinstance(found, dict) else ()
 
 
 def shard_table(shards: Iterable[Shard]) -> "pa.Table":
