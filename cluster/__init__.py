@@ -12,11 +12,6 @@ ENVIRONMENT = {
     # Stores other than AWS refuse the trailing checksums that recent AWS SDKs add to uploads (HTTP 411).
     "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
     "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
-    # A model's forward pass runs in a thread, and memory that threads other than the first free goes back to the system each time:
-    # getting it again takes a fifth of a forward pass on a CPU.
-    "MALLOC_ARENA_MAX": "1",
-    # A process that waits for its next task costs memory; to start another one costs seconds of a core.
-    "RAY_idle_worker_killing_time_threshold_ms": "60000",
     # A failed task is reported once, by us; Ray would repeat it on standard error.
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

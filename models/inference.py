@@ -3,7 +3,7 @@
 import ctypes
 import platform
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
+from cluster.errors import ModelError
 from models.checkpoint import load
 from models.config import CPU_BATCH, GPU_BATCH, Views
 from models.features import Features
@@ -33,11 +34,6 @@ class Prediction(NamedTuple):
     scores: NDArray[np.float32]
     features: NDArray[np.float16] | None
 
-    def of(self, start: int, stop: int) -> "Prediction":
-        """Of the images `[start, stop)` alone."""
-        features = None if self.features is None else self.features[start:stop]
-        return Prediction(self.classes[start:stop], self.scores[start:stop], features)
-
 
 @dataclass(frozen=True)
 class Inference:
@@ -45,6 +41,8 @@ class Inference:
 
     Attributes:
         classes_per_image: P.
+        outputs: the network's outputs that count, in the order of the classes to report: class i is output `outputs[i]`. The softmax
+            is over all outputs. None takes every output as the class of its own number.
         batch_size: images of a forward pass; by default what suits the device.
         views: which crops of an image are scored; their softmax (or logits) is averaged, as the paper does over the clips of
             a video (section 4.3). `center`; `mirrored`: also its mirror image; `five`: the center and the four corners of a
@@ -59,6 +57,7 @@ class Inference:
     """
 
     classes_per_image: int
+    outputs: tuple[int, ...] | None = None
     batch_size: int | None = None
     views: Views = "center"
     logits: bool = False
@@ -140,7 +139,8 @@ class Predictor:
         content: of the file of weights, where it has been read already.
 
     Raises:
-        ModelError: the directory cannot be used, or features are wanted of a network whose last layer is not linear.
+        ModelError: the directory cannot be used, has fewer outputs than are wanted, or features are wanted of a network whose last
+            layer is not linear.
     """
 
     def __init__(self, uri: str, how: Inference, content: bytes | None = None) -> None:
@@ -151,6 +151,10 @@ class Predictor:
         if self._device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = False  # of convolutions, where torch has it on
         self.how, self.transform = how, loaded.config.transform
+        if missing := {*(how.outputs or ())} - {*range(len(loaded.class_names))}:
+            rule = f"has {len(loaded.class_names)} outputs, and output {max(missing)} is wanted"
+            raise ModelError("model", uri, rule, "name outputs that it has")
+        self._outputs = None if how.outputs is None else torch.tensor(how.outputs, device=self._device)
         self.batch_size = how.batch_size or (CPU_BATCH if self._device.type == "cpu" else GPU_BATCH)
         model = folded(loaded.model, self.transform.size).requires_grad_(False)
         model = model.to(self._device).to(memory_format=torch.channels_last)
@@ -164,16 +168,14 @@ class Predictor:
             keep_memory()  # from now on: what was needed to make the model goes back
 
     @torch.inference_mode()
-    def __call__(self, *images: NDArray[np.uint8]) -> Prediction:
-        """The best classes of decoded images, those of one array after those of another: uint8 [n, 3, side, side], `side` that of
-        `Transform.seen_by`."""
-        total = sum(map(len, images))
-        if not total:
+    def __call__(self, images: NDArray[np.uint8]) -> Prediction:
+        """The best classes of decoded images: uint8 [N, 3, side, side], `side` that of `Transform.seen_by`. Nothing is written to them."""
+        if not len(images):
             empty = None if self._features is None else np.empty((0, self._features.width), np.float16)
             size = (0, self.how.classes_per_image)
             return Prediction(np.empty(size, np.int32), np.empty(size, np.float32), empty)
         with self._passing:
-            answers = [None if one is None else one.to("cpu", non_blocking=True) for one in self._passed(images, total)]
+            answers = [None if one is None else one.to("cpu", non_blocking=True) for one in self._passed(images)]
             answered = None
             if self._copying is not None:
                 answered = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
@@ -183,20 +185,23 @@ class Predictor:
         classes, scores, features = (None if one is None else one.numpy() for one in answers)
         return Prediction(cast("NDArray[np.int32]", classes), cast("NDArray[np.float32]", scores), features)
 
-    def _passed(self, images: Sequence[NDArray[np.uint8]], total: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _passed(self, images: NDArray[np.uint8]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Classes, scores and features, as in `Prediction`, on the device; on a GPU, nothing here waits for it."""
         tops, features = [], []
-        step = self.batch_size if self._sizes else _even(total, self.batch_size)
-        for start in range(0, total, step):
-            scores, seen = self._scores(_between(images, start, start + step))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # Ray's memory is not
+            every = torch.from_numpy(images)
+        step = self.batch_size if self._sizes else _even(len(every), self.batch_size)
+        for start in range(0, len(every), step):
+            scores, seen = self._scores(every[start : start + step])
             tops.append(scores.topk(self.how.classes_per_image, dim=1))
             features.append(seen)
         kept = [seen for seen in features if seen is not None]
         classes = torch.cat([top.indices for top in tops]).int()
         return classes, torch.cat([top.values for top in tops]), torch.cat(kept) if kept else None
 
-    def _scores(self, images: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Of one batch: the score of every class, float32 [N, C], and the features of the first view, float16 [N, d]; on the device."""
+    def _scores(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of one batch: the score of every class that counts, float32 [N, C], and the features of the first view, float16 [N, d]; on the device."""
         batch = normalize(self._moved(images), self.transform, self._device)
         outputs, seen = [], []
         for view in _crops(batch, self.transform.size, self.how.views):
@@ -204,16 +209,15 @@ class Predictor:
             outputs.append(logits if self.how.logits else logits.softmax(dim=1))
             if self._features is not None:
                 seen.append(self._features.take()[: len(batch)])
-        return outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(dim=0), seen[0] if seen else None
+        scores = outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(dim=0)
+        return scores if self._outputs is None else scores[:, self._outputs], seen[0] if seen else None
 
-    def _moved(self, images: list[Tensor]) -> Tensor:
+    def _moved(self, images: Tensor) -> Tensor:
         """Images as one batch on the device; a GPU copies them while it computes what was asked of it before."""
         if self._copying is None:
-            return images[0] if len(images) == 1 else torch.cat(images)
-        pinned = torch.empty((sum(map(len, images)), *images[0].shape[1:]), dtype=torch.uint8, pin_memory=True)
-        torch.cat(images, out=pinned)
+            return images
         with torch.cuda.stream(self._copying):
-            moved = pinned.to(self._device, non_blocking=True)
+            moved = images.pin_memory().to(self._device, non_blocking=True)
         computing = torch.cuda.current_stream(self._device)
         computing.wait_stream(self._copying)
         moved.record_stream(computing)
@@ -232,18 +236,6 @@ class Predictor:
         ):
             logits: Tensor = self._model(batch)
         return logits[:rows].float()
-
-
-def _between(arrays: Sequence[NDArray[np.uint8]], start: int, stop: int) -> list[Tensor]:
-    """Rows `[start, stop)` of arrays that follow each other, on their memory, which may be Ray's and read-only: nothing here writes to it."""
-    found = []
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        for array in arrays:
-            if start < len(array) and stop > 0:
-                found.append(torch.from_numpy(array[max(start, 0) : stop]))
-            start, stop = start - len(array), stop - len(array)
-    return found
 
 
 def _crops(batch: Tensor, size: int, views: Views) -> list[Tensor]:

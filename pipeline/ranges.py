@@ -1,7 +1,8 @@
 """Ranges: what is scored together and has one file, what their files are called, and how they are read and decoded.
 
-A range is consecutive rows of a shard or, where shards are small, several whole shards. The files that ranges have in a score table are the
-ledger of what is done. A range without one is read again, and nothing else keeps track.
+A range holds a fixed number of rows (`range_rows`). A shard with more rows is cut into several ranges; smaller shards that follow each
+other share one, whole, as long as they fit. The files that ranges have in a score table are the ledger of what is done. A range without
+one is read again, and nothing else keeps track.
 """
 
 import re
@@ -27,16 +28,14 @@ if TYPE_CHECKING:
 
     from models.decoding import Decoder
 
-MAX_RANGE_ROWS, MAX_RANGE_BYTES = 65_536, 2**40
-READ_TASKS = 2_000
-"""Tasks, about at most, that the shards of a scoring are dealt to: enough for thousands of readers, few enough to plan in a second."""
-TASK_BYTES, MIN_TASK_BYTES = 64 * 2**20, 2**20
-SMALL_BYTES = 2**20
-"""Size of a shard, in bytes, below which it shares its file with those that follow it."""
-FIRST_BYTES = 2**18
-"""Encoded bytes of the first range of the tasks that start first: the first images are scored while others are still read."""
-SHARES = 8
-"""A task reads one part in so many of what remains for each reader, within those bounds: the last ones end together, and no task is tiny."""
+TASK_BYTES = 64 * 2**20
+"""Encoded bytes that one task reads, at most, unless there would be more than `MAX_TASKS` of them."""
+MIN_TASK_BYTES = 2**20
+"""Encoded bytes that are worth a task."""
+TASKS_PER_READER = 8
+"""Tasks for each reader, at least, so that the readers end at about the same time."""
+MAX_TASKS = 2_000
+"""Enough for a thousand readers, and few enough to plan in a second."""
 _RANGE_FILE = re.compile(
     r"(?P<shard>.+)/(?P<start>\d{8,})-(?P<stop>\d{8,})(?P<last>-last|-(?P<shards>\d+)-shards)?\.parquet", re.DOTALL
 )
@@ -113,10 +112,8 @@ def complete(ranges: Sequence[Range]) -> bool:
 
 
 def range_rows(transform: Transform, range_bytes: int, batch: int) -> int:
-    """Rows of a full range, whose decoded images (uint8, 3 channels) take about so many bytes: as many as fit, or whole batches where one
-    does, so that compiled kernels, which are for batches of one size, have few to fill up."""
-    fitting = max(1, min(MAX_RANGE_ROWS, range_bytes // (3 * transform.size**2)))
-    return fitting if fitting < batch else batch * min(round(fitting / batch), MAX_RANGE_ROWS // batch)
+    """Rows of a full range: as many whole batches as `range_bytes` of decoded images (uint8, 3 channels) hold, and at least one."""
+    return batch * max(1, range_bytes // (3 * transform.size**2 * batch))
 
 
 def finished(shards: Sequence[Shard], done: Mapping[str, Sequence[Range]]) -> list[bool]:
@@ -176,29 +173,21 @@ class Unfinished:
         table = shard_table(shards[n] for n in missing).append_column("ordinal", pa.array(missing, pa.int64()))
         return cls(table, {shards[n].name: tuple(done[shards[n].name]) for n in missing if shards[n].name in done})
 
-    def parts(self, actors: int, readers: int) -> list[dict[str, int]]:
-        """The rows of the table, dealt to tasks: `start`, `stop`, and the encoded bytes after which a range ends, of the first range
-        (`first_bytes`) and, growing twofold, at most (`range_bytes`).
-
-        A task is a small share of what remains for each reader, and a range of what remains for each actor, so that they cost little to
-        start and the last ones end together (guided self-scheduling, Polychronopoulos and Kuck 1987). Many small shards make one task,
-        and their images go through the model together.
+    def tasks(self, readers: int) -> list[dict[str, int]]:
+        """The rows of the table, dealt to tasks of about equal encoded bytes: `start` and `stop` of each.
 
         Args:
-            actors: that score at once.
             readers: tasks that run at once.
         """
         sizes: list[int] = self.shards["size"].to_pylist()
-        remaining = total = sum(sizes)
+        total = sum(sizes)
+        share = max(total / min(max(TASKS_PER_READER * readers, total // TASK_BYTES), MAX_TASKS), MIN_TASK_BYTES)
         dealt: list[dict[str, int]] = []
         start = bytes_in_task = 0
         for stop, size in enumerate(sizes, 1):
-            task, last = (max(remaining // (SHARES * workers), MIN_TASK_BYTES) for workers in (readers, actors))
             bytes_in_task += size
-            if stop == len(sizes) or bytes_in_task >= max(total // READ_TASKS, min(task, TASK_BYTES)):
-                first = FIRST_BYTES if len(dealt) < 2 * actors else last
-                dealt.append({"start": start, "stop": stop, "first_bytes": first, "range_bytes": last})
-                remaining -= bytes_in_task
+            if bytes_in_task >= share or stop == len(sizes):
+                dealt.append({"start": start, "stop": stop})
                 start, bytes_in_task = stop, 0
         return dealt
 
@@ -209,8 +198,7 @@ class RangeReader:
     Args:
         reader: of the source.
         transform: what the model takes in.
-        rows: of a range, at most.
-        batch: images of a forward pass. A range of a large shard is a part of one or whole ones, but where what is unfinished ends.
+        rows: of a full range.
         decode_seconds: CPU time that one image may take.
         unfinished: refers to an `Unfinished`.
     """
@@ -220,29 +208,26 @@ class RangeReader:
         reader: Reader,
         transform: Transform,
         rows: int,
-        batch: int,
         decode_seconds: float,
         unfinished: "ray.ObjectRef[Unfinished] | None" = None,
     ) -> None:
         self._reader = reader
         self._transform = transform
         self._rows = rows
-        self._batch = batch
         self._decode_seconds = decode_seconds
         self._unfinished = unfinished
 
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """Every range of `Unfinished.parts`."""
+    def __call__(self, tasks: pa.Table) -> Iterator[pa.Table]:
+        """Every range of some of `Unfinished.tasks`."""
         import ray
 
         assert self._unfinished is not None
         unfinished: Unfinished = ray.get(self._unfinished)
-        for part in batch.to_pylist():
-            table = unfinished.shards.slice(part["start"], part["stop"] - part["start"])
+        for task in tasks.to_pylist():
+            table = unfinished.shards.slice(task["start"], task["stop"] - task["start"])
             shards = zip(table["ordinal"].to_pylist(), shards_of(table), strict=True)
-            size = RangeSize(part["first_bytes"], part["range_bytes"])
             with told_errors():
-                yield from _timed(self.ranges(shards, unfinished.done, size))
+                yield from _timed(self.ranges(shards, unfinished.done))
 
     @cached_property
     def _decoder(self) -> "Decoder":
@@ -252,39 +237,35 @@ class RangeReader:
         seconds = self._decode_seconds
         return Decoder(partial(evaluation_image, transform=self._transform, seconds=seconds), seconds)
 
-    def ranges(
-        self, shards: Iterable[tuple[int, Shard]], done: Mapping[str, Sequence[Range]], size: "RangeSize | None" = None
-    ) -> Iterator[pa.Table]:
+    def ranges(self, shards: Iterable[tuple[int, Shard]], done: Mapping[str, Sequence[Range]]) -> Iterator[pa.Table]:
         """The ranges of shards that have no file, each a table of one row.
 
         Args:
             shards: of the reader's source, with their ordinals in its listing, ascending.
             done: their published ranges, in row order.
-            size: of a range; by default as many rows as fit.
 
         Raises:
             StorageError: the store is out of reach, or refuses.
         """
-        size = size or RangeSize(MAX_RANGE_BYTES, MAX_RANGE_BYTES)
-        held = _Held(size)
-        before = -1
+        held: list[_Decoded] = []  # whole shards that follow each other
+        rows, before = 0, -1
         for ordinal, shard in shards:
-            alone = shard.size >= SMALL_BYTES
-            if held.parts and (alone or ordinal != before + 1):
-                yield held.take()
+            if held and ordinal != before + 1:
+                yield _table(held)
             before = ordinal
-            for one in self._ranges(shard, done.get(shard.name, ()), size):
-                if held.parts and not (one.whole and held.rows + one.rows <= self._rows):
-                    yield held.take()
-                held.add(one)
-                if alone or not one.whole or held.bytes >= size.bytes:
-                    yield held.take()
+            for one in self._decoded(shard, done.get(shard.name, ())):
+                if held and not (one.whole and rows + one.rows <= self._rows):
+                    yield _table(held)
+                rows = rows + one.rows if held else one.rows
+                held.append(one)
+                if not one.whole:
+                    yield _table(held)
                 del one  # or its images would stay while the next ones are decoded
-        if held.parts:
-            yield held.take()
+        if held:
+            yield _table(held)
 
-    def _ranges(self, shard: Shard, covered: Sequence[Range], size: "RangeSize") -> Iterator["_Decoded"]:
-        """Those of one shard, in row order.
+    def _decoded(self, shard: Shard, covered: Sequence[Range]) -> Iterator["_Decoded"]:
+        """The rows of one shard that no range covers, in order, in runs of at most a full range.
 
         What comes last is marked so even when it is empty: only then the shard is complete. A shard that is missing or has changed is not:
         the next attempt reads it again.
@@ -296,7 +277,7 @@ class RangeReader:
                 position = row.index + 1
                 if any(done.start <= row.index < done.stop for done in covered):
                     continue
-                if pending is not None and (self._full(pending, size) or pending.stop != row.index):
+                if pending is not None and (pending.rows == self._rows or pending.stop != row.index):
                     self._reader.check(shard)
                     yield pending
                     pending = None
@@ -315,23 +296,6 @@ class RangeReader:
             pending = None
         if gone or not ended:
             yield (pending or _Decoded(shard, position)).end(problem)
-
-    def _full(self, pending: "_Decoded", size: "RangeSize") -> bool:
-        """Whether a range of a large shard ends before the next row."""
-        whole = pending.rows < self._batch or pending.rows % self._batch == 0
-        return pending.rows >= self._rows or (pending.bytes >= size.bytes and whole)
-
-
-class RangeSize:
-    """Encoded bytes after which a range ends: `first`, growing twofold with each range to `last`."""
-
-    def __init__(self, first: int, last: int) -> None:
-        self.bytes = min(first, last)
-        self._last = last
-
-    def grow(self) -> None:
-        """A range has ended."""
-        self.bytes = min(2 * self.bytes, self._last)
 
 
 def _timed(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
@@ -354,7 +318,6 @@ class _Decoded:
         self.stop = start
         self.last = False
         self.missing = False
-        self.bytes = 0
         self.indices: list[int] = []
         self.images: list[npt.NDArray[np.uint8]] = []
         self.rejects: list[dict[str, Any]] = []
@@ -372,7 +335,6 @@ class _Decoded:
         from models.transforms import UndecodableImage
 
         self.stop = row.index + 1
-        self.bytes += len(row.data)
         try:
             if row.problem is not None:
                 raise UndecodableImage("unreadable", row.problem)
@@ -393,40 +355,28 @@ class _Decoded:
         self.rejects.append({"shard": self.shard.name, "index": index, "reason": reason, "error": error})
 
 
-class _Held:
-    """Rows of one shard, or several whole shards, that become a range."""
+def _table(held: list[_Decoded]) -> pa.Table:
+    """A range, as one row: consecutive rows of a shard, or several whole shards; nothing is held from then on.
 
-    def __init__(self, size: RangeSize) -> None:
-        self.parts: list[_Decoded] = []
-        self.rows = 0
-        self.bytes = 0
-        self._size = size
-
-    def add(self, part: _Decoded) -> None:
-        self.parts.append(part)
-        self.rows += part.rows
-        self.bytes += part.bytes
-
-    def take(self) -> pa.Table:
-        """The range, as one row; nothing is held from then on. The images are one binary value, so that Ray never splits a range over blocks."""
-        parts, rows = self.parts, self.rows
-        self.parts, self.rows, self.bytes = [], 0, 0
-        self._size.grow()
-        images = [image for part in parts for image in part.images]
-        return pa.table(
-            {
-                "shards": pa.array([[part.shard.name for part in parts]], pa.list_(pa.string())),
-                "start": pa.array([parts[0].start], pa.int64()),
-                "stop": pa.array([parts[0].start + rows], pa.int64()),
-                "last": pa.array([parts[-1].last], pa.bool_()),
-                "missing": pa.array([parts[0].missing], pa.bool_()),
-                "size": pa.array([sum(part.shard.size for part in parts)], pa.int64()),
-                "counts": pa.array([[len(part.indices) for part in parts]], pa.list_(pa.int32())),
-                "indices": pa.array([[index for part in parts for index in part.indices]], pa.list_(pa.uint32())),
-                "images": _one_value(images),
-                "rejects": pa.array([[reject for part in parts for reject in part.rejects]], pa.list_(_REJECT)),
-            }
-        )
+    The images are one binary value, so that Ray never splits a range over blocks.
+    """
+    parts = held.copy()
+    held.clear()
+    images = [image for part in parts for image in part.images]
+    return pa.table(
+        {
+            "shards": pa.array([[part.shard.name for part in parts]], pa.list_(pa.string())),
+            "start": pa.array([parts[0].start], pa.int64()),
+            "stop": pa.array([parts[0].start + sum(part.rows for part in parts)], pa.int64()),
+            "last": pa.array([parts[-1].last], pa.bool_()),
+            "missing": pa.array([parts[0].missing], pa.bool_()),
+            "size": pa.array([sum(part.shard.size for part in parts)], pa.int64()),
+            "counts": pa.array([[len(part.indices) for part in parts]], pa.list_(pa.int32())),
+            "indices": pa.array([[index for part in parts for index in part.indices]], pa.list_(pa.uint32())),
+            "images": _one_value(images),
+            "rejects": pa.array([[reject for part in parts for reject in part.rejects]], pa.list_(_REJECT)),
+        }
+    )
 
 
 def _one_value(images: Sequence[npt.NDArray[np.uint8]]) -> pa.LargeBinaryArray:

@@ -156,7 +156,7 @@ class Score(Section):
     cpus_per_reader: Annotated[float | None, FREE] = Field(default=None, gt=0.0, le=64.0)
     """CPUs reserved for each of them; by default 0.25 beside actors on CPUs and 1 beside actors on GPUs."""
     range_mib: Annotated[int | None, FREE] = Field(default=None, ge=1, le=4096)
-    """Decoded images that travel together, in MiB, to the nearest number of batches; by default 8 on CPUs and 128 on GPUs. A larger shard is scored in several row ranges, one file each; shards of less than 1 MiB share a file with those that follow."""
+    """Decoded images of a row range, in MiB, rounded down to whole batches but at least one; by default 8 on CPUs and 128 on GPUs. A range travels together and has one file. A larger shard is scored in several ranges; smaller shards share one with those that follow."""
     decode_seconds: Annotated[float, FREE] = Field(default=10.0, ge=0.1, le=3600.0)
     """CPU time that decoding one image may take; one that takes more is a reject."""
     max_reject_fraction: Annotated[float, FREE] = Field(default=1.0, ge=0.0, le=1.0)

@@ -16,7 +16,7 @@ from typing import Any
 from cluster.progress import SILENT, Progress
 from cluster.reduction import cpus, scatter
 from pipeline.score_table import Exclusions, Layout, Slice, blamed, deal, read, sample
-from pipeline.top import BYTES_PER_CANDIDATE, Account, Float32, Int64, Scored, Sieve, Top, kth_scores, merge, split
+from pipeline.top import BYTES_PER_CANDIDATE, Account, Candidates, Float32, Int64, Sieve, Top, kth_scores, merge, split
 
 # isort: split
 import numpy as np
@@ -268,11 +268,11 @@ def _scan(
     return notes, *tops
 
 
-def _best(batch: Scored, classes_per_image: int) -> Scored:
+def _best(batch: Candidates, classes_per_image: int) -> Candidates:
     if classes_per_image == batch.scores.shape[1]:
         return batch
     ids, scores = batch.class_ids[:, :classes_per_image], batch.scores[:, :classes_per_image]
-    return Scored(batch.shard, batch.index, ids, scores, batch.images, batch.excluded)
+    return Candidates(batch.shard, batch.index, ids, scores, batch.images, batch.excluded)
 
 
 def _finish(finish: Callable[..., tuple[Any, Any]], request: int, bucket: int, *tops: Top) -> tuple[Any, Any]:

@@ -16,7 +16,8 @@ from cluster.resources import ClusterShape
 from pipeline.ranges import Unfinished
 from pipeline.recipe import Score
 from pipeline.rejects import read_rejects
-from pipeline.scoring import Job, check_views, default_actors, stream
+from pipeline.scorer import Scoring
+from pipeline.scoring import check_views, default_actors, stream
 from pipeline.shards import Reader, Row, Shard, ShardError
 from pipeline.sources import ImageSource
 
@@ -159,13 +160,13 @@ def score_sample(
     reader, shards = _drawn(source, images, image_bytes, seed)
     scores, rejects = storage.join(place, "scores"), storage.join(place, "rejects")
     transform = card.model.transform.seen_by(settings.views)
-    job = Job(reader, model_uri, scores, rejects, transform, len(card.class_names), settings)
-    blocks, marks = list[list[dict[str, Any]]](), list[float]()
+    scoring = Scoring(reader, model_uri, scores, rejects, transform, len(card.class_names), settings)
+    ranges, marks = list[dict[str, Any]](), list[float]()
     done = rejected = 0
-    for block in stream(job, Unfinished.of(shards, {})):
-        blocks.append(block)
+    for one in stream(scoring, Unfinished.of(shards, {})):
+        ranges.append(one)
         marks.append(time.monotonic())
-        done, rejected = done + sum(r["scored"] for r in block), rejected + sum(r["rejected"] for r in block)
+        done, rejected = done + one["scored"], rejected + one["rejected"]
         progress.update(done, rejected)
         if marks[-1] - marks[0] > seconds:
             break
@@ -173,7 +174,7 @@ def score_sample(
     if not done:
         raise StageError(f"no image of a sample could be scored: {reasons or 'the shards hold none'}")
     written = sum(file.size for file in storage.list_files(scores, ".parquet"))
-    steady, rate = _steady(blocks, marks, settings.actors or 1)
+    steady, rate = _steady(ranges, marks, settings.actors or 1)
     return Sample(
         images=done,
         rejected=rejected,
@@ -197,22 +198,21 @@ def _drawn(source: ImageSource, images: int, image_bytes: float, seed: int) -> t
 
 
 def _steady(
-    blocks: Sequence[list[dict[str, Any]]], marks: Sequence[float], actors: int
-) -> tuple[Sequence[list[dict[str, Any]]], float | None]:
-    """The blocks without the first of each actor, in which much is done for the first time, and images/s between them but for the end,
+    ranges: Sequence[dict[str, Any]], marks: Sequence[float], actors: int
+) -> tuple[Sequence[dict[str, Any]], float | None]:
+    """The ranges without the first of each actor, in which much is done for the first time, and images/s between them but for the end,
     when some actors have nothing left to do."""
-    first, last = 2 * actors, len(blocks) - 2 * actors
+    first, last = 2 * actors, len(ranges) - 2 * actors
     if last - first < 2 or marks[last - 1] <= marks[first - 1]:
-        return blocks[actors:] or blocks, None
-    images = sum(row["scored"] + row["rejected"] for block in blocks[first:last] for row in block)
-    return blocks[first:], images / (marks[last - 1] - marks[first - 1])
+        return ranges[actors:] or ranges, None
+    images = sum(one["scored"] + one["rejected"] for one in ranges[first:last])
+    return ranges[first:], images / (marks[last - 1] - marks[first - 1])
 
 
-def _cost(blocks: Sequence[list[dict[str, Any]]]) -> Cost:
-    rows = [row for block in blocks for row in block]
-    images = max(1, sum(row["scored"] + row["rejected"] for row in rows))
+def _cost(ranges: Sequence[dict[str, Any]]) -> Cost:
+    images = max(1, sum(one["scored"] + one["rejected"] for one in ranges))
     names = ("read_seconds", "read_cpu_seconds", "model_seconds", "model_cpu_seconds")
-    return Cost(**{name: sum(row[name] for row in rows) / images for name in names})
+    return Cost(**{name: sum(one[name] for one in ranges) / images for name in names})
 
 
 def actors_on(resources: Mapping[str, float], settings: Score) -> int:

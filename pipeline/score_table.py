@@ -12,7 +12,7 @@ from typing import Any
 from cluster import storage
 from cluster.errors import SourceError, one_line
 from pipeline.quotas import random_scores
-from pipeline.top import Bool, Int32, Scored, UInt32, UInt64
+from pipeline.top import Bool, Candidates, Int32, UInt32, UInt64
 
 # isort: split
 # After cluster.storage: pyarrow.parquet loads pyarrow.fs, which reads the environment that cluster.storage sets.
@@ -234,7 +234,7 @@ def most_class(uris: Sequence[str]) -> int:
     return most
 
 
-def read(piece: Slice, layout: Layout, exclusions: Exclusions | None = None) -> Iterator[Scored]:
+def read(piece: Slice, layout: Layout, exclusions: Exclusions | None = None) -> Iterator[Candidates]:
     """The rows of `piece`, in batches, with the best `layout.classes_per_image` classes of each.
 
     Raises:
@@ -252,11 +252,11 @@ def read(piece: Slice, layout: Layout, exclusions: Exclusions | None = None) -> 
         for group in range(piece.part * groups // piece.parts, (piece.part + 1) * groups // piece.parts):
             size = BATCH_ROWS if left is None else max(1, min(left, BATCH_ROWS))
             for batch in table.iter_batches(size, row_groups=[group], columns=columns, use_threads=False):
-                scored = _tagged(batch, layout) if tags else _scored(batch, stored, layout)
-                _check_ids(scored.class_ids, layout.num_classes)
+                candidates = _tagged(batch, layout) if tags else _candidates(batch, stored, layout)
+                _check_ids(candidates.class_ids, layout.num_classes)
                 if exclusions is not None:
-                    scored = replace(scored, excluded=exclusions.among(scored.shard, scored.index))
-                yield scored
+                    candidates = replace(candidates, excluded=exclusions.among(candidates.shard, candidates.index))
+                yield candidates
                 if left is not None:
                     left -= batch.num_rows
                     if left <= 0:
@@ -269,7 +269,7 @@ def _check_ids(class_ids: Int32, num_classes: int) -> None:
         raise ValueError(f"holds class id {wrong}, and ids must be from 0 to {num_classes - 1}")
 
 
-def _scored(batch: pa.RecordBatch, stored: int, layout: Layout) -> Scored:
+def _candidates(batch: pa.RecordBatch, stored: int, layout: Layout) -> Candidates:
     shard, index, class_ids, scores = (batch.column(name) for name in COLUMNS)
     flat_ids, flat_scores = class_ids.flatten(), scores.flatten()
     _check_nulls(shard, index, class_ids, scores, flat_ids, flat_scores)
@@ -278,7 +278,7 @@ def _scored(batch: pa.RecordBatch, stored: int, layout: Layout) -> Scored:
     values = flat_scores.to_numpy().reshape(-1, stored)
     if layout.fewest < stored and (values[:, 1:] > values[:, :-1]).any():
         raise ValueError("has rows whose scores are not in descending order")
-    return Scored(shard, index.to_numpy(), ids, values[:, :used], images=len(ids))
+    return Candidates(shard, index.to_numpy(), ids, values[:, :used], images=len(ids))
 
 
 def _check_nulls(*columns: pa.Array) -> None:
@@ -286,7 +286,7 @@ def _check_nulls(*columns: pa.Array) -> None:
         raise ValueError("has null values")
 
 
-def _tagged(batch: pa.RecordBatch, layout: Layout) -> Scored:
+def _tagged(batch: pa.RecordBatch, layout: Layout) -> Candidates:
     """A row for each different tag of each image, with a random draw as its score."""
     assert layout.seed is not None
     shard, index, class_ids = (batch.column(name) for name in COLUMNS[:3])
@@ -303,4 +303,4 @@ def _tagged(batch: pa.RecordBatch, layout: Layout) -> Scored:
     names = shard.dictionary.cast(pa.string())
     scores = random_scores(layout.seed, names.to_pylist(), codes, images, class_id)
     repeated = pa.DictionaryArray.from_arrays(pa.array(codes), names)
-    return Scored(repeated, images, class_id.reshape(-1, 1), scores.reshape(-1, 1), images=batch.num_rows)
+    return Candidates(repeated, images, class_id.reshape(-1, 1), scores.reshape(-1, 1), images=batch.num_rows)

@@ -2,8 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -15,38 +14,63 @@ import pyarrow.parquet as pq
 from cluster import storage
 from cluster.errors import RecipeError, ResourceError, TophatError, one_line
 from cluster.reduction import told_errors
+from models.config import Transform
 from pipeline.ranges import Range
+from pipeline.recipe import Score
 from pipeline.rejects import Reject, publish_rejects
+from pipeline.shards import Reader
 
 if TYPE_CHECKING:
     from models.inference import Prediction
-    from pipeline.recipe import Score
-    from pipeline.scoring import Job
 
 CALLS = 2
-"""Blocks that an actor works on at once: one is in the model, the other is read or published, or waits for a GPU's answers."""
-PUBLISHERS = 8
-"""Files that an actor publishes at once."""
+"""Ranges that an actor works on at once: one is in the model, the other is published, or waits for a GPU's answers."""
 REPEATING = ["shard", "class_ids.list.element"]
 """Columns of a score table whose values repeat; dictionaries of the others would be as large as they are."""
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """What every process of a scoring needs to know.
+
+    Attributes:
+        reader: of the source.
+        model_uri: the teacher's model directory.
+        scores_uri: folder of the score table.
+        rejects_uri: folder of the rejects.
+        transform: how the images are decoded.
+        classes: how many there are.
+        settings: batch size, actors, P.
+        outputs: as in `models.inference.Inference`.
+    """
+
+    reader: Reader
+    model_uri: str
+    scores_uri: str
+    rejects_uri: str
+    transform: Transform
+    classes: int
+    settings: Score
+    outputs: tuple[int, ...] | None = None
+
+
 class RangeScorer:
-    """Scores blocks of ranges: their images go through the model together, however small each range is.
+    """Scores ranges and publishes them.
 
     Args:
-        job: what is scored.
+        scoring: what is scored.
         weights: a reference to what `models.card.read_weights` returned, in a list, so that Ray does not resolve it.
     """
 
-    def __init__(self, job: "Job", weights: "list[Any]") -> None:
+    def __init__(self, scoring: Scoring, weights: "list[Any]") -> None:
         import ray
 
         from models.inference import Inference, Predictor
 
-        settings = job.settings
+        settings = scoring.settings
         how = Inference(
             classes_per_image=settings.classes_per_image,
+            outputs=scoring.outputs,
             batch_size=settings.batch,
             views=settings.views,
             logits=settings.logits,
@@ -56,60 +80,57 @@ class RangeScorer:
             threads=max(1, int(settings.cpus_per_actor)),
             gpu=settings.gpus_per_actor > 0,
         )
-        self._job = job
+        self._scoring = scoring
         self._problem: TophatError | None = None
         try:
             with told_errors():
                 _check_gpu(settings)
-                self._predict = Predictor(job.model_uri, how, ray.get(weights[0]))
+                self._predict = Predictor(scoring.model_uri, how, ray.get(weights[0]))
         except TophatError as error:
-            # Raised at the first block: of an actor that fails as it is made, only a text comes back.
+            # Raised at the first range: of an actor that fails as it is made, only a text comes back.
             self._problem = error
         self._counting = Lock()
         self._ended, self._cpu = time.monotonic(), time.process_time()
-        self._publishers = ThreadPoolExecutor(PUBLISHERS)
 
-    def __call__(self, block: pa.Table) -> dict[str, Any]:
+    def __call__(self, table: pa.Table) -> dict[str, Any]:
+        """Scores and publishes one range, the single row of what `RangeReader.ranges` yields."""
         with told_errors():
             if self._problem is not None:
                 raise self._problem
-            return self._score(block)
+            return self._score(table)
 
-    def _score(self, block: pa.Table) -> dict[str, Any]:
-        side = self._job.transform.size
-        images = [values.reshape(-1, 3, side, side) for values in _bytes(block["images"])]
-        indices = [v.values.to_numpy() for v in block["indices"]]
-        rows: list[dict[str, Any]] = block.drop_columns(["images", "indices"]).to_pylist()
-        for row in rows:
-            row["range"] = Range(row["shards"][0], row["start"], row["stop"], row["last"], len(row["shards"]))
+    def _score(self, table: pa.Table) -> dict[str, Any]:
+        side = self._scoring.transform.size
+        images = _only_value(table["images"]).reshape(-1, 3, side, side)
+        indices = table["indices"].combine_chunks().flatten().to_numpy()
+        row: dict[str, Any] = table.drop_columns(["images", "indices"]).to_pylist()[0]
         began = time.monotonic()
         found = self._predicted(images)
         seconds, cpu = self._taken(began)
-        ends = np.cumsum([0, *map(len, images)]).tolist()
-        parts = [found.of(start, stop) for start, stop in pairwise(ends)]
-        list(self._publishers.map(self._publish, rows, indices, parts))
+        self._publish(row, indices, found)
         return {
-            "shard": [row["range"].shard for row in rows],
-            "last": [row["last"] for row in rows],
-            "size": [row["size"] for row in rows],
-            "scored": [len(part) for part in images],
-            "rejected": [sum(r["index"] is not None for r in row["rejects"]) for row in rows],
-            **{name: [row[name] for row in rows] for name in ("read_seconds", "read_cpu_seconds")},
-            "model_seconds": [seconds / len(rows)] * len(rows),
-            "model_cpu_seconds": [cpu / len(rows)] * len(rows),
+            "shard": [row["shards"][0]],
+            "last": [row["last"]],
+            "size": [row["size"]],
+            "scored": [len(images)],
+            "rejected": [sum(reject["index"] is not None for reject in row["rejects"])],
+            "read_seconds": [row["read_seconds"]],
+            "read_cpu_seconds": [row["read_cpu_seconds"]],
+            "model_seconds": [seconds],
+            "model_cpu_seconds": [cpu],
         }
 
     def _taken(self, began: float) -> tuple[float, float]:
-        """Seconds of the model, and CPU seconds of the process, that are this block's and no earlier one's."""
+        """Seconds of the model, and CPU seconds of the process, that are this range's and no earlier one's."""
         with self._counting:
             before, cpu_before = max(began, self._ended), self._cpu
             self._ended, self._cpu = time.monotonic(), time.process_time()
             return self._ended - before, self._cpu - cpu_before
 
-    def _predicted(self, images: Sequence[npt.NDArray[np.uint8]]) -> "Prediction":
+    def _predicted(self, images: npt.NDArray[np.uint8]) -> "Prediction":
         """Raises a RecipeError where the kernels of `score.compile` cannot be made."""
         try:
-            return self._predict(*images)
+            return self._predict(images)
         except RuntimeError as error:
             from torch._dynamo.exc import TorchDynamoException
 
@@ -120,31 +141,30 @@ class RangeScorer:
             raise RecipeError("score.compile", True, rule, fix) from error
 
     def _publish(self, row: dict[str, Any], indices: npt.NDArray[np.uint32], found: "Prediction") -> None:
-        job, file = self._job, row["range"].file
+        scoring, shards = self._scoring, row["shards"]
+        file = Range(shards[0], row["start"], row["stop"], row["last"], len(shards)).file
         if row["rejects"]:
             # Before the scores: where those exist, the range is complete.
-            publish_rejects(storage.join(job.rejects_uri, file), [Reject(**reject) for reject in row["rejects"]])
+            publish_rejects(storage.join(scoring.rejects_uri, file), [Reject(**reject) for reject in row["rejects"]])
         if row["missing"]:
             return
-        codes = np.repeat(np.arange(len(row["shards"]), dtype=np.int32), row["counts"])
-        shard = pa.DictionaryArray.from_arrays(codes, pa.array(row["shards"], pa.string()))
-        table = score_table(shard, indices, found.classes, found.scores, job.classes, found.features)
+        codes = np.repeat(np.arange(len(shards), dtype=np.int32), row["counts"])
+        shard = pa.DictionaryArray.from_arrays(codes, pa.array(shards, pa.string()))
+        table = score_table(shard, indices, found.classes, found.scores, scoring.classes, found.features)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", use_dictionary=REPEATING)
-        storage.publish(storage.join(job.scores_uri, file), sink.getvalue().to_pybytes())
+        storage.publish(storage.join(scoring.scores_uri, file), sink.getvalue().to_pybytes())
 
 
-def _bytes(values: pa.ChunkedArray) -> list[npt.NDArray[np.uint8]]:
-    """Each of the binary values, where it lies; `as_buffer` of a value would be a copy."""
-    found = []
-    for chunk in values.chunks:
-        _, offsets, content = chunk.buffers()
-        ends = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
-        found += [np.frombuffer(content, np.uint8)[start:stop] for start, stop in pairwise(ends)]
-    return found
+def _only_value(values: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
+    """The bytes of the only one of binary values, where they lie: `as_buffer` would be a copy."""
+    (chunk,) = values.chunks
+    _, offsets, content = chunk.buffers()
+    start, stop = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + 2]
+    return np.frombuffer(content, np.uint8)[start:stop]
 
 
-def _check_gpu(settings: "Score") -> None:
+def _check_gpu(settings: Score) -> None:
     """Raises a ResourceError where an actor holds a GPU that torch does not find."""
     import torch
 

@@ -5,8 +5,7 @@ score a range at a time and publish it as one Parquet file. The published files 
 scored again, and nothing else keeps track.
 """
 
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -24,7 +23,8 @@ from models.config import Transform
 from pipeline.ranges import MIN_TASK_BYTES, Range, RangeReader, Unfinished, finished, ledger, range_rows, surplus
 from pipeline.recipe import Score
 from pipeline.rejects import count_rejected, read_rejects
-from pipeline.shards import ChangedShardError, MissingShardError, Reader
+from pipeline.scorer import CALLS, RangeScorer, Scoring
+from pipeline.shards import ChangedShardError, MissingShardError
 from pipeline.sources import ImageSource
 from cluster.store import publish_json, read_json
 
@@ -37,9 +37,6 @@ GONE = (MissingShardError.reason, ChangedShardError.reason)
 
 FILES_PER_COUNT = 4096
 """Score files whose rows one task counts; more of them are counted all over the cluster."""
-
-CPU_BLOCK_BYTES = 2 * 2**20
-"""Decoded images that readers hand on at once to an actor on a CPU, about at least; to one on a GPU, what Ray Data takes for good."""
 
 CPU_AHEAD = 5
 """Decoded images for each actor on a CPU that are read and not scored yet, at most, in multiples of `range_bytes`."""
@@ -105,6 +102,7 @@ def score(
     rejects_uri: str,
     settings: Score,
     progress: Progress,
+    outputs: tuple[int, ...] | None = None,
 ) -> Scored:
     """Scores every image of a source that has no score yet, on the Ray that is running.
 
@@ -115,6 +113,7 @@ def score(
         rejects_uri: folder of the rejects.
         settings: batch size, actors, P.
         progress: gets images scored and rejected.
+        outputs: of the teacher, those that count, in the order of the classes to report; None for all (see `models.inference.Inference`).
 
     Raises:
         StageError: too many rejects, or files that do not add up to the images listed.
@@ -133,8 +132,9 @@ def score(
     unfinished = Unfinished.of(shards, done)
     if len(unfinished.shards):
         decoded = transform.seen_by(settings.views)
-        job = Job(source.reader, model_uri, scores_uri, rejects_uri, decoded, len(card.class_names), settings)
-        _follow(job, unfinished, done, progress)
+        classes = len(card.class_names if outputs is None else outputs)
+        scoring = Scoring(source.reader, model_uri, scores_uri, rejects_uri, decoded, classes, settings, outputs)
+        _follow(scoring, unfinished, done, progress)
     found = prove(source, scores_uri, rejects_uri)
     progress.update(found.scored, found.rejected, total=found.listed)
     _check_rejects(found, len(shards), settings)
@@ -230,61 +230,45 @@ def _count_rows(uris: Sequence[str]) -> list[tuple[str, int | None]]:
         return list(pool.map(rows, uris))
 
 
-@dataclass(frozen=True)
-class Job:
-    """What every process of a scoring needs to know."""
-
-    reader: Reader
-    model_uri: str
-    scores_uri: str
-    rejects_uri: str
-    transform: Transform
-    classes: int
-    settings: Score
-
-
-def stream(job: Job, unfinished: Unfinished) -> Iterator[list[dict[str, Any]]]:
+def stream(scoring: Scoring, unfinished: Unfinished) -> Iterator[dict[str, Any]]:
     """Scores what is unfinished on the Ray that is running; closing the iterator stops it.
 
     Yields:
-        For ranges whose files are published: `shard`, the first; `last`, whether it ended; `size`, bytes of its shards; `scored` and
+        For each range whose files are published: `shard`, the first; `last`, whether it ended; `size`, bytes of its shards; `scored` and
         `rejected` images; and what they took, `read_seconds` and `model_seconds`, with the CPU time of their processes,
         `read_cpu_seconds` and `model_cpu_seconds`.
 
     Raises:
         TophatError: what a reader or an actor raised.
     """
-    return original_errors(_stream(job, unfinished))
+    return original_errors(_stream(scoring, unfinished))
 
 
-def _stream(job: Job, unfinished: Unfinished) -> Iterator[list[dict[str, Any]]]:
+def _stream(scoring: Scoring, unfinished: Unfinished) -> Iterator[dict[str, Any]]:
     import ray
 
     from models.card import read_card, read_weights
-    from pipeline.scorer import CALLS, RangeScorer
 
-    settings = job.settings
+    settings = scoring.settings
     size = sum(unfinished.shards["size"].to_pylist())
     actors = settings.actors or min(default_actors(settings), max(len(unfinished.shards), size // MIN_TASK_BYTES))
-    weights = (
-        ray.remote(read_weights).options(num_cpus=settings.reader_cpus).remote(job.model_uri, read_card(job.model_uri))
-    )
-    parts = unfinished.parts(actors, _readers(settings, actors))
-    rows = range_rows(job.transform, settings.range_bytes, settings.batch)
-    read = RangeReader(job.reader, job.transform, rows, settings.batch, settings.decode_seconds, ray.put(unfinished))
+    card = read_card(scoring.model_uri)
+    weights = ray.remote(read_weights).options(num_cpus=settings.reader_cpus).remote(scoring.model_uri, card)
+    tasks = unfinished.tasks(_readers(settings, actors))
+    rows = range_rows(scoring.transform, settings.range_bytes, settings.batch)
+    read = RangeReader(scoring.reader, scoring.transform, rows, settings.decode_seconds, ray.put(unfinished))
     with ray.data.DataContext.current(_context(settings, actors)):
-        ranges = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
+        ranges = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
             read,
             batch_size=1,
             num_cpus=settings.reader_cpus,
             batch_format="pyarrow",
             compute=ray.data.TaskPoolStrategy(settings.readers),
         )
-        # As `map_batches`, which on GPUs refuses whole blocks, whatever their number of rows.
-        scored = ranges.map_batches_internal(
+        scored = ranges.map_batches(
             RangeScorer,
-            fn_constructor_args=(job, [weights]),
-            batch_size=None,
+            fn_constructor_args=(scoring, [weights]),
+            batch_size=1,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
                 size=actors,
@@ -295,53 +279,47 @@ def _stream(job: Job, unfinished: Unfinished) -> Iterator[list[dict[str, Any]]]:
             num_cpus=settings.cpus_per_actor,
             num_gpus=settings.gpus_per_actor,
         )
-    for batch in _quietly(scored.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)):
-        yield cast("pa.Table", batch).to_pylist()
+        # A single split runs in a process of Ray's, where what Ray says of its own actors goes to its log.
+        (followed,) = scored.streaming_split(1)
+    for batch in followed.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+        yield from cast("pa.Table", batch).to_pylist()
 
 
 def _context(settings: Score, actors: int) -> "ray.data.DataContext":
-    """How Ray Data streams, and that it raises errors as they are: on CPUs in small blocks and few ahead, as readers take from the actors
-    what they read too early."""
+    """How Ray Data streams: every range on its own, errors as they are raised and, on CPUs, few ranges ahead, as readers take from the
+    actors what they read too early."""
     import ray
 
     context = ray.data.DataContext.get_current().copy()
     context.raise_original_map_exception = True  # what Ray Data would wrap it in forgets it on its way to the driver
+    context.target_max_block_size = 1
     if not settings.gpus_per_actor:
         ahead = actors * CPU_AHEAD * settings.range_bytes
-        context.target_max_block_size = CPU_BLOCK_BYTES
         context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=ahead)
     return context
 
 
-def _follow(job: Job, unfinished: Unfinished, done: Mapping[str, Sequence[Range]], progress: Progress) -> None:
+def _follow(scoring: Scoring, unfinished: Unfinished, done: Mapping[str, Sequence[Range]], progress: Progress) -> None:
     """Scores to the end and says how far it is, or stops where too much is rejected."""
-    limit = job.settings.max_reject_fraction
+    limit = scoring.settings.max_reject_fraction
     size = sum(unfinished.shards["size"].to_pylist())
     before = sum(r.stop - r.start for ranges in done.values() for r in ranges)  # of earlier attempts
     images = rejects = ended_images = ended_bytes = 0
     waiting: dict[str, int] = {}  # images of shards that have not ended
-    for rows in stream(job, unfinished):
-        for row in rows:
-            images, rejects = images + row["scored"], rejects + row["rejected"]
-            waiting[row["shard"]] = waiting.get(row["shard"], 0) + row["scored"] + row["rejected"]
-            if row["last"]:
-                ended_images += waiting.pop(row["shard"])
-                ended_bytes += row["size"]
+    for row in stream(scoring, unfinished):
+        images, rejects = images + row["scored"], rejects + row["rejected"]
+        waiting[row["shard"]] = waiting.get(row["shard"], 0) + row["scored"] + row["rejected"]
+        if row["last"]:
+            ended_images += waiting.pop(row["shard"])
+            ended_bytes += row["size"]
         expected = before + ended_images * size // ended_bytes if ended_bytes and ended_images else None
         progress.update(before + images, rejects, total=expected and max(expected, before + images + rejects))
         if images + rejects >= EARLY_CHECK and rejects > limit * (images + rejects):
             raise StageError(
                 f"{rejects} of the first {images + rejects} images could not be scored, more than score.max_reject_fraction = "
-                f"{limit:g} allows: look at the rejects in {job.rejects_uri}, "
+                f"{limit:g} allows: look at the rejects in {scoring.rejects_uri}, "
                 "then raise it, or mend the source and score it in another folder"
             )
-
-
-def _quietly(batches: Iterable[Any]) -> Iterator[Any]:
-    """The same batches, without Ray's warning that one task cannot feed several actors: one that reads a large shard does."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The minimum number of concurrent actors")
-        yield from batches
 
 
 def check_cluster(settings: Score) -> None:

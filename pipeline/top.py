@@ -182,7 +182,7 @@ def ranks(classes: NDArray[Any]) -> Int64:
 
 
 @dataclass(frozen=True)
-class Scored:
+class Candidates:
     """Some rows of a score table: N images with P classes each.
 
     Attributes:
@@ -229,7 +229,7 @@ class Sieve:
         self._waiting = 0
         self._patience = max(PENDING, int(quotas.sum()))  # a merge of less would cut back little
 
-    def add(self, batch: Scored) -> None:
+    def add(self, batch: Candidates) -> None:
         """Passes the candidates of some rows, all of whose class ids are from 0 to C - 1."""
         passed = self._pass(batch)
         self._pending.append(passed)
@@ -243,7 +243,7 @@ class Sieve:
         """What passed so far, in no order; all of the first K of each class that reach the starting thresholds."""
         return _concatenate([self._top, *self._pending])
 
-    def _pass(self, batch: Scored) -> Top:
+    def _pass(self, batch: Candidates) -> Top:
         per_image = batch.scores.shape[1]
         score, class_id = batch.scores.ravel(), batch.class_ids.ravel()
         chosen = np.flatnonzero(score >= self.thresholds.min(initial=np.inf))  # never true of NaN

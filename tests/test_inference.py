@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cluster.errors import ModelError
 from models.architectures import build
 from models.card import WEIGHTS, read_card, read_weights
 from models.checkpoint import load, save
@@ -201,19 +202,26 @@ def test_compiled_kernels_say_the_same(tmp_path: Path, monkeypatch: pytest.Monke
     assert not torch._inductor.config.freezing
 
 
-@pytest.mark.parametrize("how", [{}, {"features": True, "views": "mirrored"}])
-def test_arrays_are_scored_as_if_they_were_one(tmp_path: Path, how: dict[str, Any]) -> None:
-    """Of any length, none included; batches go from one to the next."""
+@pytest.mark.parametrize("outputs", [(7, 3, 19, 0, 11, 4), tuple(range(CLASSES))[::-1]], ids=["fewer", "another order"])
+@pytest.mark.parametrize("logits", [False, True])
+def test_outputs_that_count_are_ranked_after_the_softmax_of_all(
+    tmp_path: Path, outputs: tuple[int, ...], logits: bool
+) -> None:
     uri = saved(tmp_path, ModelConfig(architecture="resnet8", options={"width": 4}, transform=SMALL))
-    images = pictures(45, 64)
-    loaded = predictor(uri, batch_size=16, **how)
-    whole = loaded(images)
-    found = loaded(images[:0], images[:3], images[3:3], images[3:40], images[40:41], images[41:])
-    for name, one, other in zip(Prediction._fields, whole, found, strict=True):
-        assert (one is None) == (other is None) == (name == "features" and not how)
-        if one is not None and other is not None:
-            np.testing.assert_array_equal(one, other)
-    assert loaded(images[:0], images[3:3]).classes.shape == (0, 5)
+    images = pictures(21, 64)
+    plain = plain_logits(uri, images)
+    every = plain if logits else plain.softmax(1)
+    expected = torch.stack([every[:, output] for output in outputs], dim=1).topk(5, dim=1)
+    found = predict(uri, images, batch_size=8, logits=logits, outputs=outputs)
+    np.testing.assert_array_equal(found.classes, expected.indices.numpy())
+    np.testing.assert_allclose(found.scores, expected.values.numpy(), atol=1e-5, rtol=1e-5)
+    assert found.classes.max() >= 5  # the best are not the first
+
+
+def test_outputs_that_the_network_does_not_have_are_refused(tmp_path: Path) -> None:
+    uri = saved(tmp_path, ModelConfig(architecture="resnet8", options={"width": 4}, transform=SMALL))
+    with pytest.raises(ModelError, match=r"^model = '.*': has 20 outputs, and output 20 is wanted; name outputs that"):
+        predictor(uri, outputs=(20, 3))
 
 
 @given(st.integers(1, 8192))

@@ -8,17 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import pipeline.ranges
-import pipeline.scoring
 import tiny
 from models.config import ModelConfig, Transform
 from pipeline.ranges import (
-    FIRST_BYTES,
-    MAX_RANGE_ROWS,
+    MAX_TASKS,
+    MIN_TASK_BYTES,
     TASK_BYTES,
+    TASKS_PER_READER,
     Range,
     RangeReader,
-    RangeSize,
     Unfinished,
     complete,
     finished,
@@ -104,46 +102,41 @@ def test_what_is_scored_twice_is_found(ranges: list[Range], extra: list[int]) ->
 
 
 @given(st.integers(8, 1024), st.integers(1, 4096), st.integers(1, 8192))
-def test_a_range_is_whole_batches_or_a_part_of_one(size: int, mib: int, batch: int) -> None:
-    fitting = max(1, min(MAX_RANGE_ROWS, mib * 2**20 // (3 * size * size)))
+def test_a_range_is_whole_batches(size: int, mib: int, batch: int) -> None:
     rows = range_rows(Transform(size=size, resize=size), mib * 2**20, batch)
-    if fitting < batch:
-        assert rows == fitting
-    else:
-        assert rows % batch == 0
-        assert rows <= MAX_RANGE_ROWS
-        assert abs(rows - fitting) <= batch / 2 or rows + batch > MAX_RANGE_ROWS
+    assert rows % batch == 0
+    assert rows == batch or 3 * size**2 * rows <= mib * 2**20
+    assert 3 * size**2 * (rows + batch) > mib * 2**20
 
 
 def test_ranges_of_the_defaults() -> None:
-    assert range_rows(Transform(), Score().range_bytes, Score().batch) == 64
+    assert range_rows(Transform(), Score().range_bytes, Score().batch) == 32
     assert range_rows(Transform(), Score(gpus_per_actor=1).range_bytes, Score(gpus_per_actor=1).batch) == 768
 
 
-@given(st.lists(st.integers(0, 200 * 2**20), min_size=1, max_size=50), st.integers(1, 64), st.integers(1, 64))
-def test_every_shard_is_dealt_to_one_task(sizes: list[int], actors: int, readers: int) -> None:
+@given(st.lists(st.integers(0, 200 * 2**20), min_size=1, max_size=50), st.integers(1, 64))
+def test_every_shard_is_dealt_to_one_task(sizes: list[int], readers: int) -> None:
     shards = [Shard(f"{number:03d}.tar", size, "e") for number, size in enumerate(sizes)]
-    parts = Unfinished.of(shards, {}).parts(actors, readers)
-    assert [part["start"] for part in parts] == [0, *(part["stop"] for part in parts[:-1])]
-    assert parts[-1]["stop"] == len(sizes)
-    for number, part in enumerate(parts):
-        assert sum(sizes[part["start"] : part["stop"] - 1]) < TASK_BYTES  # its last shard may be of any size
-        assert (part["first_bytes"] == FIRST_BYTES) == (number < 2 * actors)
-        assert part["first_bytes"] <= part["range_bytes"]
+    tasks = Unfinished.of(shards, {}).tasks(readers)
+    assert [task["start"] for task in tasks] == [0, *(task["stop"] for task in tasks[:-1])]
+    assert tasks[-1]["stop"] == len(sizes)
+    share = max(sum(sizes) / TASKS_PER_READER / readers, MIN_TASK_BYTES)
+    for task in tasks:  # its last shard may be of any size
+        assert sum(sizes[task["start"] : task["stop"] - 1]) < min(share, 2 * TASK_BYTES)
+    for task in tasks[:-1]:
+        assert sum(sizes[task["start"] : task["stop"]]) >= min(share, TASK_BYTES)
 
 
 def test_a_hundred_thousand_shards_make_few_tasks() -> None:
-    shards = [Shard(f"{number:06d}.tar", 10**6, "e") for number in range(100_000)]
-    assert 1_000 < len(Unfinished.of(shards, {}).parts(4, 4)) < 4_000
+    shards = [Shard(f"{number:06d}.tar", 10**7, "e") for number in range(100_000)]
+    assert MAX_TASKS / 2 < len(Unfinished.of(shards, {}).tasks(4)) <= MAX_TASKS
 
 
-def test_many_readers_beside_one_gpu_share_what_one_would_read() -> None:
-    """In tasks, which are small; not in ranges, which are as large as ever."""
+def test_many_readers_share_what_one_would_read() -> None:
     shards = [Shard(f"{number:03d}.tar", 25 * 10**6, "e") for number in range(40)]
-    alone, together = (Unfinished.of(shards, {}).parts(1, readers) for readers in (1, 15))
+    alone, together = (Unfinished.of(shards, {}).tasks(readers) for readers in (1, 15))
     assert len(alone) <= 20
     assert len(together) == 40
-    assert together[4]["range_bytes"] > 100 * 10**6
 
 
 def test_ledger_of_nothing(tmp_path: Path) -> None:
@@ -160,49 +153,31 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> ImageSource:
 
 def test_a_large_shard_is_scored_in_ranges_and_resumes_inside(source: ImageSource) -> None:
     """The reader alone: whatever ranges are done, the others complete the shard."""
-    reader, shard = (
-        RangeReader(source.reader, CONFIG.transform, rows=1000, batch=1, decode_seconds=10),
-        source.shards()[0],
-    )
-
-    def ranges(done: Sequence[Range], size: RangeSize | None = None) -> list[Range]:
-        return of_tables(reader.ranges([(0, shard)], {shard.name: done}, size))
-
-    assert ranges([]) == [Range("a.tar", 0, 50, True)]
-    assert ranges([], RangeSize(1, 1)) == [Range("a.tar", n, n + 1, n == 49) for n in range(50)]
-    growing = ranges([], RangeSize(1, 2**20))
-    assert complete(growing)
-    assert 1 < len(growing) < 25
-    assert max(one.stop - one.start for one in growing) > 10
-    for done in (
-        [Range("a.tar", 0, 10, False)],
-        [Range("a.tar", 40, 50, True)],
-        [Range("a.tar", 10, 20, False), Range("a.tar", 30, 31, False)],
-        [Range("a.tar", 0, 20, False), Range("a.tar", 30, 50, True)],
-        [Range("a.tar", 0, 50, False)],
-    ):
-        together = sorted([*done, *ranges(done)], key=lambda r: (r.start, r.stop))
-        assert complete(together), (done, together)
-
-
-@pytest.mark.parametrize("batch", [3, 8, 12])
-def test_ranges_of_a_large_shard_are_whole_batches_or_a_part_of_one(source: ImageSource, batch: int) -> None:
     shard = source.shards()[0]
-    reader = RangeReader(source.reader, CONFIG.transform, rows=32 // batch * batch, batch=batch, decode_seconds=10)
 
-    def sizes(size: RangeSize) -> list[int]:
-        return [one.stop - one.start for one in of_tables(reader.ranges([(0, shard)], {}, size))]
+    def ranges(rows: int, *done: Range) -> list[Range]:
+        reader = RangeReader(source.reader, CONFIG.transform, rows=rows, decode_seconds=10)
+        return of_tables(reader.ranges([(0, shard)], {shard.name: done}))
 
-    growing = sizes(RangeSize(1, 2**20))
-    assert sum(growing) == 50
-    *firsts, _ = growing
-    assert firsts[0] == 1
-    assert any(rows >= batch for rows in firsts)
-    assert all(rows < batch or rows % batch == 0 for rows in firsts)
-    assert sizes(RangeSize(1, 1)) == [1] * 50
-    encoded = [len(row.data) for row in source.reader.read(shard)]
-    enough = sum(encoded[: batch + 1])  # one more than a batch: a range goes on to the next
-    assert sizes(RangeSize(enough, enough))[0] == min(2 * batch, 32 // batch * batch)
+    assert ranges(1000) == [Range("a.tar", 0, 50, True)]
+    assert ranges(50) == [Range("a.tar", 0, 50, True)]
+    assert ranges(1) == [Range("a.tar", n, n + 1, n == 49) for n in range(50)]
+    assert ranges(16) == [Range("a.tar", n, min(n + 16, 50), n == 48) for n in (0, 16, 32, 48)]
+    assert ranges(16, Range("a.tar", 10, 20, False)) == [
+        Range("a.tar", 0, 10, False),
+        Range("a.tar", 20, 36, False),
+        Range("a.tar", 36, 50, True),
+    ]
+    for rows in (3, 16, 1000):
+        for done in (
+            [Range("a.tar", 0, 10, False)],
+            [Range("a.tar", 40, 50, True)],
+            [Range("a.tar", 10, 20, False), Range("a.tar", 30, 31, False)],
+            [Range("a.tar", 0, 20, False), Range("a.tar", 30, 50, True)],
+            [Range("a.tar", 0, 50, False)],
+        ):
+            together = sorted([*done, *ranges(rows, *done)], key=lambda r: (r.start, r.stop))
+            assert complete(together), (rows, done, together)
 
 
 def of_tables(tables: Iterable[pa.Table]) -> list[Range]:
@@ -218,16 +193,15 @@ def small_shards(folder: Path, images: list[bytes], each: int) -> tuple[ImageSou
     return source, list(enumerate(source.shards()))
 
 
-def test_small_shards_share_a_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reader alone: neighbours in the listing only, whole ones only, small ones only, and no more than a range may hold."""
-    images = tiny.digits()["two"][:32]
-    source, shards = small_shards(tmp_path, images, 4)
+def test_small_shards_share_a_range(tmp_path: Path) -> None:
+    """The reader alone: neighbors in the listing only, whole ones only, and no more than a range may hold."""
+    source, shards = small_shards(tmp_path, tiny.digits()["two"][:32], 4)
     (tmp_path / "3.tar").unlink()
 
-    def ranges(rows: int = 100, size: RangeSize | None = None, skip: int | None = None, **done: Range) -> list[Range]:
-        reader = RangeReader(source.reader, CONFIG.transform, rows=rows, batch=1, decode_seconds=10)
+    def ranges(rows: int = 100, skip: int | None = None, **done: Range) -> list[Range]:
+        reader = RangeReader(source.reader, CONFIG.transform, rows=rows, decode_seconds=10)
         given = [(ordinal, shard) for ordinal, shard in shards if ordinal != skip]
-        return of_tables(reader.ranges(given, {one.shard: [one] for one in done.values()}, size))
+        return of_tables(reader.ranges(given, {one.shard: [one] for one in done.values()}))
 
     missing = Range("3.tar", 0, 0, False)
     assert ranges() == [Range("0.tar", 0, 12, True, 3), missing, Range("4.tar", 0, 16, True, 4)]
@@ -237,36 +211,23 @@ def test_small_shards_share_a_range(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         Range("4.tar", 0, 4, True),
         Range("6.tar", 0, 8, True, 2),
     ]
+    assert ranges(rows=8, skip=3) == [
+        Range("0.tar", 0, 8, True, 2),
+        Range("2.tar", 0, 4, True),
+        Range("4.tar", 0, 8, True, 2),
+        Range("6.tar", 0, 8, True, 2),
+    ]
     assert ranges(rows=11, skip=3)[:2] == [Range("0.tar", 0, 8, True, 2), Range("2.tar", 0, 4, True)]
-    assert ranges(size=RangeSize(1, 1), rows=9, skip=3)[0] == Range("0.tar", 0, 1, False)
-    assert ranges(rows=3, skip=3)[0] == Range("0.tar", 0, 3, False)
+    assert ranges(rows=4, skip=3) == [Range(f"{n}.tar", 0, 4, True) for n in (0, 1, 2, 4, 5, 6, 7)]
+    assert ranges(rows=3, skip=3)[:3] == [
+        Range("0.tar", 0, 3, False),
+        Range("0.tar", 3, 4, True),
+        Range("1.tar", 0, 3, False),
+    ]
     assert ranges(skip=3, done=Range("1.tar", 0, 1, False))[:3] == [
         Range("0.tar", 0, 4, True),
         Range("1.tar", 1, 4, True),
         Range("2.tar", 0, 4, True),
-    ]
-    encoded = sum(len(image) for image in images[:4])
-    monkeypatch.setattr(pipeline.ranges, "SMALL_BYTES", 2**15)  # more than a tar
-    assert encoded * 8 < 2**15
-    assert ranges(size=RangeSize(encoded + 1, 2**20), skip=3)[:2] == [
-        Range("0.tar", 0, 8, True, 2),
-        Range("2.tar", 0, 4, True),
-    ]
-    monkeypatch.setattr(pipeline.ranges, "SMALL_BYTES", min(shard.size for _, shard in shards))
-    assert ranges(skip=3) == [Range(f"{n}.tar", 0, 4, True) for n in (0, 1, 2, 4, 5, 6, 7)]
-
-
-def test_small_shards_fill_a_range_as_large_ones_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = tiny.digits()["zero"][:54]
-    source, shards = small_shards(tmp_path, images, 9)
-    small, four = 1 + max(shard.size for _, shard in shards), sum(len(image) for image in images[:36])
-    assert small < four  # together they are not small
-    monkeypatch.setattr(pipeline.ranges, "SMALL_BYTES", small)
-    reader = RangeReader(source.reader, CONFIG.transform, rows=100, batch=1, decode_seconds=10)
-    assert of_tables(reader.ranges(shards, {})) == [Range("0.tar", 0, 54, True, 6)]
-    assert of_tables(reader.ranges(shards, {}, RangeSize(four, four))) == [
-        Range("0.tar", 0, 36, True, 4),
-        Range("4.tar", 0, 18, True, 2),
     ]
 
 

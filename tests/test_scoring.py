@@ -15,16 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import pipeline.ranges
 import pipeline.scoring
 import tiny
 from cluster import storage
 from cluster.errors import ModelError, ResourceError, RunError, StageError, StorageError
 from cluster.progress import SILENT
 from models.config import ModelConfig, Transform
-from pipeline.ranges import (
-    Range,
-)
+from pipeline.ranges import Range
 from pipeline.recipe import Score, Source
 from pipeline.rejects import Reject, count_rejected, publish_rejects, read_rejects
 from pipeline.scorer import compiler_error
@@ -121,6 +118,35 @@ def test_scores_agree_with_the_plain_model(scored: str, source: ImageSource, mod
     top = expected.topk(3, dim=1)
     np.testing.assert_array_equal(classes, top.indices.numpy())
     np.testing.assert_allclose(scores, top.values.numpy(), atol=1e-5)
+
+
+def test_a_teacher_with_other_classes_reports_those_that_count(
+    scored: str, source: ImageSource, model: str, tmp_path: Path, ray_local: None
+) -> None:
+    """Two of its four, in another order; the softmax is of all four."""
+    uri, outputs = str(tmp_path / "scores"), (3, 1)
+    settings = SETTINGS.model_copy(update={"classes_per_image": 2})
+    score(source, model, uri, f"{uri}-rejects", settings, SILENT, outputs)
+    table = read_scores(uri)
+    assert table.schema.metadata == {b"tophat.num_classes": b"2"}
+    of_image = {row["index"]: row for row in read_scores(scored).slice(0, 50).to_pylist()}
+    for row in table.slice(0, 50).to_pylist():
+        among_all = of_image[row["index"]]
+        best = dict(zip(among_all["class_ids"], among_all["scores"], strict=True))  # three of four
+        found = [outputs[class_id] for class_id in row["class_ids"]]
+        assert sorted(found) == [1, 3]
+        for output, value in zip(found, row["scores"], strict=True):
+            assert value == pytest.approx(best.get(output, 1 - sum(best.values())), abs=1e-5)
+
+
+def test_ray_says_nothing_of_its_own(source: ImageSource, model: str, tmp_path: Path) -> None:
+    """Ray Data restarts its actors, which Ray's core warns of on the standard error of the process that makes them."""
+    words = ["--model", model, "--source", source.reader.root, "--out", str(tmp_path / "s"), "--classes-per-image", "3"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "pipeline", "score", *words], capture_output=True, text=True, timeout=200
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert re.findall(r".*core_worker.*|.*\.cc:\d+.*", ended.stderr) == []
 
 
 def test_what_never_repeats_has_no_dictionary(scored: str) -> None:

@@ -89,7 +89,7 @@ def _die_of_zeros(data: bytes) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
 
 def read(source: ImageSource) -> Iterator[dict[str, object]]:
     """What the readers hand to the model, without Ray."""
-    reader = RangeReader(source.reader, TRANSFORM, rows=ROWS, batch=1, decode_seconds=0.3)
+    reader = RangeReader(source.reader, TRANSFORM, rows=ROWS, decode_seconds=0.3)
     for shard in source.shards():
         for table in reader.ranges([(0, shard)], {}):
             for row in table.to_pylist():

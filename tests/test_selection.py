@@ -26,7 +26,7 @@ from pipeline import selection
 from pipeline import top as top_module
 from pipeline.quotas import quotas
 from pipeline.selection import SCHEMA, Selected, Wanted, read_selection, select, select_several
-from pipeline.top import Int64, Scored, Sieve, Top, merge
+from pipeline.top import Candidates, Int64, Sieve, Top, merge
 
 Row = tuple[str, int, list[int], list[float]]  # shard, index, class ids, scores
 Chosen = tuple[int, int, float, str, int]  # class, rank, score, shard, index
@@ -60,20 +60,20 @@ def table_of(rows: Sequence[Row], num_classes: int | None = None) -> pa.Table:
     return pa.table(arrays, pa.schema(fields, metadata))
 
 
-def scored(rows: Sequence[Row], classes_per_image: int | None = None) -> Scored:
+def scored(rows: Sequence[Row], classes_per_image: int | None = None) -> Candidates:
     table = table_of(rows).combine_chunks()
     P = len(rows[0][2])
     ids = np.array([row[2] for row in rows], np.int32).reshape(-1, P)[:, :classes_per_image]
     scores = np.array([row[3] for row in rows], np.float32).reshape(-1, P)[:, :classes_per_image]
     shard = table["shard"].chunk(0)
-    return Scored(shard, table["index"].to_numpy(), ids, scores, images=len(rows))
+    return Candidates(shard, table["index"].to_numpy(), ids, scores, images=len(rows))
 
 
 def quota(K: int, classes: int = 6) -> Int64:
     return np.full(classes, K, np.int64)
 
 
-def top_of(batches: Sequence[Scored], quotas: Int64, min_score: float | None = None, thresholds: Any = None) -> Top:
+def top_of(batches: Sequence[Candidates], quotas: Int64, min_score: float | None = None, thresholds: Any = None) -> Top:
     floor = np.full(len(quotas), -np.inf if min_score is None else min_score, np.float32)
     sieve = Sieve(quotas, floor if thresholds is None else thresholds)
     for batch in batches:
