@@ -161,7 +161,9 @@ def _acquire(folder: str, waits: Callable[[Holder], None]) -> Lease:
                 for number in numbers:
                     storage.delete_file(_uri(folder, number))
                 return Lease(folder, newest + 1, mine)
-            storage.delete_file(_uri(folder, newest + 1))  # it had been held and given back while this process looked away
+            storage.delete_file(
+                _uri(folder, newest + 1)
+            )  # it had been held and given back while this process looked away
 
 
 def _numbers(folder: str) -> list[int]:

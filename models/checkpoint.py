@@ -128,7 +128,7 @@ def mismatch(model: nn.Module, state: dict[str, Tensor]) -> str:
     return ""
 
 
-def start_from(model: nn.Module, initial: str, class_names: list[str]) -> None:
+def start_from(model: nn.Module, initial: str, class_names: list[str], *, fresh_head: bool = False) -> None:
     """Loads the weights of the model directory `initial` into `model`, for fine-tuning.
 
     If its class names are not `class_names`, the last layer stays as it is in `model`.
@@ -139,7 +139,7 @@ def start_from(model: nn.Module, initial: str, class_names: list[str]) -> None:
     loaded = load(initial)
     state = loaded.model.state_dict()
     own = model.state_dict()
-    if loaded.class_names != class_names:
+    if fresh_head or loaded.class_names != class_names:
         state |= {name: own[name] for name in _last_layer(model, len(class_names))}
     if problem := mismatch(model, state):
         raise ModelError(

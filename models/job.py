@@ -50,6 +50,7 @@ class TrainingJob:
         training: how.
         data: the labeled images to train on.
         validation: labeled images to evaluate on, at most 20 times in the run; none to do without.
+        fresh_head: whether the last layer starts with random weights even so.
         initial: model directory whose weights to start from (fine-tuning), as `models.checkpoint.start_from` takes them; None
             starts from random weights.
         out: the model directory to publish.
@@ -65,6 +66,7 @@ class TrainingJob:
     data: TrainingData
     validation: TrainingData | None = None
     initial: str | None = None
+    fresh_head: bool = False
     out: str
     seed: int
     provenance: dict[str, Any] = field(default_factory=dict)

@@ -80,7 +80,7 @@ class _Trainer:
         torch.manual_seed(job.seed)
         self.model = build(job.model, len(job.class_names))
         if job.initial is not None:
-            checkpoint.start_from(self.model, job.initial, job.class_names)
+            checkpoint.start_from(self.model, job.initial, job.class_names, fresh_head=job.fresh_head)
         self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),

@@ -35,9 +35,7 @@ class Measured:
     loss: float
 
 
-def measure(
-    models: Mapping[str, Candidate], data: TrainingSet, progress: Progress = SILENT
-) -> dict[str, Measured]:
+def measure(models: Mapping[str, Candidate], data: TrainingSet, progress: Progress = SILENT) -> dict[str, Measured]:
     """Top-1, top-5 and loss of models, on Ray tasks that each take a part of the images.
 
     Args:

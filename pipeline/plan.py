@@ -1,7 +1,7 @@
 """What a run will come to, before it does: its stages, what is made of them, and what the rest needs of the cluster."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 from rich.console import Console
 
@@ -25,7 +25,7 @@ def sources_of(recipe: Recipe) -> Sources:
         "labeled.validation": labeled.validation,
         "labeled.test": labeled.test,
         "unlabeled": recipe.unlabeled,
-        "teacher.weak.images": weak and weak.images,
+        "teacher.weak.images": None if weak is None else weak.images,
     }
     return Sources({name: source for name, source in given.items() if source is not None})
 
@@ -40,10 +40,8 @@ def plan(recipe: Recipe, store: RunStore, until: str | None = None) -> list[Plan
     """
     quiet = Display(Console(quiet=True), enabled=False)
     this = Run(recipe.name, "", store, sources_of(recipe), Session(Cluster()), quiet, until, planning=True)
-    try:
+    with suppress(Reached):
         run(this, recipe)
-    except Reached:
-        pass
     return this.planned
 
 

@@ -91,9 +91,7 @@ def _form_of_model(value: object) -> str:
 class Teacher(Section):
     """Stage (1): a network trained on D, or a model that exists; before that pre-trained on weak labels, after that taught by itself, if wanted."""
 
-    model: Annotated[
-        Annotated[ModelConfig, Tag(NETWORK)] | Annotated[Uri, Tag(READY)], Discriminator(_form_of_model)
-    ]
+    model: Annotated[Annotated[ModelConfig, Tag(NETWORK)] | Annotated[Uri, Tag(READY)], Discriminator(_form_of_model)]
     """A network to train, or the URI of a model directory that is ready."""
     training: Training | None = None
     """How it is trained on D; a ready model without it is used as it is."""

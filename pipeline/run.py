@@ -14,7 +14,6 @@ from pipeline.stages import (
     exclude,
     list_unlabeled,
     materialize,
-    prepare_features,
     score_unlabeled,
     select_top_k,
     show_gallery,
@@ -46,7 +45,6 @@ def run(this: Run, recipe: Recipe) -> Result:
     Raises:
         Reached: the stage `this.until` is made.
     """
-    prepare_features(this, recipe.deduplicate)
     data = survey_labeled(this, recipe)  # D
     pool = list_unlabeled(this, recipe.unlabeled)  # U
     teacher = first = obtain_teacher(this, recipe, data, pool)  # (1)
@@ -102,7 +100,7 @@ def distill(
 
 def models_of(rounds: list[Round]) -> dict[str, Made[Trained]]:
     """The models of each round, by their names in the run."""
-    found = {}
+    found: dict[str, Made[Trained]] = {}
     for number, each in enumerate(rounds, 1):
         prefix = f"round-{number}/" if len(rounds) > 1 else ""
         found |= {f"{prefix}pretrained": each.pretrained, f"{prefix}student": each.student}

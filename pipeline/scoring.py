@@ -19,6 +19,7 @@ from cluster.errors import RecipeError, RunError, StageError, shown
 from cluster.progress import Progress
 from cluster.reduction import original_errors, parallel_map
 from cluster.resources import Bundle, Demand, check, cluster_shape
+from cluster.store import publish_json, read_json
 from models.config import Transform
 from pipeline.ranges import MIN_TASK_BYTES, Range, RangeReader, Unfinished, finished, ledger, range_rows, surplus
 from pipeline.recipe import Score
@@ -26,7 +27,6 @@ from pipeline.rejects import count_rejected, read_rejects
 from pipeline.scorer import CALLS, RangeScorer, Scoring
 from pipeline.shards import ChangedShardError, MissingShardError
 from pipeline.sources import ImageSource
-from cluster.store import publish_json, read_json
 
 if TYPE_CHECKING:
     import ray.data

@@ -22,7 +22,7 @@ from pipeline.evaluation import Candidate, Measured, measure
 from pipeline.gallery import Gallery
 from pipeline.labeled import Survey
 from pipeline.loading import TrainingSet, dhat_training_set
-from pipeline.recipe import SIDECAR, Deduplicate, Recipe, Score, Source
+from pipeline.recipe import SIDECAR, Recipe, Score, Source
 from pipeline.scoring import Scored
 from pipeline.selection import Selected
 from pipeline.sources import ImageSource
@@ -238,17 +238,10 @@ def score_unlabeled(this: Run, settings: Score, teacher: Made[Trained], pool: Ma
             return scoring.score(_images_of(pool), teacher.uri, table, rejects, settings, progress, outputs)
 
     key = Key("scores", {"score": settings}, {"teacher": teacher.fingerprint, "unlabeled": pool.fingerprint})
-    return this.once(
-        key, Scored, work, demand=scoring.demand(settings), parts={"scores": TABLE, "rejects": REJECTS}
-    )
+    return this.once(key, Scored, work, demand=scoring.demand(settings), parts={"scores": TABLE, "rejects": REJECTS})
 
 
 # Selection
-
-
-def prepare_features(this: Run, settings: Deduplicate) -> None:
-    """The model whose features are compared, where it is not the teacher: hours before it is needed, what is wrong with it can be mended."""
-    deduplication.features_model(this, "deduplicate.model", settings)
 
 
 def exclude(
@@ -321,7 +314,7 @@ def select_top_k(
     left_out = () if excluded is None else (excluded.uri,)
     inputs = {"scores": scores.fingerprint, "labeled.train": data.train.made.fingerprint}
     tags = settings.tags
-    if tags is not None and (tags == SIDECAR or not weak_stage.is_matched("select.tags", tags)):
+    if tags is not None and (tags == SIDECAR or not weak_stage.is_matched(tags)):
         matched = match_tags(this, "select.tags", tags, recipe.unlabeled, data)
         tags, inputs["tags"] = matched.uri, matched.fingerprint
     elif tags is not None:
@@ -374,9 +367,7 @@ class DhatImages:
         return dhat_training_set(self.made.uri, len(self.data.class_names))
 
 
-def materialize(
-    this: Run, recipe: Recipe, chosen: Made[Selected], data: LabeledData, pool: Made[Listed]
-) -> DhatImages:
+def materialize(this: Run, recipe: Recipe, chosen: Made[Selected], data: LabeledData, pool: Made[Listed]) -> DhatImages:
     """D-hat: the selected images, copied once into shuffled shards."""
     seed = recipe.seed_of("data")
 

@@ -13,10 +13,8 @@ from models.card import CARD, WEIGHTS, read_card
 from models.config import ModelConfig, Training
 from models.job import TrainingJob
 from models.training import fit
-from pipeline import weak as weak_stage
 from pipeline.context import Run
-from pipeline.dhat import Dhat
-from pipeline.loading import TrainingSet
+from pipeline.loading import TrainingSet, weak_training_set
 from pipeline.recipe import FineTune, Teacher, Weak
 from pipeline.scoring import Scored
 from pipeline.selection import Selected
@@ -123,7 +121,9 @@ def train(
             job = _job(this, name, network, training, images, data, progress)
             return _fit(replace(job, out=place), storage.join(place, WORK))
 
-    return this.once(_key(name, network, training, examples.inputs, data), Trained, work, demand=_demand(this, name, training))
+    return this.once(
+        _key(name, network, training, examples.inputs, data), Trained, work, demand=_demand(this, name, training)
+    )
 
 
 def _key(name: str, network: Network, training: Training, inputs: Mapping[str, str], data: LabeledData) -> Key:
@@ -178,7 +178,9 @@ def _demand(this: Run, name: str, training: Training, trials: int = 1) -> Demand
     if this.named_as(name).startswith("self-training/") and name in ("pretrained", "student"):
         field = f"teacher.self_training.{field}"
     workers = training.workers * trials
-    said = f"{field}.workers" if trials == 1 else f"{field.removesuffix('.training')}.sweep.concurrent x {field}.workers"
+    said = (
+        f"{field}.workers" if trials == 1 else f"{field.removesuffix('.training')}.sweep.concurrent x {field}.workers"
+    )
     return Demand(said, workers, (Bundle(workers, training.cpus_per_worker, training.gpus_per_worker),))
 
 
@@ -211,7 +213,9 @@ def fine_tune(
             )
         for trial in tried:
             if trial.error is None and this.store.find(keys[trial.learning_rate], Trained).record is None:
-                raise StageError(f"the trial {_trial(trial.learning_rate)} ended without a model: run the same command again")
+                raise StageError(
+                    f"the trial {_trial(trial.learning_rate)} ended without a model: run the same command again"
+                )
         chosen = best(tried)
         made = this.store.find(keys[chosen.learning_rate], Trained)
         copy_model(made.uri, place)
@@ -219,9 +223,7 @@ def fine_tune(
 
     trials = min(settings.sweep.concurrent, len(rates))
     inputs = {_trial(rate): key.fingerprint for rate, key in keys.items()}
-    student = this.once(
-        Key(name, {}, inputs), Trained, work, demand=_demand(this, name, settings.training, trials)
-    )
+    student = this.once(Key(name, {}, inputs), Trained, work, demand=_demand(this, name, settings.training, trials))
     for rate, key in keys.items():
         if (made := this.store.find(key, Trained)).record is not None:
             this.call(f"trials/{_trial(rate)}", made)
@@ -265,7 +267,9 @@ def ready_model(this: Run, uri: str, data: LabeledData) -> Made[Trained]:
         copy_model(source, place)
         same = outputs == tuple(range(len(card.class_names)))
         metrics = dict(card.metrics)
-        return Trained(0, card.model.architecture, card.parameters, metrics, [], class_outputs=None if same else outputs)
+        return Trained(
+            0, card.model.architecture, card.parameters, metrics, [], class_outputs=None if same else outputs
+        )
 
     key = Key("teacher", {}, {"weights": card.weights.sha256, "labeled.train": data.train.made.fingerprint})
     return this.once(key, Trained, work)
@@ -311,7 +315,7 @@ class _WeakImages:
 
     def load(self) -> TrainingSet:
         source = self.this.sources["teacher.weak.images"]
-        return weak_stage.weak_training_set(self.made.uri, source, len(self.classes.class_names))
+        return weak_training_set(self.made.uri, source, len(self.classes.class_names))
 
 
 def pretrain_on_weak_labels(this: Run, weak: Weak, network: Network, data: LabeledData) -> Network:

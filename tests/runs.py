@@ -1,5 +1,6 @@
 """Runs of recipes in this process, on the Ray of the tests."""
 
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -21,10 +22,8 @@ def execute(recipe: Recipe, uri: str, until: str | None = None) -> dict[str, Mad
     quiet = Display(Console(quiet=True), enabled=False)
     with Session(recipe.cluster) as session:
         this = Run(recipe.name, recipe.to_yaml(), store, sources_of(recipe), session, quiet, until)
-        try:
+        with suppress(Reached):
             run(this, recipe)
-        except Reached:
-            pass
         stages = dict(this.made)
         write_run_report(this)
         this.name_result()

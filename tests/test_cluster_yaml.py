@@ -12,8 +12,9 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cluster.resources import check, shape_of
+from cluster.store import RunStore
+from pipeline.plan import demands, plan
 from pipeline.recipe import load
-from pipeline.run import demands
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "cluster.yaml").read_text()
@@ -108,6 +109,6 @@ def test_the_requirements_that_a_node_installs(config: Any, tmp_path: Path) -> N
     assert not any(line.startswith(("mypy", "pytest")) for line in requirements)
 
 
-def test_it_can_grow_to_what_the_papers_recipe_needs(config: Any) -> None:
+def test_it_can_grow_to_what_the_papers_recipe_needs(config: Any, tmp_path: Path) -> None:
     head = {"Alive": True, "Labels": {"ray.io/node-group": "head"}, "Resources": {"node:__internal_head__": 1.0}}
-    check(demands(load("paper")), shape_of([head], config))
+    check(demands(plan(load("paper"), RunStore(str(tmp_path)))), shape_of([head], config))

@@ -20,12 +20,16 @@ from rich.console import Console
 
 import tiny
 from cluster import storage
+from cluster.config import Cluster
 from cluster.errors import ModelError, RecipeError, RunError, SourceError
 from cluster.progress import SILENT, Display
 from cluster.session import Session
+from cluster.store import RunStore
 from models.config import ModelConfig, Transform
 from pipeline import deduplication, scoring
+from pipeline.context import Run, Sources
 from pipeline.copies import find_copies
+from pipeline.deduplication import Copies, Excluded, Pairs
 from pipeline.duplicates import (
     CANDIDATES,
     PAIRS,
@@ -44,13 +48,12 @@ from pipeline.duplicates import (
     read_pairs,
     searcher,
 )
+from pipeline.plan import plan
 from pipeline.recipe import Deduplicate, Score, Source, deduplicate_settings, validate
-from pipeline.run import open_sources, run, stages_of
 from pipeline.scorer import score_table
 from pipeline.shards import Reader, Shard
 from pipeline.sources import ImageSource, open_source
-from pipeline.stages import Run
-from pipeline.store import RunStore
+from runs import execute, fresh
 from test_report import browser, opened  # noqa: F401 - browser is a fixture
 
 TRANSFORM = Transform(size=56, resize=56, flip=False)
@@ -395,8 +398,14 @@ def found(planted: Path, model: str, tmp_path_factory: pytest.TempPathFactory, r
     unlabeled = open_source("U", Source(uri=str(planted / "u")))
     store = RunStore(out)
     subject = deduplication.prepare(store, unlabeled, [str(planted / "test")], chosen, None)
-    deduplication.find(store, subject, chosen, score, lambda: None, Display(Console(quiet=True), enabled=False))
+    deduplication.find(in_folder(out), subject, chosen, score)
     return out
+
+
+def in_folder(out: str) -> Run:
+    """A run of `tophat duplicates`."""
+    session, quiet = Session(Cluster()), Display(Console(quiet=True), enabled=False)
+    return Run(deduplication.CLAIM, "", RunStore(out), Sources({}), session, quiet)
 
 
 HOSTILE = "<img src=x onerror=window.pwned=1>.tar"
@@ -577,9 +586,10 @@ def test_decisions_are_saved_and_taken_back(
         near = [ranked[rank] for rank in range(25) if rank != 2] + [ranked[60]]
         assert sorted(listed(found)) == sorted([*near, (HOSTILE, 24)])
     finally:
-        store = RunStore(found)
-        done = {name: stage for name in ("pairs", "copies") if (stage := store.finished(name))}
-        deduplication.exclude(store.once, done, None, "--decisions")
+        this = in_folder(found)
+        pairs_made, copies_made = this.reuse("pairs", Pairs), this.reuse("copies", Copies)
+        deduplication.exclude(this, pairs_made, copies_made, None, "--decisions")
+        this.name_result()
     assert listed(found) == before
 
 
@@ -633,15 +643,13 @@ def test_a_run_makes_an_exclusion_list_before_selection(folders: Path, tmp_path:
     del_validation = tiny.recipe(str(folders), **changes)
     del del_validation["labeled"]["validation"]  # held out of D: only those images of it are compared
     recipe = validate(del_validation)
-    assert stages_of(recipe)[3:9] == ("scores", "embeddings", "pairs", "copies", "excluded", "selection")
     store = RunStore(str(tmp_path / "run"))
-    store.claim(recipe.name, recipe.to_yaml())
+    names = [one.name for one in plan(recipe, store)]
+    assert names[4:10] == ["scores", "embeddings", "pairs", "copies", "excluded", "selection"]
 
     def until_excluded(**deduplicate: Any) -> dict[str, Any]:
         changed = recipe.model_copy(update={"deduplicate": recipe.deduplicate.model_copy(update=deduplicate)})
-        with Session(changed.cluster) as session:
-            display = Display(Console(quiet=True), enabled=False)
-            return run(Run(changed, store, session, display, open_sources(changed, store)), "excluded")
+        return execute(changed, store.uri, "excluded")
 
     done = until_excluded()
     assert list(done)[-4:] == ["embeddings", "pairs", "copies", "excluded"]
@@ -652,27 +660,26 @@ def test_a_run_makes_an_exclusion_list_before_selection(folders: Path, tmp_path:
     assert sum(path == "010.png" or path.startswith("copy") for path in excluded) == 2
     assert len(excluded) == 7
     pairs = read_pairs(storage.join(store.uri, "pairs", "pairs.parquet"))
-    assert done["pairs"].outputs["labeled"] == 63  # 3 of the 36 images of D, and 60 test images
+    assert done["pairs"].outputs.labeled == 63  # 3 of the 36 images of D, and 60 test images
     decisions = {
         "format": "tophat.duplicates.decisions/1",
-        "finding": done["pairs"].outputs["finding"],
+        "finding": done["pairs"].outputs.finding,
         "remove": [[pairs["shard"][9].as_py(), pairs["index"][9].as_py()]],
         "keep": [[pairs["shard"][0].as_py(), pairs["index"][0].as_py()]],
     }
     (tmp_path / "decisions.json").write_text(json.dumps(decisions))
     again = until_excluded(decisions=str(tmp_path / "decisions.json"))
-    assert [name for name, stage in again.items() if stage.fresh] == ["excluded"]
-    assert again["excluded"].outputs == {"near": 5, "copies": 2, "decided": 2}
-    assert all(store.current(stage) for stage in again.values())
+    assert fresh(again) == ["excluded"]
+    assert again["excluded"].outputs == Excluded(near=5, copies=2, decided=2)
     nothing = until_excluded(nearest=None, within=0.0, copies=False)
-    assert [name for name, stage in nothing.items() if stage.fresh] == ["pairs", "excluded"]
+    assert fresh(nothing) == ["pairs", "excluded"]
     assert len(listed(store.uri)) == 5
 
 
-def test_a_recipe_without_the_section_is_as_before(folders: Path) -> None:
+def test_a_recipe_without_the_section_is_as_before(folders: Path, tmp_path: Path) -> None:
     recipe = validate(tiny.recipe(str(folders)))
     assert not recipe.deduplicate.on
-    assert "embeddings" not in stages_of(recipe)
+    assert "embeddings" not in [one.name for one in plan(recipe, RunStore(str(tmp_path)))]
     with pytest.raises(RecipeError, match=r"score\.embedding = false does not keep"):
         validate(tiny.recipe(str(folders), deduplicate={"nearest": 5, "model": "teacher"}))
     assert validate(tiny.recipe(str(folders), deduplicate={"nearest": 5})).deduplicate.model == "resnet18"

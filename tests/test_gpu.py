@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import tiny
+from cluster.store import RunStore
 from models.checkpoint import load
 from models.config import ModelConfig, Transform
-from pipeline.store import RunStore
+from pipeline.scoring import Scored
+from pipeline.stages import Trained
 from test_inference import pictures, plain_logits, predictor, saved
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -79,9 +81,10 @@ def test_the_whole_pipeline(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipeline", "run", str(tmp_path / "recipe.yaml"), "--run-dir", str(run)]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert ended.returncode == 0, ended.stderr
-    scores, trained = (RunStore(str(run)).finished(stage) for stage in ("scores", "student"))
+    store = RunStore(str(run))
+    scores, trained = store.named("scores", Scored), store.named("student", Trained)
     assert scores is not None
     assert trained is not None
-    assert scores.outputs["scored"] == tiny.UNLABELED
+    assert scores.outputs.scored == tiny.UNLABELED
     student = load(trained.uri).model
     assert all(p.device.type == "cpu" and p.isfinite().all() for p in student.parameters())

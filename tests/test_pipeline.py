@@ -19,7 +19,7 @@ from pipeline.ingest import ingest
 from pipeline.recipe import Source, validate
 from pipeline.rejects import read_rejects
 from pipeline.sources import open_source
-from runs import execute, fresh
+from runs import execute
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -49,9 +49,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def local_run(
-    folders: Path, tmp_path_factory: pytest.TempPathFactory, ray_local: None
-) -> Local:
+def local_run(folders: Path, tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Local:
     uri = str(tmp_path_factory.mktemp("runs") / "tiny")
     return uri, execute(validate(tiny.recipe(str(folders))), uri)
 
@@ -75,9 +73,7 @@ def test_every_image_is_accounted_for(local_run: Local) -> None:
     assert selection.candidates == 2 * tiny.UNLABELED == selection.selected + selection.unselected
 
 
-def test_dhat_holds_the_selected_images_with_their_labels(
-    local_run: Local, folders: Path
-) -> None:
+def test_dhat_holds_the_selected_images_with_their_labels(local_run: Local, folders: Path) -> None:
     _, done = local_run
     source = open_source("unlabeled", Source(uri=str(folders / "unlabeled")))
     selected = (

@@ -4,6 +4,7 @@ its weights are random here."""
 import hashlib
 import io
 import os
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -15,18 +16,23 @@ import pytest
 import torch
 import torchvision
 import yaml
+from rich.console import Console
 
 import tiny
 from cluster import storage
+from cluster.config import Cluster
 from cluster.errors import ModelError
+from cluster.progress import Display
+from cluster.session import Session
+from cluster.store import RunStore
 from models import pretrained
 from models.card import read_card
 from models.checkpoint import load
-from pipeline.deduplication import features_model
+from pipeline.context import Run, Sources
+from pipeline.deduplication import Embeddings, Pairs, features_model
 from pipeline.duplicates import read_pairs
 from pipeline.recipe import Deduplicate, Source
 from pipeline.sources import open_source
-from pipeline.store import RunStore
 
 Publish = Callable[..., Path]
 LEFT_OPEN = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
@@ -139,16 +145,19 @@ def test_weights_that_are_not_what_they_should_be(fault: str, publish: Publish, 
 
 
 def test_a_run_gets_it_once(publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, store = publish(random_resnet18().state_dict()), RunStore(str(tmp_path / "run"))
-    assert features_model("deduplicate.model", Deduplicate(), store) is None  # nothing is compared
-    assert features_model("deduplicate.model", Deduplicate(nearest=3, model="teacher"), store) is None
-    uri = features_model("deduplicate.model", Deduplicate(nearest=3), store)
-    assert uri == store.place("resnet18")
+    file, session = publish(random_resnet18().state_dict()), Session(Cluster())
+    quiet = Display(Console(quiet=True), enabled=False)
+    this = Run("tiny", "", RunStore(str(tmp_path / "run")), Sources({}), session, quiet)
+    assert features_model(this, "deduplicate.model", Deduplicate()) is None  # nothing is compared
+    assert features_model(this, "deduplicate.model", Deduplicate(nearest=3, model="teacher")) is None
+    features = features_model(this, "deduplicate.model", Deduplicate(nearest=3))
+    assert features is not None
+    assert Path(features.uri).parent == tmp_path / "run" / "store"
     file.unlink()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "elsewhere"))
-    assert features_model("deduplicate.model", Deduplicate(nearest=3), store) == uri
+    assert features_model(this, "deduplicate.model", Deduplicate(nearest=3)) == features
     with pytest.raises(ModelError, match=r"has no model\.json"):
-        features_model("deduplicate.model", Deduplicate(nearest=3, model=str(tmp_path)), store)
+        features_model(this, "deduplicate.model", Deduplicate(nearest=3, model=str(tmp_path)))
 
 
 @LEFT_OPEN
@@ -194,7 +203,7 @@ def test_a_run_asks_for_it_before_it_begins(
     code, _, errors = tophat(*words)
     assert (code, errors.count("error: ")) == (2, 1), errors
     assert "deduplicate.model = 'resnet18': cannot be had from http" in errors
-    assert sorted(path.name for path in run.iterdir()) == ["recipe.yaml", "run.json"]
+    assert sorted(path.name for path in run.iterdir()) == ["leases", "recipe.yaml", "run.json"]
     code, _, errors = tophat(*words, "--until", "unlabeled")  # which does without it
     assert code == 0, errors
     file.write_bytes(content)
@@ -203,11 +212,10 @@ def test_a_run_asks_for_it_before_it_begins(
     card = read_card(str(run / "resnet18"))
     assert card.provenance == {"weights": pretrained.URL}
     store = RunStore(str(run))
-    embeddings, pairs = store.finished("embeddings"), store.finished("pairs")
+    embeddings, pairs = store.named("embeddings", Embeddings), store.named("pairs", Pairs)
     assert embeddings is not None
     assert pairs is not None
-    assert embeddings.inputs["model"] == card.weights.sha256
-    assert embeddings.outputs["scored"] == pairs.outputs["images"] + pairs.outputs["labeled"]
+    assert embeddings.outputs.scored == pairs.outputs.images + pairs.outputs.labeled
     code, text, errors = tophat("status", str(run))
     assert code == 0, errors
-    assert "out of date" not in text
+    assert re.search(r"excluded +done", text)

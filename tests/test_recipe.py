@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from cluster.errors import RecipeError
+from models.config import ModelConfig
 from pipeline.recipe import Recipe, load, shipped, validate
 
 
@@ -28,12 +29,14 @@ def test_every_shipped_recipe_loads(name: str, tmp_path: Path) -> None:
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(recipe.to_yaml())
     assert load(str(resolved)) == recipe
+    assert isinstance(recipe.teacher.model, ModelConfig)
     assert recipe.teacher.model.transform.size == recipe.student.model.transform.size
 
 
 @pytest.mark.parametrize("name", ["demo", "fashion-mnist"])
 def test_laptop_recipes_need_no_gpu_and_two_cores(name: str) -> None:
     recipe = load(name)
+    assert recipe.teacher.training is not None
     for training in (recipe.teacher.training, recipe.pretrain, recipe.fine_tune.training, recipe.supervised):
         assert training.gpus_per_worker == 0
         assert training.workers * training.cpus_per_worker <= 2
@@ -44,6 +47,8 @@ def test_laptop_recipes_need_no_gpu_and_two_cores(name: str) -> None:
 def test_paper_states_section_4_1() -> None:
     recipe = load("paper")
     pretrain, fine_tune = recipe.pretrain, recipe.fine_tune.training
+    assert isinstance(recipe.teacher.model, ModelConfig)
+    assert recipe.teacher.training is not None
     assert recipe.teacher.model.architecture == "resnext101_32x48d"
     assert recipe.student.model.architecture == "resnet50"
     assert recipe.score.classes_per_image == 10

@@ -71,7 +71,10 @@ def test_a_finished_stage_is_found(place: str) -> None:
     assert first == again
     assert again.outputs == Outputs(3, (1, 2))
     assert again.uri == storage.join(place, "store", f"score-{KEY.fingerprint}")
-    assert [f.path for f in storage.list_files(again.uri)] == ["_record.json", "part-1"]  # what was only for the work is gone
+    assert [f.path for f in storage.list_files(again.uri)] == [
+        "_record.json",
+        "part-1",
+    ]  # what was only for the work is gone
 
 
 @pytest.mark.parametrize(
@@ -267,7 +270,9 @@ def test_a_folder_of_something_else_is_not_claimed(place: str) -> None:
 def test_a_run_of_an_earlier_version_is_refused(place: str) -> None:
     publish_json(storage.join(place, "run.json"), {"recipe": "demo", "format": 1})
     for use in (lambda: RunStore(place).claim("demo", ""), RunStore(place).result):
-        with pytest.raises(RunError, match=r"was made by an earlier version of tophat \(format 1\).*; give a new --run-dir"):
+        with pytest.raises(
+            RunError, match=r"was made by an earlier version of tophat \(format 1\).*; give a new --run-dir"
+        ):
             use()
 
 

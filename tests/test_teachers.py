@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -12,11 +13,13 @@ from rich.console import Console
 import tiny
 from cluster.errors import ModelError
 from cluster.store import Made, RunStore
+from models.architectures import build
 from models.card import read_card
 from models.checkpoint import load, save
 from pipeline import tables
 from pipeline.plan import plan
-from pipeline.recipe import validate
+from pipeline.recipe import Source, validate
+from pipeline.sources import open_source
 from runs import execute, fresh
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -51,12 +54,13 @@ def ready(run_dir: str, folders: Path, tmp_path_factory: pytest.TempPathFactory)
     teacher = load(str(Path(run_dir, "teacher")))
     state = teacher.model.state_dict()
     order = [2, 0, 1]
-    for name, extra in (("fc.weight", torch.zeros(2, state["fc.weight"].shape[1])), ("fc.bias", torch.full((2,), -1e4))):
+    for name, extra in (
+        ("fc.weight", torch.zeros(2, state["fc.weight"].shape[1])),
+        ("fc.bias", torch.full((2,), -1e4)),
+    ):
         rows = torch.cat([state[name], extra])
         state[name] = rows[[3, *order, 4]]
     names = ["seven", *(teacher.class_names[number] for number in order), "eight"]
-    from models.architectures import build
-
     network = build(teacher.config, 5)
     network.load_state_dict(state)
     uri = str(tmp_path_factory.mktemp("models") / "ready")
@@ -139,9 +143,6 @@ def test_a_teacher_that_is_pre_trained_on_weak_labels(run_dir: str, folders: Pat
 
 
 def test_tags_that_select_are_matched_in_the_same_way(run_dir: str, folders: Path, tmp_path: Path) -> None:
-    from pipeline.sources import open_source
-    from pipeline.recipe import Source
-
     source = open_source("unlabeled", Source(uri=str(folders / "unlabeled")))
     words = {
         "shard": [shard.name for shard in source.shards() for _ in shard.files],
@@ -152,8 +153,6 @@ def test_tags_that_select_are_matched_in_the_same_way(run_dir: str, folders: Pat
             for path in shard.files
         ],
     }
-    import pyarrow as pa
-
     schema = pa.schema([("shard", pa.string()), ("index", pa.uint32()), ("tags", pa.list_(pa.string()))])
     pq.write_table(pa.table(words, schema=schema), tmp_path / "tags.parquet")
     select = {"images_per_class": 20, "tags": str(tmp_path / "tags.parquet")}

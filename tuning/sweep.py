@@ -30,7 +30,7 @@ class Trial:
 def sweep(
     name: str,
     learning_rates: Sequence[float],
-    trial: Callable[[float, Any], Mapping[str, float]],
+    trial: Callable[[float, Any], Mapping[str, float | None]],
     *,
     concurrent: int,
     work: str,

@@ -138,5 +138,3 @@ def evaluate(
     top = [text.percent(share) for share in (found_by.top1, found_by.top5)]
     table.add_row(f"{data.images:,}", f"{len(found.rejects):,}", *top, f"{found_by.loss:.4f}")
     out.print(table)
-
-

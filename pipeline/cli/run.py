@@ -1,6 +1,7 @@
 """Commands about a run of a recipe: demo, run, status, prune, estimate, submit."""
 
 import json
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -52,7 +53,7 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
     from cluster.resources import check, cluster_shape
     from cluster.session import Session
     from cluster.store import RunStore
-    from pipeline import tables
+    from pipeline import deduplication, tables
     from pipeline.content import write_run_report
     from pipeline.context import Reached, Run
     from pipeline.plan import check_networks, demands, plan, sources_of
@@ -73,10 +74,11 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
     ray = Session(recipe.cluster, on_start=lambda: check(needed, cluster_shape()), verbose=verbose)
     with store.in_use(), ray as session:
         this = Run(recipe.name, recipe.to_yaml(), store, sources, session, Display(out), until)
-        try:
+        if any(one.made.key.stage == "embeddings" for one in planned):
+            # Hours before it is needed: what is wrong with it can be mended now.
+            deduplication.features_model(this, "deduplicate.model", recipe.deduplicate)
+        with suppress(Reached):
             run_pipeline(this, recipe)
-        except Reached:
-            pass
         stages = dict(this.made)
         write_run_report(this)
         this.name_result()
@@ -94,7 +96,11 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
 
 def _changed(this: "Run") -> list[str]:
     """The sources that are not what they were when the run listed them; it goes on with what it listed."""
-    names = {"labeled-train": "labeled.train", "labeled-validation": "labeled.validation", "labeled-test": "labeled.test"}
+    names = {
+        "labeled-train": "labeled.train",
+        "labeled-validation": "labeled.validation",
+        "labeled-test": "labeled.test",
+    }
     names["unlabeled"] = "unlabeled"
     return [
         source
@@ -273,5 +279,3 @@ def submit(
     out.print(f"job: {job}", markup=False)
     if follow:
         raise typer.Exit(jobs.follow(job, address=address))
-
-
