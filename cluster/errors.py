@@ -5,6 +5,7 @@ TophatError                   anything this project raises on purpose
 │   ├── RecipeError           a recipe field (unknown key, out of bounds, contradicting another)
 │   ├── SourceError           a source that is missing, unreadable, or not what it says it is
 │   ├── StorageError          an object store or path that refuses (credentials, bucket, permission)
+│   │   └── MissingError      nothing is at a path or key; a missing bucket is a refusal
 │   ├── ModelError            a model directory or architecture that cannot be used
 │   ├── ResourceError         the cluster cannot ever run what the recipe asks for
 │   ├── ClusterError          a cluster that cannot be reached, refuses the token, or does not have the job
@@ -52,7 +53,7 @@ class StorageError(InputError):
 
 
 class MissingError(StorageError):
-    """Nothing is there."""
+    """Nothing is at a path, or at a key of a bucket that exists."""
 
 
 class ModelError(InputError):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from cluster import storage
-from cluster.errors import ModelError, StorageError
+from cluster.errors import MissingError, ModelError
 from cluster.section import Section
 from models.config import ModelConfig
 
@@ -53,9 +53,7 @@ def read_card(uri: str) -> ModelCard:
     location = storage.join(uri, CARD)
     try:
         data = storage.read_bytes(location)
-    except StorageError as error:
-        if "does not exist" not in error.rule:
-            raise
+    except MissingError:
         raise ModelError("model", uri, f"has no {CARD}", "name a finished model directory") from None
     try:
         return ModelCard.model_validate(json.loads(data))
@@ -76,9 +74,7 @@ def read_weights(uri: str, card: ModelCard) -> bytes:
     """
     try:
         content = storage.read_bytes(storage.join(uri, WEIGHTS))
-    except StorageError as error:
-        if "does not exist" not in error.rule:
-            raise
+    except MissingError:
         raise ModelError("model", uri, f"has a {CARD} and no {WEIGHTS}", "copy or save it again") from None
     if len(content) != card.weights.size:
         rule = f"has a {WEIGHTS} of {len(content)} bytes where its card says {card.weights.size}"

@@ -131,7 +131,8 @@ def mismatch(model: nn.Module, state: dict[str, Tensor]) -> str:
 def start_from(model: nn.Module, initial: str, class_names: list[str], *, fresh_head: bool = False) -> None:
     """Loads the weights of the model directory `initial` into `model`, for fine-tuning.
 
-    If its class names are not `class_names`, the last layer stays as it is in `model`.
+    If it knows all of `class_names`, in whatever order and beside whatever others, the last layer starts from what it has for them;
+    else, and with `fresh_head`, the last layer stays as it is in `model`.
 
     Raises:
         ModelError: it cannot be loaded, or is of another architecture.
@@ -140,7 +141,12 @@ def start_from(model: nn.Module, initial: str, class_names: list[str], *, fresh_
     state = loaded.model.state_dict()
     own = model.state_dict()
     if fresh_head or loaded.class_names != class_names:
-        state |= {name: own[name] for name in _last_layer(model, len(class_names))}
+        number = {name: i for i, name in enumerate(loaded.class_names)}
+        known = not fresh_head and all(name in number for name in class_names)
+        rows = torch.tensor([number.get(name, 0) for name in class_names])
+        for name in _last_layer(model, len(class_names)):
+            of_classes = name in state and state[name].ndim > 0 and len(state[name]) == len(loaded.class_names)
+            state[name] = state[name][rows] if known and of_classes else own[name]
     if problem := mismatch(model, state):
         raise ModelError(
             "initial", initial, f"does not fit the network to train: {problem}", "use one of the same architecture"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cluster import storage
-from cluster.errors import ModelError
+from cluster.errors import ModelError, StorageError
 from models import checkpoint
 from models.architectures import SmallResNet, build
 from models.card import read_card
@@ -242,6 +242,18 @@ def test_broken_directories_are_refused_in_one_line(tmp_path: Path) -> None:
     assert read_card(uri).weights.size == len(good_weights)
 
 
+@pytest.mark.parametrize("names", [[CLASSES[1]], CLASSES[::-1], [CLASSES[2], CLASSES[0]]])
+def test_fine_tuning_takes_the_last_layer_of_classes_that_are_known(tmp_path: Path, names: list[str]) -> None:
+    uri, source = str(tmp_path), trained()
+    saved(uri, source)
+    model = build(TINY, len(names))
+    checkpoint.start_from(model, uri, names)
+    images = torch.rand(4, 3, 16, 16)
+    with torch.inference_mode():
+        expected = source.eval()(images)[:, [CLASSES.index(name) for name in names]]
+        assert torch.allclose(model.eval()(images), expected, atol=1e-6)
+
+
 def test_fine_tuning_keeps_the_last_layer_only_for_the_same_classes(tmp_path: Path) -> None:
     uri = str(tmp_path)
     source = trained()
@@ -249,7 +261,7 @@ def test_fine_tuning_keeps_the_last_layer_only_for_the_same_classes(tmp_path: Pa
     same, fresh = build(TINY, 3), build(TINY, 5)
     before = fresh.state_dict()["fc.weight"].clone()
     checkpoint.start_from(same, uri, CLASSES)
-    checkpoint.start_from(fresh, uri, ["a", "b", "c", "d", "e"])
+    checkpoint.start_from(fresh, uri, ["a", "cat", "c", "d", "e"])
     assert all(torch.equal(v, source.state_dict()[k]) for k, v in same.state_dict().items())
     for name, value in fresh.state_dict().items():
         expected = before if name == "fc.weight" else None if name == "fc.bias" else source.state_dict()[name]
@@ -294,3 +306,10 @@ def test_evaluation_counts_and_adds_up(classes: int) -> None:
     assert whole.top5 == (1.0 if classes == 3 else whole.hits5 / 50)
     assert model.training
     assert Evaluation().metrics() == {"images": 0, "top1": 0.0, "top5": 0.0, "loss": 0.0}
+
+
+def test_a_missing_bucket_is_not_a_missing_card(s3: str) -> None:
+    with pytest.raises(ModelError, match=r"has no model\.json"):
+        read_card(s3)
+    with pytest.raises(StorageError, match="is in a bucket that does not exist"):
+        read_card("s3://no-such-bucket/model")

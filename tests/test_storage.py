@@ -1,6 +1,7 @@
 """Locations: atomic publishing, listing, and what a user reads when a store refuses."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cluster import storage
-from cluster.errors import StorageError
+from cluster.errors import MissingError, StorageError
 from faulty_proxy import faulty_proxy
 from killing import environment
 
@@ -203,8 +204,23 @@ def test_a_uri_that_cannot_be(uri: str, message: str) -> None:
 
 def test_nothing_there(place: str) -> None:
     storage.publish(storage.join(place, "other"), b"")
-    with pytest.raises(StorageError, match=r"absent': does not exist; check the path$"):
-        storage.read_bytes(storage.join(place, "absent"))
+    absent = storage.join(place, "absent")
+    for read in (storage.read_bytes, lambda uri: storage.read_end(uri, 3), lambda uri: copied(uri)):
+        with pytest.raises(MissingError, match=r"absent': does not exist; check the path$") as caught:
+            read(absent)
+    assert type(pickle.loads(pickle.dumps(caught.value))) is MissingError
+
+
+def copied(uri: str) -> bytes:
+    with storage.local_copy(uri) as path:
+        return path.read_bytes()
+
+
+def test_the_end_of_an_object(place: str) -> None:
+    target = storage.join(place, "x")
+    storage.publish(target, b"0123456789")
+    assert storage.read_end(target, 4) == b"6789"
+    assert storage.read_end(target, 100) == b"0123456789"
 
 
 @pytest.mark.parametrize("operation", ["publish", "list", "read", "exists"])
@@ -237,6 +253,18 @@ def test_a_bucket_that_does_not_exist(s3: str) -> None:
         StorageError, match=r"^--run-dir = 's3://no-such-bucket/run': is in a bucket that does not exist"
     ):
         storage.check_writable("--run-dir", "s3://no-such-bucket/run")
+    for read in (storage.read_bytes, storage.open_input, copied):
+        with pytest.raises(StorageError, match="is in a bucket that does not exist; create the bucket") as caught:
+            read("s3://no-such-bucket/x")
+        assert not isinstance(caught.value, MissingError)
+
+
+def test_a_read_without_a_server_is_one_line(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("cluster.filesystems.ATTEMPTS", 1)
+    with pytest.raises(StorageError, match="could not be reached") as caught:
+        storage.read_bytes(storage.join(s3, "x"))
+    assert "AWS_ENDPOINT_URL" in caught.value.fix
 
 
 def test_no_server_is_one_line(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
