@@ -30,7 +30,7 @@ class Reported:
 
 def write_run_report(this: Run) -> Made[Reported]:
     """The report of the stages that are made: a stage itself, so that the same result has the same report."""
-    stages = dict(this.made)
+    stages = this.stages()
 
     def work(place: str) -> Reported:
         report.write_report(place, report_content(this, stages))

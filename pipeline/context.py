@@ -76,7 +76,8 @@ class Run:
         until: the name of the stage that the run ends with; every stage when None.
         planning: whether stages are only listed: none works, and of those that are not made yet, nothing but the key is known.
         planned: every stage that the run has come to, in order.
-        made: those that are made, by name.
+        made: those of them that are made, by name.
+        known: every stage of the recipe that was made before, also beyond `until`, by name and in order.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Run:
     planning: bool = False
     planned: list[Planned] = field(default_factory=list)
     made: dict[str, Made[Any]] = field(default_factory=dict)
+    known: dict[str, Made[Any]] = field(default_factory=dict)
     _others: dict[str, Made[Any]] = field(default_factory=dict)
     _parts: dict[str, str] = field(default_factory=dict)
     _prefix: str = ""
@@ -127,14 +129,12 @@ class Run:
         def waits(holder: Holder) -> None:
             self.display.console.print(f"{name}: waits for {holder}, which is at it", markup=False, highlight=False)
 
-        if self.planning:
-            made = self.store.find(key, kind)
-        else:
-            made = self.store.once(key, kind, with_ray, waits)
+        made = self.store.find(key, kind) if self.planning else self.store.once(key, kind, with_ray, waits)
+        if made.record is not None:
             self.made[name] = made
             self._parts |= {self.named_as(part): join(key.folder, folder) for part, folder in (parts or {}).items()}
-            if made.fresh:
-                self.name_result()
+        if made.fresh:
+            self.name_result()
         self.planned.append(Planned(name, made, demand))
         if name == self.until:
             raise Reached
@@ -163,9 +163,18 @@ class Run:
 
     def call(self, name: str, made: Made[Any]) -> None:
         """Gives a stage a further name in the run's result, or a stage that another one's work has made its first."""
-        if not self.planning:
+        if made.record is not None:
             self._others[self.named_as(name)] = made
 
     def name_result(self) -> None:
-        """Makes the stages that are made so far the run's result."""
-        self.store.name_result(self.recipe, {**self.made, **self._others}, self._parts)
+        """Makes the recipe's stages that are made so far the run's result."""
+        self.store.name_result(self.recipe, {**self.stages(), **self._others}, self._parts)
+
+    def stages(self) -> dict[str, Made[Any]]:
+        """The recipe's stages that are made, by name: those that this run has come to, and those beyond `until`."""
+        return {**self.made, **{name: made for name, made in self.known.items() if name not in self.made}}
+
+    def after(self, plan: "Run") -> "Run":
+        """The same run, which knows what a plan of all of it has found made."""
+        self.known, self._others, self._parts = plan.made, dict(plan._others), dict(plan._parts)
+        return self

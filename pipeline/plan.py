@@ -1,18 +1,18 @@
 """What a run will come to, before it does: its stages, what is made of them, and what the rest needs of the cluster."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 
 from rich.console import Console
 
 from cluster.config import Cluster
-from cluster.errors import ModelError
+from cluster.errors import InputError, ModelError
 from cluster.progress import Display
 from cluster.resources import Demand
 from cluster.session import Session
 from cluster.store import RunStore
 from models.config import ModelConfig
-from pipeline.context import Planned, Reached, Run, Sources
+from pipeline.context import Planned, Run, Sources
 from pipeline.recipe import Recipe, Source
 from pipeline.run import run
 
@@ -30,19 +30,24 @@ def sources_of(recipe: Recipe) -> Sources:
     return Sources({name: source for name, source in given.items() if source is not None})
 
 
-def plan(recipe: Recipe, store: RunStore, until: str | None = None) -> list[Planned]:
-    """The stages that a run of the recipe comes to, in order: `run` itself, with nothing done.
-
-    Args:
-        recipe: of the run.
-        store: its directory.
-        until: the last stage of interest; every stage when None, and where no stage has that name.
-    """
+def plan(recipe: Recipe, store: RunStore) -> Run:
+    """The stages that a run of the recipe comes to, in order, and which are made: `run` itself, with nothing done."""
     quiet = Display(Console(quiet=True), enabled=False)
-    this = Run(recipe.name, "", store, sources_of(recipe), Session(Cluster()), quiet, until, planning=True)
-    with suppress(Reached):
-        run(this, recipe)
-    return this.planned
+    this = Run(recipe.name, "", store, sources_of(recipe), Session(Cluster()), quiet, planning=True)
+    run(this, recipe)
+    return this
+
+
+def until_stage(planned: Sequence[Planned], until: str | None) -> list[Planned]:
+    """The stages up to one; all of them when it is None.
+
+    Raises:
+        InputError: there is no such stage.
+    """
+    names = [one.name for one in planned]
+    if until is not None and until not in names:
+        raise InputError("--until", until, "is not a stage", f"use one of {', '.join(names)}")
+    return list(planned) if until is None else list(planned[: names.index(until) + 1])
 
 
 def demands(planned: Sequence[Planned]) -> list[Demand]:

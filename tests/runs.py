@@ -10,7 +10,7 @@ from cluster.session import Session
 from cluster.store import Made, RunStore
 from pipeline.content import write_run_report
 from pipeline.context import Reached, Run
-from pipeline.plan import sources_of
+from pipeline.plan import plan, sources_of
 from pipeline.recipe import Recipe
 from pipeline.run import run
 
@@ -22,6 +22,7 @@ def execute(recipe: Recipe, uri: str, until: str | None = None) -> dict[str, Mad
     quiet = Display(Console(quiet=True), enabled=False)
     with Session(recipe.cluster) as session:
         this = Run(recipe.name, recipe.to_yaml(), store, sources_of(recipe), session, quiet, until)
+        this.after(plan(recipe, store))
         with suppress(Reached):
             run(this, recipe)
         stages = dict(this.made)

@@ -111,4 +111,4 @@ def test_the_requirements_that_a_node_installs(config: Any, tmp_path: Path) -> N
 
 def test_it_can_grow_to_what_the_papers_recipe_needs(config: Any, tmp_path: Path) -> None:
     head = {"Alive": True, "Labels": {"ray.io/node-group": "head"}, "Resources": {"node:__internal_head__": 1.0}}
-    check(demands(plan(load("paper"), RunStore(str(tmp_path)))), shape_of([head], config))
+    check(demands(plan(load("paper"), RunStore(str(tmp_path))).planned), shape_of([head], config))

@@ -644,7 +644,7 @@ def test_a_run_makes_an_exclusion_list_before_selection(folders: Path, tmp_path:
     del del_validation["labeled"]["validation"]  # held out of D: only those images of it are compared
     recipe = validate(del_validation)
     store = RunStore(str(tmp_path / "run"))
-    names = [one.name for one in plan(recipe, store)]
+    names = [one.name for one in plan(recipe, store).planned]
     assert names[4:10] == ["scores", "embeddings", "pairs", "copies", "excluded", "selection"]
 
     def until_excluded(**deduplicate: Any) -> dict[str, Any]:
@@ -679,7 +679,7 @@ def test_a_run_makes_an_exclusion_list_before_selection(folders: Path, tmp_path:
 def test_a_recipe_without_the_section_is_as_before(folders: Path, tmp_path: Path) -> None:
     recipe = validate(tiny.recipe(str(folders)))
     assert not recipe.deduplicate.on
-    assert "embeddings" not in [one.name for one in plan(recipe, RunStore(str(tmp_path)))]
+    assert "embeddings" not in [one.name for one in plan(recipe, RunStore(str(tmp_path))).planned]
     with pytest.raises(RecipeError, match=r"score\.embedding = false does not keep"):
         validate(tiny.recipe(str(folders), deduplicate={"nearest": 5, "model": "teacher"}))
     assert validate(tiny.recipe(str(folders), deduplicate={"nearest": 5})).deduplicate.model == "resnet18"

@@ -14,7 +14,7 @@ import pytest
 
 import tiny
 from cluster.store import RunStore
-from pipeline.plan import demands, plan
+from pipeline.plan import demands, plan, until_stage
 from pipeline.recipe import validate
 from runs import execute, fresh
 
@@ -71,10 +71,10 @@ def test_another_test_set_evaluates_again_and_nothing_else(run_dir: str, folders
 
 def test_seeds_vary_one_thing(run_dir: str, folders: Path) -> None:
     other = validate(tiny.recipe(str(folders), seeds={"student": 7}))
-    changed = [one.name for one in plan(other, RunStore(run_dir)) if one.made.record is None]
+    changed = [one.name for one in plan(other, RunStore(run_dir)).planned if one.made.record is None]
     assert changed == ["pretrained", "student", "supervised", "evaluation"]
     other = validate(tiny.recipe(str(folders), seeds={"teacher": 7}))
-    changed = [one.name for one in plan(other, RunStore(run_dir)) if one.made.record is None]
+    changed = [one.name for one in plan(other, RunStore(run_dir)).planned if one.made.record is None]
     assert "supervised" not in changed
     assert {"teacher", "scores", "student"} <= set(changed)
 
@@ -82,18 +82,19 @@ def test_seeds_vary_one_thing(run_dir: str, folders: Path) -> None:
 def test_what_decides_nothing_repeats_nothing(run_dir: str, folders: Path) -> None:
     recipe = tiny.recipe(str(folders), score={"classes_per_image": 2, "batch_size": 5, "actors": 1})
     recipe["teacher"]["training"] |= {"max_failures": 0}
-    planned = plan(validate(recipe), RunStore(run_dir))
+    planned = plan(validate(recipe), RunStore(run_dir)).planned
     assert all(one.made.record is not None for one in planned)
     assert demands(planned) == []
 
 
 def test_the_plan_is_the_run(folders: Path, tmp_path: Path) -> None:
-    planned = plan(validate(tiny.recipe(str(folders))), RunStore(str(tmp_path)))
+    planned = plan(validate(tiny.recipe(str(folders))), RunStore(str(tmp_path))).planned
     assert [one.name for one in planned][-3:] == ["student", "supervised", "evaluation"]
     fields = [demand.field for demand in demands(planned)]
     assert "teacher.training.workers" in fields
     assert "score.actors" in fields
-    rounds = plan(validate(tiny.recipe(str(folders), rounds=2)), RunStore(str(tmp_path)), "round-2/dhat")
+    whole = plan(validate(tiny.recipe(str(folders), rounds=2)), RunStore(str(tmp_path))).planned
+    rounds = until_stage(whole, "round-2/dhat")
     assert rounds[-1].name == "round-2/dhat"
     assert "round-1/student" in [one.name for one in rounds]
 
@@ -168,7 +169,7 @@ def test_ctrl_c_in_a_sweep_is_one_line_and_the_trials_stay(run_dir: str, folders
     assert process.returncode == 130, errors
     lines = [line for line in errors.splitlines() if line.strip()]
     assert lines == ["error: interrupted; what is finished is kept: run the same command to go on"]
-    unmade = [one.name for one in plan(validate(recipe), RunStore(run_dir)) if one.made.record is None]
+    unmade = [one.name for one in plan(validate(recipe), RunStore(run_dir)).planned if one.made.record is None]
     assert unmade == ["student", "evaluation"]
 
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich import filesize
 
-from cluster.errors import InputError, RunError
+from cluster.errors import RunError
 from pipeline.cli.app import RecipeArgument, RunDir, Sets, Until, Verbose, app, out
 
 if TYPE_CHECKING:
     from cluster.store import Key, RunStore
-    from pipeline.context import Planned, Run
+    from pipeline.context import Run
     from pipeline.recipe import Recipe
 
 
@@ -56,13 +56,13 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
     from pipeline import deduplication, tables
     from pipeline.content import write_run_report
     from pipeline.context import Reached, Run
-    from pipeline.plan import check_networks, demands, plan, sources_of
+    from pipeline.plan import check_networks, demands, plan, sources_of, until_stage
     from pipeline.run import run as run_pipeline
 
     store, sources = RunStore(storage.absolute(run_dir)), sources_of(recipe)
     sources.check(store)
-    planned = plan(recipe, store, until)
-    _check_until(planned, until)
+    whole = plan(recipe, store)
+    planned = until_stage(whole.planned, until)
     check_networks(recipe, planned, sources)
     if not store.claim(recipe.name, recipe.to_yaml()):
         out.print(
@@ -73,13 +73,13 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
     needed = demands(planned)
     ray = Session(recipe.cluster, on_start=lambda: check(needed, cluster_shape()), verbose=verbose)
     with store.in_use(), ray as session:
-        this = Run(recipe.name, recipe.to_yaml(), store, sources, session, Display(out), until)
+        this = Run(recipe.name, recipe.to_yaml(), store, sources, session, Display(out), until).after(whole)
         if any(one.made.key.stage == "embeddings" for one in planned):
             # Hours before it is needed: what is wrong with it can be mended now.
             deduplication.features_model(this, "deduplicate.model", recipe.deduplicate)
         with suppress(Reached):
             run_pipeline(this, recipe)
-        stages = dict(this.made)
+        stages, everything = dict(this.made), this.stages()
         write_run_report(this)
         this.name_result()
     for name in _changed(this):
@@ -87,10 +87,10 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
             f"note: {name} has changed since this run listed it; the run keeps what it listed. A new --run-dir takes the new."
         )
     tables.print_stages(out, stages)
-    tables.print_closing(out, stages)
-    for name in (*(f"{prefix}gallery" for prefix in tables.rounds_of(stages)), "report"):
-        if name in this.made:
-            folder = this.made[name].uri if storage.is_remote(store.uri) else storage.join(store.uri, name)
+    tables.print_closing(out, everything)
+    for name in (*(f"{prefix}gallery" for prefix in tables.rounds_of(everything)), "report"):
+        if name in this.stages():
+            folder = this.stages()[name].uri if storage.is_remote(store.uri) else storage.join(store.uri, name)
             out.print(f"{name}: {storage.join(folder, 'index.html')}", markup=False)
 
 
@@ -109,12 +109,6 @@ def _changed(this: "Run") -> list[str]:
     ]
 
 
-def _check_until(planned: "list[Planned]", until: str | None) -> None:
-    names = [one.name for one in planned]
-    if until is not None and until not in names:
-        raise InputError("--until", until, "is not a stage", f"use one of {', '.join(names)}")
-
-
 @app.command()
 def status(run_dir: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
     """What of a run is finished, and where it is."""
@@ -128,7 +122,7 @@ def status(run_dir: Annotated[str, typer.Argument(metavar="RUN", help="A run dir
     from pipeline.recipe import validate
 
     store = RunStore(storage.absolute(run_dir))
-    planned = plan(validate(yaml.safe_load(store.recipe())), store)
+    planned = plan(validate(yaml.safe_load(store.recipe())), store).planned
     table = tables.table(f"Run {run_dir}", "stage", "state", "seconds", "images", "folder")
     done = {one.name: one.made for one in planned if one.made.record is not None}
     for one in planned:
@@ -240,8 +234,9 @@ def _teacher(recipe: "Recipe", run_dir: str) -> "tuple[str, str] | None":
     from cluster.store import RunStore
     from pipeline.plan import plan
 
-    planned = plan(recipe, RunStore(storage.absolute(run_dir)), "round-1/scores" if recipe.rounds > 1 else "scores")
-    wanted = planned[-1].made.key.inputs["teacher"]
+    planned = plan(recipe, RunStore(storage.absolute(run_dir))).planned
+    first = "round-1/scores" if recipe.rounds > 1 else "scores"
+    wanted = next(one.made.key.inputs["teacher"] for one in planned if one.name == first)
     teacher = next(one.made for one in planned if one.made.fingerprint == wanted)
     if teacher.record is not None:
         return teacher.uri, "the run's own"
@@ -265,13 +260,13 @@ def submit(
     from cluster import jobs
     from cluster.session import ROOT
     from cluster.store import RunStore
-    from pipeline.plan import plan
+    from pipeline.plan import plan, until_stage
     from pipeline.recipe import load, shipped
 
     loaded = load(recipe, sets or [])
     if until is not None:
         nowhere = RunStore(f"/tophat-{secrets.token_hex(8)}")  # of what is made, the cluster knows more
-        _check_until(plan(loaded, nowhere), until)
+        until_stage(plan(loaded, nowhere).planned, until)
     where = recipe if recipe in shipped() else jobs.path_in_job("RECIPE", recipe, ROOT)
     words = ["python", "-m", "pipeline", "run", where, *(["--run-dir", run_dir] if run_dir else [])]
     words += [word for item in sets or [] for word in ("--set", item)] + (["--until", until] if until else [])
