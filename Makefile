@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint format bench clean
+.PHONY: install demo test test-all lint format bench clean
 
 install: $(STAMP)
 
@@ -18,7 +18,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/tophat demo
 
+# What an edit needs to know: minutes on two cores.
 test: $(STAMP) lint
+	$(BIN)/python -m pytest -m "not slow"
+
+# All of it: with kills, faults of the store, browsers, compiled kernels, whole clusters.
+test-all: $(STAMP) lint
 	sh tests/browser.sh
 	$(BIN)/python -m pytest
 
