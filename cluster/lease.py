@@ -24,6 +24,8 @@ BEAT_SECONDS = 5.0
 SILENT_SECONDS = 30.0
 """Without a heartbeat for so long, whoever held a lease is taken for dead."""
 POLL_SECONDS = 1.0
+OBJECT_BYTES = 512
+"""Of a lease's object, always the same: of a store that overwrites in place, a reader then never gets the end of the old content."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def _uri(folder: str, number: int) -> str:
 
 
 def _encoded(holder: Holder) -> bytes:
-    return json.dumps(asdict(holder)).encode()
+    return json.dumps(asdict(holder)).ljust(OBJECT_BYTES).encode()
 
 
 def _write(folder: str, number: int, holder: Holder) -> None:
