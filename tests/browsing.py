@@ -1,4 +1,4 @@
-"""Pages that people open: names and images that are hostile, and a page opened in a real browser."""
+"""Pages that people open: names and images that are hostile, a page opened in a real browser, and what can be told without one."""
 
 import io
 import os
@@ -6,6 +6,8 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html.parser import HTMLParser
+from pathlib import Path
 
 from PIL import Image
 from playwright.sync_api import Browser, Page
@@ -79,3 +81,32 @@ def opened(browser: Browser, uri: str, width: int = 1280, scheme: str = "light")
         assert [url for url in requests if not url.startswith(folder)] == []
     finally:
         context.close()
+
+
+class _Elements(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def text_of(uri: str) -> str:
+    """The text of a page, scripts and all, once none of its elements is one that a hostile name would make."""
+    page = _Elements()
+    page.feed(Path(uri).read_text())
+    for tag, attributes in page.found:
+        assert tag != "img" or str(attributes["src"]).startswith(("assets/", "strips/")), attributes
+        assert (
+            tag != "script"
+            or attributes.get("src", "").startswith("assets/")
+            or attributes["type"] == "application/json"
+        )
+        assert not str(attributes.get("href")).startswith("javascript"), attributes
+        assert not [name for name in attributes if name.startswith("on")], attributes
+    return page.text

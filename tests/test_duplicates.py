@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -402,6 +403,13 @@ def found(planted: Path, model: str, tmp_path_factory: pytest.TempPathFactory, r
     return out
 
 
+@pytest.fixture
+def own(found: str, tmp_path: Path) -> str:
+    """The same in a folder of its own, to go on with."""
+    shutil.copytree(found, tmp_path / "own", symlinks=True)
+    return str(tmp_path / "own")
+
+
 def in_folder(out: str) -> Run:
     """A run of `tophat duplicates`."""
     session, quiet = Session(Cluster()), Display(Console(quiet=True), enabled=False)
@@ -436,14 +444,14 @@ def test_planted_duplicates_come_first(found: str, planted: Path) -> None:
 
 
 def test_finding_again_does_nothing(
-    found: str, planted: Path, model: str, tophat: Callable[..., tuple[int, str, str]]
+    own: str, planted: Path, model: str, tophat: Callable[..., tuple[int, str, str]]
 ) -> None:
-    before = {entry.path: entry.etag for entry in storage.list_files(found)}
+    before = {entry.path: entry.etag for entry in storage.list_files(own)}
     words = ["--source", str(planted / "u"), "--against", str(planted / "test"), "--model", model, "--copies"]
-    code, text, errors = tophat("duplicates", "--out", found, *words, "--nearest", "25", "--set", "pairs=100")
+    code, text, errors = tophat("duplicates", "--out", own, *words, "--nearest", "25", "--set", "pairs=100")
     assert code == 0, errors
     assert "compared: 285 images of U with 40; 100 pairs kept" in text
-    after = {entry.path: entry.etag for entry in storage.list_files(found)}
+    after = {entry.path: entry.etag for entry in storage.list_files(own)}
     assert {path for path in after if after[path] != before.get(path)} == {"recipe.yaml"}
 
 
@@ -549,15 +557,23 @@ def test_groups_of_shards_to_hash() -> None:
 # Decisions, and the command line
 
 
-def test_decisions_are_saved_and_taken_back(
-    browser: Browser,
-    found: str,
-    tmp_path: Path,
-    tophat: Callable[..., tuple[int, str, str]],
-) -> None:
-    page_uri = f"{found}/pairs/review/index.html"
+def decisions_on(out: str) -> dict[str, Any]:
+    """What a review saves that keeps rank 2, which is proposed, and removes rank 60, which is not."""
+    pairs = read_pairs(f"{out}/pairs/pairs.parquet").to_pylist()
+    removed = {*range(25), 60} - {2}
+    made = RunStore(out).named("pairs", Pairs)
+    assert made is not None
+    return {
+        "format": "tophat.duplicates.decisions/1",
+        "finding": made.outputs.finding,
+        "remove": [[pair["shard"], pair["index"]] for rank, pair in enumerate(pairs) if rank in removed],
+        "keep": [[pair["shard"], pair["index"]] for rank, pair in enumerate(pairs) if rank not in removed],
+    }
+
+
+def test_decisions_are_saved(browser: Browser, found: str, tmp_path: Path) -> None:
     file = tmp_path / "decisions.json"
-    with opened(browser, page_uri) as page:
+    with opened(browser, f"{found}/pairs/review/index.html") as page:
         assert page.locator("#marked").inner_text() == "25"
         cards = page.locator(".pair")
         cards.nth(2).get_by_label("Remove from U").uncheck()
@@ -574,23 +590,21 @@ def test_decisions_are_saved_and_taken_back(
             page.locator("#save").click()
         download.value.save_as(file)
         assert download.value.suggested_filename.startswith("decisions-")
-    content = json.loads(file.read_text())
-    assert (len(content["remove"]), len(content["keep"])) == (25, 75)
-    pairs = read_pairs(f"{found}/pairs/pairs.parquet").to_pylist()
-    ranked = [(pair["shard"], pair["index"]) for pair in pairs]
-    before = listed(found)
-    try:
-        code, text, errors = tophat("duplicates", "--out", found, "--decisions", str(file))
-        assert code == 0, errors
-        assert "decided in the review" in text
-        near = [ranked[rank] for rank in range(25) if rank != 2] + [ranked[60]]
-        assert sorted(listed(found)) == sorted([*near, (HOSTILE, 24)])
-    finally:
-        this = in_folder(found)
-        pairs_made, copies_made = this.reuse("pairs", Pairs), this.reuse("copies", Copies)
-        deduplication.exclude(this, pairs_made, copies_made, None, "--decisions")
-        this.name_result()
-    assert listed(found) == before
+    assert json.loads(file.read_text()) == decisions_on(found)
+
+
+def test_decisions_are_taken_in_and_back(own: str, tmp_path: Path, tophat: Callable[..., tuple[int, str, str]]) -> None:
+    file, before = tmp_path / "decisions.json", listed(own)
+    file.write_text(json.dumps(decisions_on(own)))
+    code, text, errors = tophat("duplicates", "--out", own, "--decisions", str(file))
+    assert code == 0, errors
+    assert "decided in the review" in text
+    near = [(shard, index) for shard, index in decisions_on(own)["remove"]]
+    assert sorted(listed(own)) == sorted([*near, (HOSTILE, 24)])
+    this = in_folder(own)
+    deduplication.exclude(this, this.reuse("pairs", Pairs), this.reuse("copies", Copies), None, "--decisions")
+    this.name_result()
+    assert listed(own) == before
 
 
 def test_mistakes_on_the_command_line(
@@ -624,6 +638,7 @@ def test_mistakes_on_the_command_line(
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny data set, with images of U that are to be found."""
     root = tmp_path_factory.mktemp("tiny")
     tiny.write_folders(root)
     for number in range(5):  # five test images, and two copies of an image of U

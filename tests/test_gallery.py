@@ -15,7 +15,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page
 
 import tiny
-from browsing import BROKEN_IMAGES, NAMES, encoded, opened
+from browsing import BROKEN_IMAGES, NAMES, encoded, opened, text_of
 from cluster import storage
 from cluster.errors import StageError
 from pipeline import gallery, text
@@ -148,6 +148,13 @@ def pixels(page: Page, selector: str) -> list[tuple[int, ...]]:
         with Image.open(io.BytesIO(tiles.nth(number).screenshot())) as shot:
             found.append(shot.convert("RGB").getpixel((shot.width // 2, shot.height // 2)))
     return found  # type: ignore[return-value]
+
+
+def test_hostile_names_make_no_elements(site: str) -> None:
+    shown = text_of(storage.join(site, page_name(0)))
+    for name in (text.short(TEN[1]), text.short(FILES[0])):
+        assert name in shown
+    assert text.short(TEN[1]) in text_of(storage.join(site, "index.html"))
 
 
 def test_every_class_has_a_row_of_its_ranks_with_scores_and_sources(

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser
 
-from browsing import BROKEN_IMAGES, NAMES, encoded, opened
+from browsing import BROKEN_IMAGES, NAMES, encoded, opened, text_of
 from cluster import storage
 from pipeline import text
 from pipeline.gallery import ClassCount, ClassRow, RankedImage, contact_strip, figure_ranks, thumbnail
@@ -78,6 +78,13 @@ def hostile_content(folder: Path) -> ReportContent:
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("run")
     return write_report(str(folder / "report"), hostile_content(folder))
+
+
+def test_hostile_names_make_no_elements(hostile: str) -> None:
+    text = text_of(hostile)
+    for name in NAMES[:7]:
+        assert name in text
+    assert "88.1%" in text
 
 
 def test_sections_and_figures(browser: Browser, hostile: str) -> None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from playwright.sync_api import Browser
 
-from browsing import BROKEN_IMAGES, NAMES, encoded, opened
+from browsing import BROKEN_IMAGES, NAMES, encoded, opened, text_of
 from cluster.errors import InputError
 from pipeline.duplicates import PAIRS
 from pipeline.review import TILE, Review, decided, read_decisions, write_review
@@ -57,6 +57,17 @@ def hostile_review(tmp_path_factory: pytest.TempPathFactory, ray_local: None) ->
     source = virtual(root / "u", PLAIN_NAMES, colors)
     labeled = virtual(root / "labeled", [NAMES[2]], [encoded((30, 30, 200)), encoded((1, 2, 3)), b"x"])
     return write_review(str(root / "page"), review_of(len(PLAIN_NAMES) * 9, PLAIN_NAMES, source, {NAMES[1]: labeled}))
+
+
+def test_hostile_names_make_no_elements(hostile_review: str) -> None:
+    text = text_of(hostile_review)
+    data = json.loads(text[text.index('{"finding"') :])
+    names = [name for name, _ in data["names"]]
+    assert set(names) == {*PLAIN_NAMES, NAMES[1], NAMES[2]}
+    assert len(data["pairs"]) == len(PLAIN_NAMES) * 9
+    distance, proposed, (name, index, file), (labeled, other, _), labeled_set = data["pairs"][0]
+    assert (distance, proposed, names[name], index, file) == (0, 1, PLAIN_NAMES[0], 0, "u-00000.jpg")
+    assert (names[labeled], other, names[labeled_set]) == (NAMES[2], 0, NAMES[1])
 
 
 def test_hostile_names_and_images_in_the_review(browser: Browser, hostile_review: str) -> None:

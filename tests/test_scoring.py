@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -71,6 +72,14 @@ def scored(source: ImageSource, model: str, tmp_path_factory: pytest.TempPathFac
     found = score(source, model, uri, f"{uri}-rejects", SETTINGS, SILENT)
     assert found.listed == found.scored + found.rejected
     return uri
+
+
+@pytest.fixture
+def own(scored: str, tmp_path: Path) -> str:
+    """The same, in a folder of its own, to be damaged."""
+    for suffix in ("", "-rejects"):
+        shutil.copytree(f"{scored}{suffix}", tmp_path / f"own{suffix}")
+    return str(tmp_path / "own")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -157,59 +166,59 @@ def test_what_never_repeats_has_no_dictionary(scored: str) -> None:
         assert "scores.list.element" in columns
 
 
-def test_only_what_has_no_file_is_scored_again(scored: str, source: ImageSource, model: str) -> None:
-    before = {entry.path: entry.etag for entry in storage.list_files(scored)}
-    table = read_scores(scored)
+def test_only_what_has_no_file_is_scored_again(own: str, source: ImageSource, model: str) -> None:
+    before = {entry.path: entry.etag for entry in storage.list_files(own)}
+    table = read_scores(own)
     (lost,) = before  # small shards share a file
     assert lost == "a.tar/00000000-00000090-3-shards.parquet"
-    storage.delete_file(storage.join(scored, lost))
+    storage.delete_file(storage.join(own, lost))
     b = table.filter(pc.equal(table["shard"], "b.tar"))
-    b_alone = storage.join(scored, Range("b.tar", 0, 20, True).file)
+    b_alone = storage.join(own, Range("b.tar", 0, 20, True).file)
     sink = pa.BufferOutputStream()
     pq.write_table(b, sink)
     storage.publish(b_alone, sink.getvalue().to_pybytes())
-    rejects = [r for r in read_rejects(f"{scored}-rejects", limit=9)[1] if r.shard == "b.tar" and r.index is not None]
-    publish_rejects(storage.join(f"{scored}-rejects", Range("b.tar", 0, 20, True).file), rejects)
+    rejects = [r for r in read_rejects(f"{own}-rejects", limit=9)[1] if r.shard == "b.tar" and r.index is not None]
+    publish_rejects(storage.join(f"{own}-rejects", Range("b.tar", 0, 20, True).file), rejects)
     with pytest.raises(StageError, match=r"a\.tar is not scored completely"):
-        prove(source, scored, f"{scored}-rejects")
-    before = {entry.path: entry.etag for entry in storage.list_files(scored)}
-    score(source, model, scored, f"{scored}-rejects", SETTINGS, SILENT)
-    after = {entry.path: entry.etag for entry in storage.list_files(scored)}
+        prove(source, own, f"{own}-rejects")
+    before = {entry.path: entry.etag for entry in storage.list_files(own)}
+    score(source, model, own, f"{own}-rejects", SETTINGS, SILENT)
+    after = {entry.path: entry.etag for entry in storage.list_files(own)}
     assert before.items() < after.items()
     assert {path.split("/")[0] for path in after} == {"a.tar", "b.tar", "c.tar"}
-    assert read_scores(scored).equals(table)
+    assert read_scores(own).equals(table)
 
 
-def test_what_two_files_hold_is_scored_once(scored: str, source: ImageSource, model: str) -> None:
-    table = read_scores(scored)
-    rejects = read_rejects(f"{scored}-rejects", limit=9)
+def test_what_two_files_hold_is_scored_once(own: str, source: ImageSource, model: str) -> None:
+    table = read_scores(own)
+    rejects = read_rejects(f"{own}-rejects", limit=9)
     again = Range("b.tar", 2, 9, False)
     sink = pa.BufferOutputStream()
     pq.write_table(table.filter(pc.equal(table["shard"], "b.tar")).slice(2, 6), sink)
-    publish_rejects(storage.join(f"{scored}-rejects", again.file), [r for r in rejects[1] if r.index == 5])
-    storage.publish(storage.join(scored, again.file), sink.getvalue().to_pybytes())
+    publish_rejects(storage.join(f"{own}-rejects", again.file), [r for r in rejects[1] if r.index == 5])
+    storage.publish(storage.join(own, again.file), sink.getvalue().to_pybytes())
     with pytest.raises(StageError, match=r"b\.tar/00000002-00000009\.parquet holds images that another file holds too"):
-        prove(source, scored, f"{scored}-rejects")
-    score(source, model, scored, f"{scored}-rejects", SETTINGS, SILENT)
-    assert not storage.exists(storage.join(scored, again.file))
-    assert read_scores(scored).equals(table)
-    assert read_rejects(f"{scored}-rejects", limit=9)[0] == rejects[0]
+        prove(source, own, f"{own}-rejects")
+    score(source, model, own, f"{own}-rejects", SETTINGS, SILENT)
+    assert not storage.exists(storage.join(own, again.file))
+    assert read_scores(own).equals(table)
+    assert read_rejects(f"{own}-rejects", limit=9)[0] == rejects[0]
 
 
-def test_a_file_whose_rejects_are_lost_is_named(scored: str, source: ImageSource, model: str) -> None:
+def test_a_file_whose_rejects_are_lost_is_named(own: str, source: ImageSource, model: str) -> None:
     """As when a process that outlived its scoring publishes scores, and the next scoring has just forgotten their rejects."""
-    table, rejects = read_scores(scored), read_rejects(f"{scored}-rejects", limit=9)
-    (file,) = (file for file, images in count_rejected(f"{scored}-rejects").items() if images)
-    storage.delete_file(storage.join(f"{scored}-rejects", file))
+    table, rejects = read_scores(own), read_rejects(f"{own}-rejects", limit=9)
+    (file,) = (file for file, images in count_rejected(f"{own}-rejects").items() if images)
+    storage.delete_file(storage.join(f"{own}-rejects", file))
     what = "90 images are listed, but 88 are scored and 0 rejected"
     with pytest.raises(
-        StageError, match=f"^{what}: remove '{re.escape(file)}' from {scored}, and run the same command again$"
+        StageError, match=f"^{what}: remove '{re.escape(file)}' from {own}, and run the same command again$"
     ):
-        prove(source, scored, f"{scored}-rejects")
-    storage.delete_file(storage.join(scored, file))
-    score(source, model, scored, f"{scored}-rejects", SETTINGS, SILENT)
-    assert read_scores(scored).equals(table)
-    assert read_rejects(f"{scored}-rejects", limit=9) == rejects
+        prove(source, own, f"{own}-rejects")
+    storage.delete_file(storage.join(own, file))
+    score(source, model, own, f"{own}-rejects", SETTINGS, SILENT)
+    assert read_scores(own).equals(table)
+    assert read_rejects(f"{own}-rejects", limit=9) == rejects
 
 
 def cut_off(content: bytes) -> bytes:
@@ -259,13 +268,13 @@ def test_a_damaged_file_without_rows_is_named(source: ImageSource, tmp_path: Pat
         prove(source, scores, rejects)
 
 
-def test_rejects_of_no_file_are_forgotten_by_the_next_attempt(scored: str, source: ImageSource, model: str) -> None:
-    _, rows = read_rejects(f"{scored}-rejects", limit=9)
-    publish_rejects(storage.join(f"{scored}-rejects", Range("b.tar", 2, 9, False).file), rows[:1])
+def test_rejects_of_no_file_are_forgotten_by_the_next_attempt(own: str, source: ImageSource, model: str) -> None:
+    _, rows = read_rejects(f"{own}-rejects", limit=9)
+    publish_rejects(storage.join(f"{own}-rejects", Range("b.tar", 2, 9, False).file), rows[:1])
     what = "90 images are listed, but 88 are scored and 3 rejected: run the same command again"
     with pytest.raises(StageError, match=f"^{what}$"):
-        prove(source, scored, f"{scored}-rejects")
-    assert score(source, model, scored, f"{scored}-rejects", SETTINGS, SILENT).rejected == 2
+        prove(source, own, f"{own}-rejects")
+    assert score(source, model, own, f"{own}-rejects", SETTINGS, SILENT).rejected == 2
 
 
 def test_too_many_rejects_stop_the_run(source: ImageSource, model: str, tmp_path: Path, ray_local: None) -> None:
@@ -301,8 +310,6 @@ def test_a_missing_shard_is_read_again_and_odd_names_are_kept(model: str, tmp_pa
 def test_an_error_of_ours_comes_back_as_it_was(
     source: ImageSource, model: str, tmp_path: Path, ray_local: None
 ) -> None:
-    import shutil
-
     shutil.copytree(model, tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
