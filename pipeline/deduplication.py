@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from cluster import storage
 from cluster.errors import InputError, ModelError, RunError
-from cluster.store import Key, Made, RunStore, fingerprint, read_json
+from cluster.store import RUN, Key, Made, RunStore, fingerprint, read_json
 from pipeline import scoring
 from pipeline.context import Run
 from pipeline.copies import find_copies
@@ -364,12 +364,15 @@ def decide(this: Run, decisions_uri: str) -> Made[Excluded]:
         RunError: `find` did not finish there.
         InputError: the decision file is wrong.
     """
+    fix = "find them first, with --source and --against"
+    nothing = RunError("--out", this.store.uri, "holds no pairs to decide on", fix)
+    if not storage.exists(storage.join(this.store.uri, RUN)):
+        raise nothing
     this.reuse(RESNET18, Published)
     this.reuse("embeddings", Embeddings)
     pairs, copies = this.reuse("pairs", Pairs), this.reuse("copies", Copies)
     if pairs is None:
-        rule, fix = "holds no pairs to decide on", "find them first, with --source and --against"
-        raise RunError("--out", this.store.uri, rule, fix)
+        raise nothing
     found = exclude(this, pairs, copies, decisions_uri, "--decisions")
     this.name_result()
     return found
