@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 hypothesis.settings.register_profile("tophat", deadline=None)  # on a shared machine, times say nothing
 hypothesis.settings.load_profile("tophat")
 
+# Playwright keeps its browsers in the user's home folder.
+os.environ.setdefault("PLAYWRIGHT_BROWSERS_PATH", str(Path.home() / ".cache" / "ms-playwright"))
 # A home folder of our own, before any test module can load Ray, which reads its token there once; and no credentials of the user's.
 HOME = Path(tempfile.mkdtemp(prefix="tophat-tests-"))
 for _name in [n for n in os.environ if n.startswith(("AWS_", "RAY_"))]:

@@ -18,7 +18,7 @@ from pipeline.scoring import Scored
 from pipeline.stages import Trained
 from test_inference import pictures, plain_logits, predictor, saved
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 CONFIG = ModelConfig(architecture="resnet50", transform=Transform(size=64, resize=80))
 
 

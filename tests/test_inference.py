@@ -170,6 +170,7 @@ def test_bfloat16_is_close_and_another(tmp_path: Path) -> None:
     assert 0 < np.abs(exact - short).max() < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_kernels_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a batch, of several and of a part of one, with features; in another thread than the one that loads, as in an actor."""

@@ -148,6 +148,7 @@ def test_a_teacher_with_other_classes_reports_those_that_count(
             assert value == pytest.approx(best.get(output, 1 - sum(best.values())), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_ray_says_nothing_of_its_own(source: ImageSource, model: str, tmp_path: Path) -> None:
     """Ray Data restarts its actors, which Ray's core warns of on the standard error of the process that makes them."""
     words = ["--model", model, "--source", source.reader.root, "--out", str(tmp_path / "s"), "--classes-per-image", "3"]
@@ -368,6 +369,7 @@ def test_a_network_that_fails_ends_the_scoring_while_actors_hold_the_cpus(
     assert _free_cpus() == 2
 
 
+@pytest.mark.slow
 def test_kernels_that_cannot_be_made_are_told_in_one_line(source: ImageSource, model: str, tmp_path: Path) -> None:
     words = [
         "score",

@@ -237,6 +237,7 @@ def undisturbed(
     return out
 
 
+@pytest.mark.slow
 def test_no_good_image_is_missing_and_every_broken_one_says_why(
     pool: tuple[Path, dict[tuple[str, int], str]], undisturbed: str
 ) -> None:
@@ -249,6 +250,7 @@ def test_no_good_image_is_missing_and_every_broken_one_says_why(
     assert not scored & expected.keys()
 
 
+@pytest.mark.slow
 def test_whatever_is_killed_the_rows_are_the_same(
     pool: tuple[Path, dict[tuple[str, int], str]], teacher: str, undisturbed: str, tmp_path: Path
 ) -> None:
@@ -265,6 +267,7 @@ def test_whatever_is_killed_the_rows_are_the_same(
     assert killing.rejects(out) == broken
 
 
+@pytest.mark.slow
 def test_a_store_with_faults_gives_the_same_rows(
     pool: tuple[Path, dict[tuple[str, int], str]], teacher: str, undisturbed: str, s3: str
 ) -> None:
@@ -283,6 +286,7 @@ def test_a_store_with_faults_gives_the_same_rows(
     assert killing.rejects(out) == killing.rejects(undisturbed)
 
 
+@pytest.mark.slow
 def test_reads_and_writes_outlast_faults_and_a_stall_is_cut(s3: str) -> None:
     port = urlsplit(os.environ["AWS_ENDPOINT_URL"]).port
     assert port is not None
@@ -300,24 +304,24 @@ def test_reads_and_writes_outlast_faults_and_a_stall_is_cut(s3: str) -> None:
     assert set(proxy.injected) == set(FAULTS)
 
 
+@pytest.mark.parametrize(("share", "requests"), [(0.0, 12), pytest.param(0.4, 200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", ["webdataset", "parquet"])
-def test_a_shard_is_read_in_few_requests_and_outlasts_faults(s3: str, layout: str) -> None:
+def test_a_shard_is_read_in_few_requests_and_outlasts_faults(s3: str, layout: str, share: float, requests: int) -> None:
     images = [random.Random(number).randbytes(100_000) for number in range(100)]
     name, content = ("a.tar", broken_images.tar(images)) if layout == "webdataset" else ("a.parquet", parquet(images))
     storage.publish(storage.join(s3, name), content)
     shard = open_source("U", Source(uri=s3)).shards()[0]
     port = urlsplit(os.environ["AWS_ENDPOINT_URL"]).port
     assert port is not None
-    for share, requests in ((0.0, 12), (0.4, 200)):
-        with (
-            faulty_proxy(port, share, seed=3, stall=2.0) as proxy,
-            killing.environment(AWS_ENDPOINT_URL=proxy.url, TOPHAT_S3_TIMEOUT="1"),
-        ):
-            source = open_source("U", Source(uri=s3))
-            listed = proxy.requests
-            assert [row.data for row in source.reader.read(shard)] == images
-            assert proxy.requests - listed <= requests
-            assert bool(proxy.injected) == bool(share)
+    with (
+        faulty_proxy(port, share, seed=3, stall=2.0) as proxy,
+        killing.environment(AWS_ENDPOINT_URL=proxy.url, TOPHAT_S3_TIMEOUT="1"),
+    ):
+        source = open_source("U", Source(uri=s3))
+        listed = proxy.requests
+        assert [row.data for row in source.reader.read(shard)] == images
+        assert proxy.requests - listed <= requests
+        assert bool(proxy.injected) == bool(share)
 
 
 class Flaky:

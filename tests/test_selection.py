@@ -618,6 +618,7 @@ class TestVariants:
         assert found[0] == found[1]
         assert rows_of(out) == brute_force(rows, 40)
 
+    @pytest.mark.slow
     def test_workers_killed_in_mid_reduction_change_nothing(self, tmp_path: Path) -> None:
         rows = generated(20_000, 4, 9, seed=4)
         write_scores(str(tmp_path / "scores"), rows, 16, num_classes=9)

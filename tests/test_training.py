@@ -103,26 +103,16 @@ def run(folder: Path, name: str, data: Corners, model: ModelConfig = MODEL, **ch
     return fit(job, str(folder / "work"))
 
 
-def test_a_killed_worker_changes_nothing(ray_local: None, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def calm(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+    """An undisturbed training with two workers."""
     handler = signal.getsignal(signal.SIGINT)
-    killed, asked = tmp_path / "killed", tmp_path / "asked"
-    calm = run(tmp_path, "calm", Corners(256))
-    disturbed = run(tmp_path, "disturbed", Corners(256, kill_at=16 * 21, killed=str(killed), asked=str(asked)))
+    fitted = run(tmp_path_factory.mktemp("calm"), "calm", Corners(256))
+    assert signal.getsignal(signal.SIGINT) is handler
+    return fitted
 
-    assert killed.exists()
-    starts = {tuple(path.name.split("-")[1:]) for path in tmp_path.glob("asked-*")}
-    again = {start for _, start in starts} - {"0"}
-    assert again in ({"128"}, {"256"})  # the last checkpoint may not have been taken in yet when the worker died
-    assert len(starts) == 4
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("calm", "disturbed"))
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
-    timeless = [
-        [{k: v for k, v in row.items() if k != "images_per_second"} for row in f.history] for f in (calm, disturbed)
-    ]
-    assert timeless[0] == timeless[1]
 
+def test_two_workers_train_one_network(calm: Fitted) -> None:
     assert calm.history[-1]["images_seen"] == 3 * 256
     assert [row["images_seen"] for row in calm.history] == [32 * step for step in range(1, 25)]
     assert calm.metrics["val_top1"] > 0.9
@@ -132,8 +122,28 @@ def test_a_killed_worker_changes_nothing(ray_local: None, tmp_path: Path) -> Non
     card = read_card(calm.uri)
     assert (card.class_names, card.provenance) == (CLASSES, {"stage": "calm"})
     assert card.metrics == pytest.approx(calm.metrics)
+    assert not list((Path(calm.uri).parent / "work").glob("*"))
+
+
+@pytest.mark.slow
+def test_a_killed_worker_changes_nothing(calm: Fitted, tmp_path: Path) -> None:
+    killed, asked = tmp_path / "killed", tmp_path / "asked"
+    disturbed = run(tmp_path, "disturbed", Corners(256, kill_at=16 * 21, killed=str(killed), asked=str(asked)))
+
+    assert killed.exists()
+    starts = {tuple(path.name.split("-")[1:]) for path in tmp_path.glob("asked-*")}
+    again = {start for _, start in starts} - {"0"}
+    assert again in ({"128"}, {"256"})  # the last checkpoint may not have been taken in yet when the worker died
+    assert len(starts) == 4
+    first, second = (load_file(Path(fitted.uri) / "model.safetensors") for fitted in (calm, disturbed))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    timeless = [
+        [{k: v for k, v in row.items() if k != "images_per_second"} for row in f.history] for f in (calm, disturbed)
+    ]
+    assert timeless[0] == timeless[1]
     assert not list((tmp_path / "work").glob("*"))
-    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def crashing(folder: Path, times: int) -> ModelConfig:
@@ -141,6 +151,7 @@ def crashing(folder: Path, times: int) -> ModelConfig:
     return MODEL.model_copy(update={"architecture": "failing:Crashing", "options": options})
 
 
+@pytest.mark.slow
 def test_a_crash_at_the_same_step_is_not_repeated_and_says_where(ray_local: None, tmp_path: Path) -> None:
     with pytest.raises(StageError) as caught:
         run(tmp_path, "crash", Corners(256), crashing(tmp_path, 99), workers=1, max_failures=3)
@@ -167,6 +178,7 @@ def test_a_crash_once_changes_nothing(ray_local: None, tmp_path: Path) -> None:
     assert not list(Path(tempfile.gettempdir()).glob("tophat-crashes-*"))
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_told_from_a_crash(ray_local: None, tmp_path: Path) -> None:
     killed = Corners(256, kill_at=16 * 21, killed=str(tmp_path / "killed"))
     with pytest.raises(StageError) as caught:
