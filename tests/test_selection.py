@@ -412,6 +412,10 @@ class TestBadInput:
         with pytest.raises(SourceError, match="UTF8"):
             select(str(tmp_path), str(tmp_path.parent / f"{tmp_path.name}-out"), images_per_class=2)
 
+
+class TestBadRequest:
+    """What is refused before any task starts."""
+
     def test_more_classes_per_image_than_stored(self, tmp_path: Path) -> None:
         write_scores(str(tmp_path / "scores"), [("a", 0, [0, 1], [0.5, 0.1])], 1)
         with pytest.raises(SourceError, match="classes_per_image = 3: must be at most 2, the classes stored per image"):
