@@ -6,6 +6,7 @@ import json
 import tarfile
 from collections import Counter
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ BROKEN = 5
 MATCHED = Matched(images=8, tagged=5, rejected=1, per_class=(2, 2, 2, 1, 0))
 
 
+@cache
 def images() -> list[bytes]:
     found = tiny.digits()["zero"][: len(TAGS)]
     found[BROKEN] = tiny.BROKEN["cut.png"]
