@@ -356,12 +356,20 @@ def test_words_of_webdataset(place: str) -> None:
 
 
 def test_words_of_damaged_tars_are_of_their_own_samples(tmp_path: Path) -> None:
-    members = [("0.txt", b"x"), ("0.jpg", b"a"), ("1.jpg", b"b"), ("1.txt", b"y"), ("2.jpg", b"c"), ("2.txt", b"z")]
+    members = [
+        ("0.txt", b"x"),
+        ("0.jpg", b"a"),
+        ("1.jpg", b"b"),
+        ("1.txt", b"y"),
+        ("2.txt", b"z"),
+        ("2.jpg", b"c"),
+        ("2.json", b"{}"),
+    ]
     (tmp_path / "a.tar").write_bytes(tar(members, trailer=False)[:-600])
     source = opened(str(tmp_path))
     rows = replace(source.reader, tags=True).read(source.shards()[0])
     found = [next(rows), next(rows), next(rows)]
-    assert [(row.data, row.words) for row in found] == [(b"a", ("x",)), (b"b", ("y",)), (b"c", ())]
+    assert [(row.data, row.words) for row in found] == [(b"a", ("x",)), (b"b", ("y",)), (b"c", ("z",))]
     with pytest.raises(ShardError):
         next(rows)
 
