@@ -12,13 +12,15 @@ from typing import Any
 from cluster import storage
 from cluster.store import Key, Made
 from pipeline import gallery, report
-from pipeline.context import Run
+from pipeline.context import Run, Stages, rounds_of
 from pipeline.evaluation import Measured
 from pipeline.rejects import read_rejects
 from pipeline.scoring import Scored
 from pipeline.selection import Selected
 from pipeline.stages import REJECTS, Trained
-from pipeline.tables import EXAMPLES, Stages, rounds_of
+
+EXAMPLES = 20
+"""Rejects that the report shows, at most."""
 
 
 @dataclass(frozen=True)

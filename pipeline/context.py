@@ -18,6 +18,16 @@ from pipeline.sources import ImageSource, open_source
 T = TypeVar("T")
 
 
+Stages = Mapping[str, Made[Any]]
+"""The stages of a run that are made, by name."""
+
+
+def rounds_of(stages: Stages) -> list[str]:
+    """What the names of each round's stages begin with, of the rounds that have begun: "", or "round-1/", "round-2/", and so on."""
+    begun = [name.removesuffix("scores") for name in stages if name.rpartition("/")[2] == "scores"]
+    return [prefix for prefix in begun if prefix == "" or prefix.startswith("round-")]
+
+
 class Reached(Exception):  # noqa: N818 - no error
     """The stage that a run was to end with is made."""
 

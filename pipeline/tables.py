@@ -1,7 +1,6 @@
 """Tables on the terminal: what a run came to, what was selected, what scoring will take."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich import box, filesize
 from rich.console import Console
@@ -9,8 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cluster.store import Made
 from pipeline import text
+from pipeline.context import Stages, rounds_of
 from pipeline.estimate import Forecast
 from pipeline.evaluation import Measured
 from pipeline.scoring import Scored
@@ -27,16 +26,6 @@ def table(title: str, *columns: str) -> Table:
     for number, column in enumerate(columns):
         made.add_column(column, justify="left" if number == 0 else "right")
     return made
-
-
-Stages = Mapping[str, Made[Any]]
-"""The stages of a run that are made, by name."""
-
-
-def rounds_of(stages: Stages) -> list[str]:
-    """What the names of each round's stages begin with, of the rounds that have begun: "", or "round-1/", "round-2/", and so on."""
-    begun = [name.removesuffix("scores") for name in stages if name.rpartition("/")[2] == "scores"]
-    return [prefix for prefix in begun if prefix == "" or prefix.startswith("round-")]
 
 
 def print_closing(console: Console, stages: Stages) -> None:

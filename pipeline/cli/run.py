@@ -55,7 +55,7 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
     from cluster.store import RunStore
     from pipeline import deduplication, tables
     from pipeline.content import write_run_report
-    from pipeline.context import Reached, Run
+    from pipeline.context import Reached, Run, rounds_of
     from pipeline.plan import check_networks, demands, plan, sources_of, until_stage
     from pipeline.run import run as run_pipeline
 
@@ -88,7 +88,7 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
         )
     tables.print_stages(out, stages)
     tables.print_closing(out, everything)
-    for name in (*(f"{prefix}gallery" for prefix in tables.rounds_of(everything)), "report"):
+    for name in (*(f"{prefix}gallery" for prefix in rounds_of(everything)), "report"):
         if name in this.stages():
             folder = this.stages()[name].uri if storage.is_remote(store.uri) else storage.join(store.uri, name)
             out.print(f"{name}: {storage.join(folder, 'index.html')}", markup=False)
