@@ -12,7 +12,7 @@ from typing import Any
 from cluster import storage
 from cluster.store import Key, Made
 from pipeline import gallery, report
-from pipeline.context import Run, Stages, rounds_of
+from pipeline.context import Run, Stages, rounds_of, teacher_of
 from pipeline.evaluation import Measured
 from pipeline.rejects import read_rejects
 from pipeline.scoring import Scored
@@ -49,8 +49,8 @@ def report_content(this: Run, stages: Stages) -> report.ReportContent:
     last = rounds[-1] if rounds else ""
     if "evaluation" in stages:
         fields |= _accuracies(stages, rounds)
-    if "teacher" in stages:
-        fields["teacher"] = _facts(stages["teacher"])
+    if (teacher := teacher_of(stages)) is not None:
+        fields["teacher"] = _facts(teacher)
         fields["teacher_data"] = _teacher_data(stages)
     if f"{last}student" in stages:
         fields["student"] = _facts(stages[f"{last}student"])

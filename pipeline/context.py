@@ -28,6 +28,11 @@ def rounds_of(stages: Stages) -> list[str]:
     return [prefix for prefix in begun if prefix == "" or prefix.startswith("round-")]
 
 
+def teacher_of(stages: Stages) -> Made[Any] | None:
+    """The teacher of the first round; None where it is not made yet. One that is taught by itself is the student of that."""
+    return stages.get("self-training/student" if "self-training/teacher" in stages else "teacher")
+
+
 class Reached(Exception):  # noqa: N818 - no error
     """The stage that a run was to end with is made."""
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline import text
-from pipeline.context import Stages, rounds_of
+from pipeline.context import Stages, rounds_of, teacher_of
 from pipeline.estimate import Forecast
 from pipeline.evaluation import Measured
 from pipeline.scoring import Scored
@@ -41,8 +41,9 @@ def print_closing(console: Console, stages: Stages) -> None:
             name = f"student {_network(stages[f'{prefix}student'].outputs)}"
             name += f", {prefix.strip('/').replace('-', ' ')}" if prefix else ""
             accuracy.add_row(name, *cells, text.points(student.top1 - supervised.top1))
-        teacher: Trained = stages["teacher"].outputs
-        accuracy.add_row(f"teacher {_network(teacher)}", "", "", _accuracy(evaluated.models["teacher"]), "")
+        teacher = teacher_of(stages)
+        assert teacher is not None
+        accuracy.add_row(f"teacher {_network(teacher.outputs)}", "", "", _accuracy(evaluated.models["teacher"]), "")
         console.print(accuracy)
     for name in (name for name in stages if name.rpartition("/")[2] == "tags"):
         names = stages["labeled-train"].outputs.class_names
