@@ -6,7 +6,7 @@ from cluster.section import Section
 
 
 class Cluster(Section):
-    """Where Ray runs."""
+    """Which Ray a run uses, and how much of this machine a local one takes."""
 
     address: str = "local"
     """`local` starts a Ray of its own and stops it at the end; else the address of a running cluster (`auto`, `ray://host:10001`). Inside a submitted job the job's cluster is used."""

@@ -1,4 +1,4 @@
-"""Fixtures that stand for the outside world: a real Ray and a real S3 server, each started once."""
+"""Fixtures that stand for the outside world, each started once: a real Ray, a real S3 server, a real browser; and a finished run."""
 
 import os
 import secrets
@@ -7,11 +7,17 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 
 import cluster
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+    from runs import Finished
 
 hypothesis.settings.register_profile("tophat", deadline=None)  # on a shared machine, times say nothing
 hypothesis.settings.load_profile("tophat")
@@ -23,6 +29,16 @@ for _name in [n for n in os.environ if n.startswith(("AWS_", "RAY_"))]:
 os.environ |= {"HOME": str(HOME), **cluster.ENVIRONMENT}
 # Ray's workers find the networks of the tests there.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+NEED_MORE = {"browser", "head"}
+"""Fixtures whose tests are slow: those of a browser, which not every machine has, and of a whole cluster."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if NEED_MORE & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,6 +79,47 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A URI for one test alone: once on the local disk, once in the S3 server."""
     uri: str = str(tmp_path / "place") if request.param == "local" else request.getfixturevalue("s3")
     return uri
+
+
+@pytest.fixture(scope="session")
+def browser(private_home: Path) -> "Iterator[Browser]":
+    """A Chromium: one that is installed, or else Playwright's own."""
+    from playwright.sync_api import sync_playwright
+
+    names = ("chromium", "chromium-browser", "google-chrome")
+    chromium = next((found for name in names if (found := shutil.which(name))), None)
+    quiet = [
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--no-first-run",
+    ]
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", *quiet])
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny data set, to be read alone."""
+    import tiny
+
+    root = tmp_path_factory.mktemp("tiny")
+    tiny.write_folders(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def finished(folders: Path, ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> "Finished":
+    """A finished run of the tiny recipe, to be read alone; `Finished.copy` gives one to work in."""
+    import tiny
+    from pipeline.recipe import validate
+    from runs import Finished, execute
+
+    uri = str(tmp_path_factory.mktemp("runs") / "tiny")
+    return Finished(uri, execute(validate(tiny.recipe(str(folders))), uri))
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
 """Runs of recipes in this process, on the Ray of the tests."""
 
+import shutil
 from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -29,6 +32,19 @@ def execute(recipe: Recipe, uri: str, until: str | None = None) -> dict[str, Mad
         write_run_report(this)
         this.name_result()
     return stages
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run in a local directory: where, and its stages."""
+
+    uri: str
+    stages: dict[str, Made[Any]]
+
+    def copy(self, place: Path) -> str:
+        """The same run in a directory of its own, to go on with."""
+        shutil.copytree(self.uri, place, symlinks=True)
+        return str(place)
 
 
 def fresh(stages: dict[str, Made[Any]]) -> list[str]:

@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it prints, and how it ends."""
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,16 +14,10 @@ import yaml
 
 import tiny
 from cluster import storage
+from cluster.store import RunStore
 from models.config import ModelConfig
 
 Answer = tuple[int, str, str]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("tiny")
-    tiny.write_folders(root)
-    return root
 
 
 @pytest.fixture
@@ -91,11 +86,12 @@ def test_a_run_inside_a_source(tophat: Callable[..., Answer], recipe: Callable[.
 
 
 def test_a_class_folder_without_images(
-    tophat: Callable[..., Answer], recipe: Callable[..., str], tmp_path: Path, ray_local: None
+    tophat: Callable[..., Answer], folders: Path, recipe: Callable[..., str], tmp_path: Path, ray_local: None
 ) -> None:
-    tiny.write_folders(tmp_path / "data")
-    (tmp_path / "data" / "train" / "three").mkdir()
-    labeled = {part: {"uri": str(tmp_path / "data" / part)} for part in ("train", "validation", "test")}
+    shutil.copytree(folders / "train", tmp_path / "train")
+    (tmp_path / "train" / "three").mkdir()
+    labeled = {part: {"uri": str(folders / part)} for part in ("validation", "test")}
+    labeled["train"] = {"uri": str(tmp_path / "train")}
     answer = tophat("run", recipe(labeled=labeled), "--run-dir", str(tmp_path / "run"))
     refused(answer, "labeled.train.uri", "no usable images of 1 of its 4 classes ('three')")
 
@@ -129,10 +125,9 @@ def test_more_than_the_cluster_has(
 
 def test_a_run_of_another_recipe(tophat: Callable[..., Answer], recipe: Callable[..., str], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    run.mkdir()
-    (run / "run.json").write_text('{"recipe": "other"}')
+    RunStore(str(run)).claim("other", "name: other\n")
     refused(tophat("run", recipe(), "--run-dir", str(run)), "--run-dir", "belongs to the recipe 'other', not to 'tiny'")
-    assert [p.name for p in run.iterdir()] == ["run.json"]
+    assert sorted(p.name for p in run.iterdir()) == ["recipe.yaml", "run.json"]
 
 
 def test_the_demo_puts_its_images_where_it_is_told(tophat: Callable[..., Answer], tmp_path: Path) -> None:
@@ -173,7 +168,7 @@ def test_ingest_score_select_evaluate_and_status(
     from models.architectures import build
     from models.checkpoint import save
 
-    config = ModelConfig.model_validate(tiny.recipe("x")["teacher"]["model"])
+    config = ModelConfig.model_validate(tiny.MODEL)
     torch.manual_seed(0)
     model, shards, scores, picked = (str(tmp_path / name) for name in ("model", "shards", "scores", "picked"))
     save(model, build(config, 3), config=config, class_names=["one", "two", "zero"], metrics={}, provenance={})

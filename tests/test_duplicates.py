@@ -19,6 +19,7 @@ from playwright.sync_api import Browser
 from rich.console import Console
 
 import tiny
+from browsing import opened
 from cluster import storage
 from cluster.config import Cluster
 from cluster.errors import ModelError, RecipeError, RunError, SourceError
@@ -54,7 +55,6 @@ from pipeline.scorer import score_table
 from pipeline.shards import Reader, Shard
 from pipeline.sources import ImageSource, open_source
 from runs import execute, fresh
-from test_report import browser, opened  # noqa: F401 - browser is a fixture
 
 TRANSFORM = Transform(size=56, resize=56, flip=False)
 CONFIG = ModelConfig(architecture="resnet8", options={"width": 16}, transform=TRANSFORM)
@@ -550,7 +550,7 @@ def test_groups_of_shards_to_hash() -> None:
 
 
 def test_decisions_are_saved_and_taken_back(
-    browser: Browser,  # noqa: F811
+    browser: Browser,
     found: str,
     tmp_path: Path,
     tophat: Callable[..., tuple[int, str, str]],

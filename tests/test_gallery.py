@@ -15,6 +15,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page
 
 import tiny
+from browsing import BROKEN_IMAGES, NAMES, encoded, opened
 from cluster import storage
 from cluster.errors import StageError
 from pipeline import gallery, text
@@ -35,7 +36,6 @@ from pipeline.gallery import (
 from pipeline.recipe import Source
 from pipeline.selection import select
 from pipeline.sources import open_source
-from test_report import BROKEN_IMAGES, NAMES, browser, encoded, opened  # noqa: F401 - browser is a fixture
 
 TEN = [name if number else f"{name} /etc/../%2e" for number, name in enumerate(NAMES[:10])]
 """Names of the ten classes of the digits."""
@@ -151,7 +151,7 @@ def pixels(page: Page, selector: str) -> list[tuple[int, ...]]:
 
 
 def test_every_class_has_a_row_of_its_ranks_with_scores_and_sources(
-    browser: Browser,  # noqa: F811
+    browser: Browser,
     site: str,
     digits_dhat: str,
 ) -> None:
@@ -192,7 +192,7 @@ def test_tiles_are_the_images_of_dhat(site: str, digits_dhat: str) -> None:
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light")])
-def test_layout(browser: Browser, site: str, width: int, scheme: str) -> None:  # noqa: F811
+def test_layout(browser: Browser, site: str, width: int, scheme: str) -> None:
     for name in ("index.html", page_name(0)):
         with opened(browser, storage.join(site, name), width, scheme) as page:
             assert page.evaluate("document.documentElement.scrollWidth") == width
@@ -227,7 +227,7 @@ def test_no_name_makes_the_list_large(name: str, tmp_path: Path) -> None:
     assert all(len(content.encode()) < 195_000 for path, content in lists.items() if path.endswith(".html"))
 
 
-def test_every_class_is_found_from_the_list(browser: Browser, thousand: tuple[str, Gallery]) -> None:  # noqa: F811
+def test_every_class_is_found_from_the_list(browser: Browser, thousand: tuple[str, Gallery]) -> None:
     """Without JavaScript: the pages of the list name all classes, and each link leads to its class."""
     out, _ = thousand
     context = browser.new_context(java_script_enabled=False)
@@ -252,7 +252,7 @@ def test_every_class_is_found_from_the_list(browser: Browser, thousand: tuple[st
     context.close()
 
 
-def test_search_by_keyboard(browser: Browser, thousand: tuple[str, Gallery]) -> None:  # noqa: F811
+def test_search_by_keyboard(browser: Browser, thousand: tuple[str, Gallery]) -> None:
     out, _ = thousand
     with opened(browser, storage.join(out, "index.html")) as page:
         for _ in range(9):
@@ -277,7 +277,7 @@ def test_search_by_keyboard(browser: Browser, thousand: tuple[str, Gallery]) -> 
         assert (page.locator(":target h2 bdi").text_content() or "").startswith("class-733 ")
 
 
-def test_each_class_of_the_thousand_has_its_own_images(browser: Browser, thousand: tuple[str, Gallery]) -> None:  # noqa: F811
+def test_each_class_of_the_thousand_has_its_own_images(browser: Browser, thousand: tuple[str, Gallery]) -> None:
     out, made = thousand
     assert [row.class_id for row in made.rows] == [3, 998]
     assert [image.rank for image in made.rows[0].images] == [0, 1, 3]
@@ -289,7 +289,7 @@ def test_each_class_of_the_thousand_has_its_own_images(browser: Browser, thousan
             assert np.abs(np.subtract(seen, expected)).max() < 4
 
 
-def test_policy_of_the_pages(browser: Browser, site: str) -> None:  # noqa: F811
+def test_policy_of_the_pages(browser: Browser, site: str) -> None:
     for name in ("index.html", page_name(0)):
         page = browser.new_page()
         page.goto(f"file://{site}/{name}")
@@ -357,7 +357,7 @@ def test_a_dhat_that_lacks_images_is_refused(digits_dhat: str, tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_images_that_break_leave_a_blank_tile(browser: Browser, ray_local: None, tmp_path: Path) -> None:  # noqa: F811
+def test_images_that_break_leave_a_blank_tile(browser: Browser, ray_local: None, tmp_path: Path) -> None:
     (tmp_path / "dhat").mkdir()
     images = [encoded((250, 0, 0)), *BROKEN_IMAGES.values(), encoded((0, 250, 0))]
     rows = [

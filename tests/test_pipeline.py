@@ -2,7 +2,6 @@
 
 import io
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -11,7 +10,7 @@ from rich.console import Console
 
 import tiny
 from cluster import storage
-from cluster.store import Made, RunStore
+from cluster.store import RunStore
 from models.checkpoint import load
 from pipeline import tables
 from pipeline.gallery import TILE
@@ -19,7 +18,7 @@ from pipeline.ingest import ingest
 from pipeline.recipe import Source, validate
 from pipeline.rejects import read_rejects
 from pipeline.sources import open_source
-from runs import execute
+from runs import Finished, execute
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -38,30 +37,16 @@ STAGES = (
     "supervised",
     "evaluation",
 )
-Local = tuple[str, dict[str, Made[Any]]]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("tiny")
-    tiny.write_folders(root)
-    return root
-
-
-@pytest.fixture(scope="module")
-def local_run(folders: Path, tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Local:
-    uri = str(tmp_path_factory.mktemp("runs") / "tiny")
-    return uri, execute(validate(tiny.recipe(str(folders))), uri)
-
-
-def test_every_stage_is_done_once_and_in_order(local_run: Local) -> None:
-    _, done = local_run
+def test_every_stage_is_done_once_and_in_order(finished: Finished) -> None:
+    done = finished.stages
     assert tuple(done) == STAGES
     assert all(stage.fresh for stage in done.values())
 
 
-def test_every_image_is_accounted_for(local_run: Local) -> None:
-    uri, done = local_run
+def test_every_image_is_accounted_for(finished: Finished) -> None:
+    uri, done = finished.uri, finished.stages
     scores = done["scores"].outputs
     assert scores.listed == tiny.UNLABELED + len(tiny.BROKEN)
     assert scores.scored == tiny.UNLABELED
@@ -73,8 +58,8 @@ def test_every_image_is_accounted_for(local_run: Local) -> None:
     assert selection.candidates == 2 * tiny.UNLABELED == selection.selected + selection.unselected
 
 
-def test_dhat_holds_the_selected_images_with_their_labels(local_run: Local, folders: Path) -> None:
-    _, done = local_run
+def test_dhat_holds_the_selected_images_with_their_labels(finished: Finished, folders: Path) -> None:
+    done = finished.stages
     source = open_source("unlabeled", Source(uri=str(folders / "unlabeled")))
     selected = (
         pq.read_table(done["selection"].uri).sort_by([("class_id", "ascending"), ("rank", "ascending")]).to_pylist()
@@ -89,21 +74,21 @@ def test_dhat_holds_the_selected_images_with_their_labels(local_run: Local, fold
         assert copy["image"] == originals[row["shard"], row["index"]]
 
 
-def test_models_load_and_the_teacher_has_learned(local_run: Local) -> None:
-    _, done = local_run
+def test_models_load_and_the_teacher_has_learned(finished: Finished) -> None:
+    done = finished.stages
     for name in ("teacher", "pretrained", "student", "supervised"):
         assert load(done[name].uri).class_names == ["one", "two", "zero"]
     # 12 images of each of three easy classes: far above the third that chance gives.
     assert done["evaluation"].outputs.models["teacher"].top1 > 0.6
 
 
-def test_nothing_of_the_work_is_left(local_run: Local) -> None:
-    uri, _ = local_run
+def test_nothing_of_the_work_is_left(finished: Finished) -> None:
+    uri = finished.uri
     assert list(Path(uri).rglob("work")) == []
 
 
-def test_the_sweep_takes_the_best_trial_on_validation(local_run: Local) -> None:
-    _, done = local_run
+def test_the_sweep_takes_the_best_trial_on_validation(finished: Finished) -> None:
+    done = finished.stages
     student = done["student"].outputs
     trials = {trial.learning_rate: trial.metrics["val_top1"] for trial in student.trials}
     assert set(trials) == {0.01, 0.1}
@@ -111,8 +96,8 @@ def test_the_sweep_takes_the_best_trial_on_validation(local_run: Local) -> None:
     assert load(done["student"].uri).metrics["val_top1"] == pytest.approx(max(trials.values()))
 
 
-def test_the_report_shows_the_run(local_run: Local) -> None:
-    uri, _ = local_run
+def test_the_report_shows_the_run(finished: Finished) -> None:
+    uri = finished.uri
     page = Path(uri, "report", "index.html").read_text()
     for text in ("ully supervised", "resnet8", "zero", "not_an_image", 'href="../gallery/index.html"'):
         assert text in page
@@ -125,8 +110,8 @@ def test_the_report_shows_the_run(local_run: Local) -> None:
     assert [first.count(f"<bdi>{name}</bdi>") for name in tiny.CLASSES] == [1, 1, 1]
 
 
-def test_the_closing_tables_add_up(local_run: Local) -> None:
-    _, done = local_run
+def test_the_closing_tables_add_up(finished: Finished) -> None:
+    done = finished.stages
     console = Console(width=200, record=True, file=io.StringIO())
     tables.print_stages(console, done)
     tables.print_closing(console, done)

@@ -26,8 +26,10 @@ from cluster.progress import Display
 from cluster.session import Session
 from cluster.store import RunStore
 from models import pretrained
+from models.architectures import build
 from models.card import read_card
-from models.checkpoint import load
+from models.checkpoint import load, save
+from models.config import ModelConfig
 from pipeline.context import Run, Sources
 from pipeline.deduplication import Embeddings, Pairs, features_model
 from pipeline.duplicates import read_pairs
@@ -80,7 +82,7 @@ def random_resnet18() -> torchvision.models.ResNet:
     return network
 
 
-@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize(("counted", "place"), [(True, "local"), (False, "s3")], indirect=["place"])
 def test_the_directory_predicts_as_torchvision_does(counted: bool, publish: Publish, place: str) -> None:
     network = random_resnet18()
     counters = [name for name in network.state_dict() if name.endswith("num_batches_tracked")]
@@ -147,7 +149,9 @@ def test_weights_that_are_not_what_they_should_be(fault: str, publish: Publish, 
 def test_a_run_gets_it_once(publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, session = publish(random_resnet18().state_dict()), Session(Cluster())
     quiet = Display(Console(quiet=True), enabled=False)
-    this = Run("tiny", "", RunStore(str(tmp_path / "run")), Sources({}), session, quiet)
+    store = RunStore(str(tmp_path / "run"))
+    store.claim("tiny", "")
+    this = Run("tiny", "", store, Sources({}), session, quiet)
     assert features_model(this, "deduplicate.model", Deduplicate()) is None  # nothing is compared
     assert features_model(this, "deduplicate.model", Deduplicate(nearest=3, model="teacher")) is None
     features = features_model(this, "deduplicate.model", Deduplicate(nearest=3))
@@ -161,6 +165,7 @@ def test_a_run_gets_it_once(publish: Publish, tmp_path: Path, monkeypatch: pytes
 
 
 @LEFT_OPEN
+@pytest.mark.slow
 def test_duplicates_are_compared_with_it_by_default(
     publish: Publish, tmp_path: Path, ray_local: None, tophat: Callable[..., tuple[int, str, str]]
 ) -> None:
@@ -196,9 +201,12 @@ def test_a_run_asks_for_it_before_it_begins(
     file = publish(random_resnet18().state_dict())
     content = file.read_bytes()
     file.unlink()
-    tiny.write_folders(tmp_path / "data")
-    recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
-    recipe.write_text(yaml.safe_dump(tiny.recipe(str(tmp_path / "data"), deduplicate={"nearest": 5, "pairs": 20})))
+    tiny.write_folders(tmp_path / "data", share=0.2)
+    model, recipe, run = (tmp_path / name for name in ("model", "recipe.yaml", "run"))
+    teacher = ModelConfig.model_validate(tiny.MODEL)
+    save(str(model), build(teacher, 3), config=teacher, class_names=list(tiny.CLASSES), metrics={}, provenance={})
+    changes = {"teacher": {"model": str(model)}, "deduplicate": {"nearest": 5, "pairs": 20}}
+    recipe.write_text(yaml.safe_dump(tiny.recipe(str(tmp_path / "data"), **changes)))
     words = ("run", str(recipe), "--run-dir", str(run))
     code, _, errors = tophat(*words)
     assert (code, errors.count("error: ")) == (2, 1), errors

@@ -9,16 +9,15 @@ from rich.console import Console
 
 from cluster.progress import SILENT, Display, Progress, _Pace
 
-pytestmark = pytest.mark.usefixtures("ray_local")
 
-
-def test_counts_of_workers_and_parts_add_up() -> None:
+def test_counts_of_workers_and_parts_add_up(ray_local: None) -> None:
     @ray.remote(num_cpus=0.1)
     def work(progress: Progress, part: str) -> None:
         for _ in range(5):
             progress.part(part).add(done=2, rejected=1)
 
-    display = Display(Console(file=io.StringIO()))
+    out = io.StringIO()
+    display = Display(Console(file=out))
     with display.task("counting", 50) as progress:
         ray.get([work.remote(progress, part) for part in ("a", "a", "b")])
         progress.part("c").update(7, 1, total=9, loss=0.5)
@@ -26,13 +25,13 @@ def test_counts_of_workers_and_parts_add_up() -> None:
         while (state := display._read(progress)) is None or state.done < 37:
             assert time.monotonic() < deadline
     assert (state.done, state.rejected, state.total, state.facts) == (37, 16, 9, {"loss": 0.5})
+    assert out.getvalue().strip().endswith("16 rejected loss 0.5")
 
 
 def test_a_log_gets_lines_and_no_control_characters() -> None:
     out = io.StringIO()
-    with Display(Console(file=out, width=40)).task("[red]scores", 10) as progress:
+    with Display(Console(file=out, width=40), here=True).task("[red]scores", 10) as progress:
         progress.update(8, 2, top1=0.25)
-        time.sleep(1)
     line = out.getvalue().strip().splitlines()[-1]
     assert line.startswith("[red]scores: 10 of 10 images")
     assert line.endswith("2 rejected top1 0.25")
@@ -41,9 +40,8 @@ def test_a_log_gets_lines_and_no_control_characters() -> None:
 
 def test_a_terminal_gets_a_bar() -> None:
     out = io.StringIO()
-    with Display(Console(file=out, force_terminal=True, width=160)).task("scores", 10) as progress:
+    with Display(Console(file=out, force_terminal=True, width=160), here=True).task("scores", 10) as progress:
         progress.update(10)
-        time.sleep(1)
     assert "10/10" in out.getvalue()
     assert "✓" in out.getvalue()
 

@@ -185,7 +185,7 @@ def of_tables(tables: Iterable[pa.Table]) -> list[Range]:
     return [Range(row["shards"][0], row["start"], row["stop"], row["last"], len(row["shards"])) for row in rows]
 
 
-def small_shards(folder: Path, images: list[bytes], each: int) -> tuple[ImageSource, list[tuple[int, Shard]]]:
+def small_shards(folder: Path, images: Sequence[bytes], each: int) -> tuple[ImageSource, list[tuple[int, Shard]]]:
     """Tars of so many images each, and their ordinals in the listing."""
     for number, start in enumerate(range(0, len(images), each)):
         tiny.write_tar(folder / f"{number}.tar", images[start : start + each])

@@ -14,12 +14,10 @@ import pytest
 from cluster.errors import RunError, SourceError, StageError, TophatError
 from cluster.reduction import parallel_map, scatter, told_errors
 
-pytestmark = pytest.mark.usefixtures("ray_local")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def functions_travel_by_value() -> Iterator[None]:
-    """Workers cannot import this module."""
+@pytest.fixture
+def on_ray(ray_local: None) -> Iterator[None]:
+    """Ray, whose workers get this module's functions by value."""
     from ray import cloudpickle
 
     module = sys.modules[__name__]
@@ -37,7 +35,7 @@ def _sum(*numbers: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("count", [1, 2, 10, 23])
-def test_notes_arrive_and_shares_go_on_to_other_tasks(count: int) -> None:
+def test_notes_arrive_and_shares_go_on_to_other_tasks(count: int, on_ray: None) -> None:
     import ray
 
     notes, shares = [], []
@@ -51,7 +49,7 @@ def test_notes_arrive_and_shares_go_on_to_other_tasks(count: int) -> None:
         assert ray.get(number) == count
 
 
-def test_a_later_item_can_depend_on_earlier_notes() -> None:
+def test_a_later_item_can_depend_on_earlier_notes(on_ray: None) -> None:
     seen: list[int] = []
 
     def items() -> Iterator[tuple[int, list[int]]]:
@@ -63,7 +61,7 @@ def test_a_later_item_can_depend_on_earlier_notes() -> None:
     assert seen == [1, 2, 3, 4, 5, 6]
 
 
-def test_items_are_drawn_only_as_tasks_finish() -> None:
+def test_items_are_drawn_only_as_tasks_finish(on_ray: None) -> None:
     drawn = 0
 
     def items() -> Iterator[int]:
@@ -85,7 +83,7 @@ def _refuse(number: int) -> int:
     return number
 
 
-def test_an_error_arrives_as_it_was_raised() -> None:
+def test_an_error_arrives_as_it_was_raised(on_ray: None) -> None:
     with pytest.raises(SourceError) as caught:
         list(parallel_map(_refuse, range(8)))
     assert str(caught.value) == "scores = 'file-5': is bad; repair it"
@@ -97,7 +95,7 @@ def _refuse_some(number: int) -> tuple[int]:
     return (_refuse(number),)
 
 
-def test_an_error_in_a_scatter_arrives_as_it_was_raised() -> None:
+def test_an_error_in_a_scatter_arrives_as_it_was_raised(on_ray: None) -> None:
     with pytest.raises(SourceError, match="'file-5'"):
         list(scatter(_refuse_some, ((number,) for number in range(8)), values=0))
 
@@ -113,7 +111,7 @@ def _fails_at_first(path: str) -> int:
     return tries
 
 
-def test_store_errors_and_killed_workers_are_retried(tmp_path: Path) -> None:
+def test_store_errors_and_killed_workers_are_retried(tmp_path: Path, on_ray: None) -> None:
     assert list(parallel_map(_fails_at_first, [str(tmp_path / "tries")])) == [3]
 
 
@@ -121,7 +119,7 @@ def _always_fails(_: int) -> int:
     raise OSError("the store is gone")
 
 
-def test_a_store_that_stays_away_is_an_error() -> None:
+def test_a_store_that_stays_away_is_an_error(on_ray: None) -> None:
     with pytest.raises(OSError, match="the store is gone"):
         list(parallel_map(_always_fails, [0]))
 
@@ -132,7 +130,7 @@ def _note(path: str) -> str:
     return path
 
 
-def test_at_most_the_given_number_is_in_flight(tmp_path: Path) -> None:
+def test_at_most_the_given_number_is_in_flight(tmp_path: Path, on_ray: None) -> None:
     names = [str(tmp_path / f"{number}") for number in range(4)]
     most = 0
     finished = 0

@@ -1,19 +1,14 @@
 """The report, opened in a real browser."""
 
 import io
-import os
-import shutil
-import struct
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser
 
+from browsing import BROKEN_IMAGES, NAMES, encoded, opened
 from cluster import storage
 from pipeline import text
 from pipeline.gallery import ClassCount, ClassRow, RankedImage, contact_strip, figure_ranks, thumbnail
@@ -31,48 +26,7 @@ from pipeline.report import (
     write_report,
 )
 
-NAMES = [
-    "<script>window.pwned = 1</script>",
-    '"><img src=x onerror="window.pwned=1">',
-    "</script><script>window.pwned=1</script>",
-    '<a href="javascript:pwned=1">x</a>',
-    "<b>bold</b>",
-    "&lt;i&gt;",
-    "{{ 7 * 7 }} %{x}",
-    "photo\u202egpj.exe",
-    "line\nbreak\x00nul",
-    "\udcff lost byte",
-    "نمر",
-    "plain",
-]
 COLORS = [(200, 30, 30), (30, 160, 30), (30, 30, 200), (200, 160, 30), (30, 160, 160)]
-
-
-def encoded(color: tuple[int, ...], mode: str = "RGB", kind: str = "PNG", size: tuple[int, int] = (40, 30)) -> bytes:
-    out = io.BytesIO()
-    Image.new(mode, size, color).save(out, kind)
-    return out.getvalue()
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims to be of this size and holds no pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
-BROKEN_IMAGES = {
-    "empty": b"",
-    "text": b"not an image",
-    "svg": b'<svg xmlns="http://www.w3.org/2000/svg"><script>window.pwned=1</script></svg>',
-    "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n",
-    "truncated": encoded((1, 2, 3), kind="JPEG", size=(200, 200))[:700],
-    "65 Mpx": png_header(65_000, 1_000),
-    "10 Gpx": png_header(100_000, 100_000),
-}
 
 
 def strip(folder: Path, images: list[bytes]) -> tuple[str, list[bool]]:
@@ -121,55 +75,9 @@ def hostile_content(folder: Path) -> ReportContent:
 
 
 @pytest.fixture(scope="module")
-def browser(private_home: Path) -> Iterator[Browser]:
-    chromium = next(
-        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-    )
-    quiet = [
-        "--disable-gpu",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--no-first-run",
-    ]
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", *quiet])
-        yield started
-        started.close()
-
-
-@pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("run")
     return write_report(str(folder / "report"), hostile_content(folder))
-
-
-@contextmanager
-def opened(browser: Browser, uri: str, width: int = 1280, scheme: str = "light") -> Iterator[Page]:
-    """The page, loaded; afterwards it must have asked for its own files alone, and complained of nothing."""
-    requests: list[str] = []
-    complaints: list[str] = []
-    context = browser.new_context(
-        viewport={"width": width, "height": 900}, color_scheme="dark" if scheme == "dark" else "light"
-    )
-    page = context.new_page()
-    page.set_default_timeout(10_000)
-    page.on("request", lambda request: requests.append(request.url))
-    page.on("requestfailed", lambda request: complaints.append(f"failed: {request.url}"))
-    page.on(
-        "console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None
-    )
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("dialog", lambda dialog: complaints.append(f"dialog: {dialog.message}"))
-    try:
-        page.goto(f"file://{uri}")
-        yield page
-        assert page.evaluate("window.pwned") is None
-        assert complaints == []
-        folder = f"file://{os.path.dirname(uri)}/"
-        assert [url for url in requests if not url.startswith(folder)] == []
-    finally:
-        context.close()
 
 
 def test_sections_and_figures(browser: Browser, hostile: str) -> None:

@@ -12,12 +12,12 @@ import pyarrow as pa
 import pytest
 from playwright.sync_api import Browser
 
+from browsing import BROKEN_IMAGES, NAMES, encoded, opened
 from cluster.errors import InputError
 from pipeline.duplicates import PAIRS
 from pipeline.review import TILE, Review, decided, read_decisions, write_review
 from pipeline.shards import Reader, Shard
 from pipeline.sources import ImageSource
-from test_report import BROKEN_IMAGES, NAMES, browser, encoded, opened  # noqa: F401 - browser is a fixture
 
 
 def review_of(count: int, names: Sequence[str], source: ImageSource, sets: dict[str, ImageSource]) -> Review:
@@ -59,7 +59,7 @@ def hostile_review(tmp_path_factory: pytest.TempPathFactory, ray_local: None) ->
     return write_review(str(root / "page"), review_of(len(PLAIN_NAMES) * 9, PLAIN_NAMES, source, {NAMES[1]: labeled}))
 
 
-def test_hostile_names_and_images_in_the_review(browser: Browser, hostile_review: str) -> None:  # noqa: F811
+def test_hostile_names_and_images_in_the_review(browser: Browser, hostile_review: str) -> None:
     with opened(browser, hostile_review) as page:
         cards = page.locator(".pair")
         assert cards.count() == 50
@@ -82,7 +82,7 @@ def test_hostile_names_and_images_in_the_review(browser: Browser, hostile_review
         )  # the third labeled image is broken too
 
 
-def test_the_review_has_a_policy(browser: Browser, hostile_review: str) -> None:  # noqa: F811
+def test_the_review_has_a_policy(browser: Browser, hostile_review: str) -> None:
     page = browser.new_page()
     page.goto(f"file://{hostile_review}")
     page.evaluate(
@@ -98,7 +98,7 @@ def test_the_review_has_a_policy(browser: Browser, hostile_review: str) -> None:
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light")])
-def test_layout_of_the_review(browser: Browser, hostile_review: str, width: int, scheme: str) -> None:  # noqa: F811
+def test_layout_of_the_review(browser: Browser, hostile_review: str, width: int, scheme: str) -> None:
     with opened(browser, hostile_review, width, scheme) as page:
         assert page.evaluate("document.documentElement.scrollWidth") == width
         dark = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).every(c => c < 60)")
@@ -106,7 +106,7 @@ def test_layout_of_the_review(browser: Browser, hostile_review: str, width: int,
         assert page.locator("img:not([alt]), [role=img]:not([aria-label]), button:empty").count() == 0
 
 
-def test_five_thousand_pairs_stay_usable(browser: Browser, tmp_path: Path, ray_local: None) -> None:  # noqa: F811
+def test_five_thousand_pairs_stay_usable(browser: Browser, tmp_path: Path, ray_local: None) -> None:
     names = [f"shards/{n:05d}.tar" for n in range(50)]
     source = virtual(tmp_path / "u", names, [encoded((200, 30, 30), size=(8, 8))] * 100)
     labeled = virtual(tmp_path / "labeled", ["val.tar"], [encoded((n, 0, 0)) for n in range(3)])
@@ -129,7 +129,7 @@ def test_five_thousand_pairs_stay_usable(browser: Browser, tmp_path: Path, ray_l
         assert page.locator("#marked").inner_text() == "7"
 
 
-def test_no_pairs(browser: Browser, tmp_path: Path, ray_local: None) -> None:  # noqa: F811
+def test_no_pairs(browser: Browser, tmp_path: Path, ray_local: None) -> None:
     review = Review(PAIRS.empty_table(), np.zeros(0, bool), "0" * 16, ImageSource(Reader("/nowhere", "folder"), ()), {})
     with opened(browser, write_review(str(tmp_path), review)) as page:
         assert "No pair was found" in page.locator("main").inner_text()

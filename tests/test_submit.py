@@ -23,6 +23,7 @@ from ray.job_submission import JobSubmissionClient
 import tiny
 from cluster import jobs
 from cluster.errors import ClusterError, InputError
+from cluster.store import RunStore
 
 
 @dataclass(frozen=True)
@@ -366,4 +367,4 @@ def test_tophat_submit_runs_a_recipe_on_the_cluster(
             main()
         assert int(ended.value.code or 0) == code
         assert shown in capfd.readouterr().out
-    assert (tmp_path / "run-1" / "stages" / "unlabeled" / "manifest.json").exists()
+    assert "unlabeled" in RunStore(str(tmp_path / "run-1")).result()

