@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pipeline import datasets  # noqa: E402 - found beside this folder
+from pipeline.data import known as datasets  # noqa: E402 - found beside this folder
 
 DATA = {"demo": "digits", "fashion-mnist": "fashion-mnist"}
 """The known data set of each recipe."""

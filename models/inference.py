@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from cluster.errors import ModelError
-from models.checkpoint import load
 from models.config import CPU_BATCH, GPU_BATCH, Views
+from models.directory import load
 from models.features import Features
-from models.transforms import normalize
+from models.inputs.image import normalize
 
 Precision = Literal["float32", "bfloat16", "float16"]
 

@@ -11,12 +11,13 @@ from typing import Any
 
 from cluster import storage
 from cluster.store import Key, Made
-from pipeline import gallery, report
 from pipeline.context import Run, Stages, rounds_of, teacher_of
+from pipeline.data.rejects import read_rejects
 from pipeline.evaluation import Measured
-from pipeline.rejects import read_rejects
-from pipeline.scoring import Scored
-from pipeline.selection import Selected
+from pipeline.report import gallery
+from pipeline.report import page as report
+from pipeline.scoring.score import Scored
+from pipeline.selection.select import Selected
 from pipeline.stages import REJECTS, Trained
 
 EXAMPLES = 20

@@ -12,8 +12,8 @@ from cluster.resources import Demand
 from cluster.session import Session
 from cluster.storage import absolute, join
 from cluster.store import Key, Made, RunStore
-from pipeline.recipe import Source
-from pipeline.sources import ImageSource, open_source
+from pipeline.data.sources import ImageSource, open_source
+from pipeline.recipe.sections import Source
 
 T = TypeVar("T")
 

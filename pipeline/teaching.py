@@ -11,15 +11,16 @@ from cluster.resources import Bundle, Demand
 from cluster.store import WORK, Key, Made, RunStore
 from models.card import CARD, WEIGHTS, read_card
 from models.config import ModelConfig, Training
-from models.job import TrainingJob
-from models.training import fit
+from models.training.job import TrainingJob
+from models.training.launch import fit
 from pipeline.context import Run
-from pipeline.loading import TrainingSet, weak_training_set
-from pipeline.recipe import FineTune, Teacher, Weak
-from pipeline.scoring import Scored
-from pipeline.selection import Selected
+from pipeline.data.loading import TrainingSet
+from pipeline.recipe.sections import FineTune, Teacher, Weak
+from pipeline.scoring.score import Scored
+from pipeline.selection.select import Selected
+from pipeline.selection.tags import Matched
+from pipeline.selection.weak import weak_training_set
 from pipeline.stages import DhatImages, LabeledData, Trained, match_tags
-from pipeline.weak import Matched
 from tuning.sweep import best, sweep
 
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 import tiny
 from cluster.errors import StageError
 from models.config import Transform
-from models.transforms import evaluation_image
-from pipeline.labeled import REJECTED, class_ids, class_names, hold_out, training_set
-from pipeline.loading import Piece, TrainingSet, ahead, arc, windows
-from pipeline.recipe import Source
-from pipeline.shards import Reader, Shard
-from pipeline.sources import ImageSource, open_source
+from models.inputs.image import evaluation_image
+from pipeline.data.labeled import REJECTED, class_ids, class_names, hold_out, training_set
+from pipeline.data.loading import Piece, TrainingSet, ahead, arc, windows
+from pipeline.data.shards import Reader, Shard
+from pipeline.data.sources import ImageSource, open_source
+from pipeline.recipe.sections import Source
 
 COUNTS = st.lists(st.integers(1, 30), min_size=1, max_size=8)
 
@@ -84,7 +84,7 @@ def taken(data: TrainingSet, start: int, count: int, rank: int = 0, world: int =
 def test_a_training_resumes_at_the_exact_image(
     labeled: TrainingSet, world: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.loading.WINDOW_IMAGES", 10)
+    monkeypatch.setattr("pipeline.data.loading.WINDOW_IMAGES", 10)
     whole = taken(labeled, 0, 20, rank=world - 1, world=world)
     for done in (1, 5, 13):  # in the first epoch, and in later ones: it has 36 images
         assert taken(labeled, done * 4 * world, 7, rank=world - 1, world=world) == whole[done : done + 7]
@@ -92,7 +92,7 @@ def test_a_training_resumes_at_the_exact_image(
 
 def test_without_the_cache_the_images_are_the_same(labeled: TrainingSet, monkeypatch: pytest.MonkeyPatch) -> None:
     cached = taken(labeled, 0, 12)
-    monkeypatch.setattr("pipeline.loading.CACHE_BYTES", 0)
+    monkeypatch.setattr("pipeline.data.loading.CACHE_BYTES", 0)
     assert taken(labeled, 0, 12) == cached
 
 
@@ -150,8 +150,8 @@ def test_an_image_with_several_given_labels_comes_once_for_each(labeled: Trainin
 def test_training_on_given_labels_resumes_at_the_exact_image(
     labeled: TrainingSet, cache_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.loading.CACHE_BYTES", cache_bytes)
-    monkeypatch.setattr("pipeline.loading.WINDOW_IMAGES", 4)
+    monkeypatch.setattr("pipeline.data.loading.CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr("pipeline.data.loading.WINDOW_IMAGES", 4)
     data = given_labels(labeled)
     whole = taken(data, 0, 12)
     assert taken(data, 20, 7) == whole[5:]
@@ -211,7 +211,7 @@ def test_labels_find_their_outputs() -> None:
 
 
 def test_class_names_come_from_the_recipe_the_source_or_the_labels() -> None:
-    from pipeline.labeled import Survey
+    from pipeline.data.labeled import Survey
 
     def surveyed(reader: Reader, *labels: int | str) -> Survey:
         return Survey(ImageSource(reader, (Shard("a", 1, "x"),)), (labels,), ())

@@ -10,7 +10,7 @@ import yaml
 
 import tiny
 from cluster.store import RunStore
-from pipeline.recipe import validate
+from pipeline.recipe.reading import validate
 from runs import execute
 
 Answer = tuple[int, str, str]

@@ -15,9 +15,9 @@ import pytest
 
 from cluster import storage
 from cluster.errors import SourceError
-from pipeline.recipe import Source
-from pipeline.shards import Label, Row, ShardError
-from pipeline.sources import FILES_PER_SHARD, ImageSource, open_source
+from pipeline.data.shards import Label, Row, ShardError
+from pipeline.data.sources import FILES_PER_SHARD, ImageSource, open_source
+from pipeline.recipe.sections import Source
 
 
 def tar(members: Sequence[tuple[str, bytes]], trailer: bool = True) -> bytes:

@@ -72,7 +72,7 @@ def test_a_training_step(name: str) -> None:
     ],
 )
 def test_only_narrow_networks_are_contiguous_and_only_on_a_cpu(convolution: nn.Module, narrow: bool) -> None:
-    from models.loop import layout
+    from models.training.loop import layout
 
     network = nn.Sequential(nn.ReLU(), convolution)
     assert (layout(network, torch.device("cpu")) is torch.contiguous_format) is narrow

@@ -15,7 +15,8 @@ import pytest
 from cluster import storage
 from cluster.errors import RunError, StorageError
 from cluster.store import Key, Made, RunStore, fingerprint, publish_json, read_json
-from pipeline.recipe import Recipe, Score, Select, load
+from pipeline.recipe.reading import load
+from pipeline.recipe.sections import Recipe, Score, Select
 
 WORKER = """
 import os, sys

@@ -15,11 +15,12 @@ from cluster.errors import ModelError
 from cluster.store import Made, RunStore
 from models.architectures import build
 from models.card import read_card
-from models.checkpoint import load, save
-from pipeline import tables
+from models.directory import load, save
+from pipeline.cli import tables
+from pipeline.data.sources import open_source
 from pipeline.plan import plan
-from pipeline.recipe import Source, validate
-from pipeline.sources import open_source
+from pipeline.recipe.reading import validate
+from pipeline.recipe.sections import Source
 from runs import execute, fresh
 
 pytestmark = pytest.mark.usefixtures("ray_local")

@@ -21,13 +21,13 @@ import tiny
 from cluster import storage
 from cluster.errors import InputError, SourceError
 from models.config import Transform
-from models.transforms import evaluation_image
-from pipeline.loading import weak_training_set
-from pipeline.recipe import Source
-from pipeline.rejects import REJECTS, read_rejects
-from pipeline.selection import read_selection, select
-from pipeline.sources import ImageSource, open_source
-from pipeline.weak import FUNCTION_WORDS, Matched, Matcher, match_tags
+from models.inputs.image import evaluation_image
+from pipeline.data.rejects import REJECTS, read_rejects
+from pipeline.data.sources import ImageSource, open_source
+from pipeline.recipe.sections import Source
+from pipeline.selection.select import read_selection, select
+from pipeline.selection.tags import FUNCTION_WORDS, Matched, Matcher, match_tags
+from pipeline.selection.weak import weak_training_set
 
 STEM = stemmer("english").stemWord
 
@@ -254,7 +254,7 @@ def test_tables_of_tags_give_the_same_bytes_however_they_are_cut(place: str, mon
     publish_table(f"{place}/texts/x/1.parquet", {**rows, "tags": [", ".join(TAGS[n]) or None for n in order]})
     ids = {**rows, "class_ids": [WANTED[n][::-1] * 2 for n in order]}
     publish_table(f"{place}/ids/1.parquet", ids, index=pa.uint32(), class_ids=pa.list_(pa.int32()))
-    monkeypatch.setattr("pipeline.weak.TASK_BYTES", 1000)
+    monkeypatch.setattr("pipeline.selection.tags.TASK_BYTES", 1000)
     for number, row in enumerate(order):  # each image's tags in two files, some of them in both
         one = {name: [values[number]] * 2 for name, values in whole.items()}
         one["tags"] = [TAGS[row][:1], TAGS[row][::-1]]
