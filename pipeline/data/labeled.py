@@ -47,10 +47,7 @@ class Survey:
 
 
 def survey(source: ImageSource, progress: Progress) -> Survey:
-    """Reads every image of a labeled source, in one Ray task per shard.
-
-    The check decodes a JPEG at an eighth of its size, which still reads all of its bytes.
-    """
+    """Reads every image of a labeled source, in one Ray task per shard."""
     found: dict[int, tuple[tuple[Label, ...], list[Reject]]] = {}
     jobs = [(number, source.reader, shard) for number, shard in enumerate(source.shards())]
     for number, labels, rejects in parallel_map(_survey_shard, jobs, num_cpus=1):
@@ -87,21 +84,24 @@ _LABELS_FIX = {
 
 
 def _checked(reader: Reader, shard: Shard) -> Iterator[tuple[Row | None, Reject | None]]:
-    from models.inputs.image import UndecodableImage, evaluation_image
-
-    check = Transform(size=8, resize=8)
     try:
         for row in reader.read(shard):
-            try:
-                if row.problem is not None:
-                    raise UndecodableImage("unreadable", row.problem)
-                evaluation_image(row.data, check)
-            except UndecodableImage as error:
-                yield row, Reject(shard.name, row.index, error.reason, error.detail)
-            else:
-                yield row, None
+            yield row, undecodable(shard.name, row)
     except ShardError as error:
         yield None, Reject(shard.name, None, "unreadable_shard", str(error))
+
+
+def undecodable(shard: str, row: Row) -> Reject | None:
+    """Why an image cannot be used; None where it can. A JPEG is decoded at an eighth of its size, which still reads all of its bytes."""
+    from models.inputs.image import UndecodableImage, evaluation_image
+
+    try:
+        if row.problem is not None:
+            raise UndecodableImage("unreadable", row.problem)
+        evaluation_image(row.data, Transform(size=8, resize=8))
+    except UndecodableImage as error:
+        return Reject(shard, row.index, error.reason, error.detail)
+    return None
 
 
 def class_names(train: Survey, given: Sequence[str] | None) -> tuple[str, ...]:

@@ -17,7 +17,6 @@ from cluster import storage
 from cluster.errors import RecipeError, SourceError, one_line
 from cluster.progress import SILENT, Progress
 from cluster.tasks import cpus, parallel_map, run_task
-from pipeline.data.rejects import REJECTS
 from pipeline.data.sources import ImageSource
 from pipeline.recipe.sections import Deduplicate, Score
 from pipeline.scoring import score as scoring
@@ -83,14 +82,21 @@ def embed(
     """
     alone = {"embedding": True, "classes_per_image": 1, "views": "center", "logits": False, "max_reject_fraction": 1.0}
     settings = settings.model_copy(update=alone)
-    counts = {"images": 0, "scored": 0, "rejected": 0}
-    for name, source in sources.items():
-        target = storage.join(place, name)
-        rejects = storage.join(target, REJECTS)
-        made = scoring.score(source, model_uri, target, rejects, settings, progress.part(name))
-        for field, value in (("images", made.listed), ("scored", made.scored), ("rejected", made.rejected)):
-            counts[field] += value
-    return counts
+    made = [
+        scoring.score(
+            source,
+            model_uri,
+            storage.join(place, name),
+            storage.join(place, "rejects", name),
+            settings,
+            progress.part(name),
+        )
+        for name, source in sources.items()
+    ]
+    listed, scored, rejected = (
+        sum(counts) for counts in zip(*((m.listed, m.scored, m.rejected) for m in made), strict=True)
+    )
+    return {"images": listed, "scored": scored, "rejected": rejected}
 
 
 @dataclass(frozen=True)
@@ -389,7 +395,7 @@ def find_pairs(
     progress: Progress = SILENT,
     tasks: int | None = None,
 ) -> dict[str, Any]:
-    """Publishes the ranked pairs as one Parquet file with the schema `PAIRS`, on the Ray that is initialized.
+    """Publishes the ranked pairs as one Parquet file with the schema `PAIRS`, on the Ray that runs.
 
     Args:
         out_uri: the file.

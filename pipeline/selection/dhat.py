@@ -1,11 +1,9 @@
 """D-hat materialized: the selected images, copied once into shuffled shards with their labels (section 3.2).
 
-Two phases, each of bounded Ray tasks. *Gather*: every source shard that has selected images is read once, and its
-images go into a piece, an Arrow file whose record batches are one for each output shard. *Assemble*: every output shard
-takes its batches out of the pieces, puts the images in their places, and is published. Pieces and shards are published
-whole, so whatever exists for the same request is kept when the work starts again.
-
-Which place an image gets is decided beforehand, by sorting random keys: it depends on the selection and the seed alone.
+Two phases, each of bounded Ray tasks. *Gather*: every source shard that has selected images is read once, and its images go into a piece,
+an Arrow file whose record batches are one for each output shard. *Assemble*: every output shard takes its batches out of the pieces, puts
+the images in their places, and is published. Pieces and shards are published whole, so whatever exists for the same request is kept when
+the work starts again. Which place an image gets is decided beforehand, by sorting random keys: it depends on the selection and the seed alone.
 """
 
 import hashlib

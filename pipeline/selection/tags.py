@@ -18,9 +18,9 @@ from cluster import storage
 from cluster.errors import SourceError, StorageError, one_line, shown
 from cluster.progress import SILENT, Progress
 from cluster.tasks import scatter
-from models.config import Transform
+from pipeline.data.labeled import undecodable
 from pipeline.data.rejects import REJECTS, Reject, publish_rejects
-from pipeline.data.shards import Row, ShardError, split_tags
+from pipeline.data.shards import ShardError, split_tags
 from pipeline.data.sources import ImageSource
 from pipeline.selection.table import BATCH_ROWS, CLASSES_METADATA, Slice, blamed, deal
 
@@ -409,7 +409,7 @@ def _write_part(work: _Work, number: int, *shares: Pairs) -> tuple[_Note]:
                     found = sorted({n for word in row.words for n in work.matcher.classes(word)})
                 else:
                     found = known.pop(row.index)
-                if found and (problem := _problem(shard.name, row)):
+                if found and (problem := undecodable(shard.name, row)):
                     rejects.append(problem)
                 elif found:
                     index.append(row.index)
@@ -442,15 +442,3 @@ def _class_ids_by_row(pairs: Pairs, ordinal: int) -> dict[int, list[int]]:
     for _, row, class_id in pairs[start:stop].tolist():
         rows.setdefault(row, []).append(class_id)
     return rows
-
-
-def _problem(shard: str, row: Row) -> Reject | None:
-    from models.inputs.image import UndecodableImage, evaluation_image
-
-    try:
-        if row.problem is not None:
-            raise UndecodableImage("unreadable", row.problem)
-        evaluation_image(row.data, Transform(size=8, resize=8))
-    except UndecodableImage as error:
-        return Reject(shard, row.index, error.reason, error.detail)
-    return None
