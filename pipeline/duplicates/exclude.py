@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 
 from cluster import storage
 from cluster.errors import InputError, ModelError, RunError
+from cluster.progress import Progress
 from cluster.store import Key, Made, RunStore, fingerprint, read_json
 from pipeline.context import Run
 from pipeline.data.labeled import REJECTED, load_labels
 from pipeline.data.sources import ImageSource, open_source
 from pipeline.duplicates.copies import find_copies
-from pipeline.duplicates.nearest import LabeledSet, embed, find_pairs, left_out, read_pairs
+from pipeline.duplicates.nearest import LabeledSet, find_pairs, left_out, read_pairs
 from pipeline.duplicates.review import Review, decided, read_decisions, write_review
 from pipeline.recipe.sections import RESNET18, TEACHER, Deduplicate, Score, Source
 from pipeline.scoring import score as scoring
@@ -193,10 +194,30 @@ def _embeddings(this: Run, subject: Subject, score: Score) -> Made[Embeddings]:
         if subject.embeddings is None:
             sources["unlabeled"] = subject.unlabeled()
         with this.display.task("embeddings", None) as progress:
-            return Embeddings(**embed(place, sources, subject.model_uri, score, progress))
+            return _embed(place, sources, subject.model_uri, score, progress)
 
     without = ("embeddings",) if subject.embeddings is None else ("embeddings", "unlabeled")
     return this.once(Key("embeddings", {}, subject.of(*without)), Embeddings, work, demand=scoring.demand(score))
+
+
+def _embed(
+    place: str, sources: Mapping[str, ImageSource], model_uri: str, settings: Score, progress: Progress
+) -> Embeddings:
+    """Embeds the images of each source, as a score table `place/NAME` with P = 1. Goes on where it stopped."""
+    alone = {"embedding": True, "classes_per_image": 1, "views": "center", "logits": False, "max_reject_fraction": 1.0}
+    settings = settings.model_copy(update=alone)
+    made = [
+        scoring.score(
+            source,
+            model_uri,
+            storage.join(place, name),
+            storage.join(place, "rejects", name),
+            settings,
+            progress.part(name),
+        )
+        for name, source in sources.items()
+    ]
+    return Embeddings(sum(m.listed for m in made), sum(m.scored for m in made), sum(m.rejected for m in made))
 
 
 def _pairs(this: Run, subject: Subject, settings: Deduplicate, embeddings: Made[Embeddings]) -> Made[Pairs]:

@@ -18,8 +18,7 @@ from cluster.errors import RecipeError, SourceError, one_line
 from cluster.progress import SILENT, Progress
 from cluster.tasks import cpus, parallel_map, run_task
 from pipeline.data.sources import ImageSource
-from pipeline.recipe.sections import Deduplicate, Score
-from pipeline.scoring import score as scoring
+from pipeline.recipe.sections import Deduplicate
 
 # isort: split
 # After cluster.storage: pyarrow.parquet loads pyarrow.fs, which reads the environment that cluster.storage sets.
@@ -70,33 +69,6 @@ class LabeledSet:
     name: str
     source: ImageSource
     rows: tuple[NDArray[np.int64], ...] | None = None
-
-
-def embed(
-    place: str, sources: Mapping[str, ImageSource], model_uri: str, settings: Score, progress: Progress
-) -> dict[str, Any]:
-    """Embeds the images of each source, as a score table `place/NAME` with P = 1. Goes on where it stopped.
-
-    Returns:
-        images, scored and rejected, over all sources.
-    """
-    alone = {"embedding": True, "classes_per_image": 1, "views": "center", "logits": False, "max_reject_fraction": 1.0}
-    settings = settings.model_copy(update=alone)
-    made = [
-        scoring.score(
-            source,
-            model_uri,
-            storage.join(place, name),
-            storage.join(place, "rejects", name),
-            settings,
-            progress.part(name),
-        )
-        for name, source in sources.items()
-    ]
-    listed, scored, rejected = (
-        sum(counts) for counts in zip(*((m.listed, m.scored, m.rejected) for m in made), strict=True)
-    )
-    return {"images": listed, "scored": scored, "rejected": rejected}
 
 
 @dataclass(frozen=True)
