@@ -23,7 +23,7 @@ from models.config import Transform
 from pipeline.ranges import MIN_TASK_BYTES, Range, RangeReader, Unfinished, finished, ledger, range_rows, surplus
 from pipeline.recipe import Score
 from pipeline.rejects import count_rejected, read_rejects
-from pipeline.scorer import CALLS, RangeScorer, Scoring
+from pipeline.scorer import CALLS, KEPT_MEMORY, RangeScorer, Scoring
 from pipeline.shards import ChangedShardError, MissingShardError
 from pipeline.sources import ImageSource
 from pipeline.store import publish_json, read_json
@@ -278,6 +278,7 @@ def _stream(scoring: Scoring, unfinished: Unfinished) -> Iterator[dict[str, Any]
             ),
             num_cpus=settings.cpus_per_actor,
             num_gpus=settings.gpus_per_actor,
+            runtime_env=None if settings.gpus_per_actor else {"env_vars": KEPT_MEMORY},
         )
         # A single split runs in a process of Ray's, where what Ray says of its own actors goes to its log.
         (followed,) = scored.streaming_split(1)
