@@ -41,6 +41,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.scorer import KEPT_MEMORY
+
 from benchmarks.contenders import OURS, PEERS, Clock, How, rate
 from benchmarks.jpegs import SIZES, generate
 from benchmarks.processes import Memory, Turns, send
@@ -67,6 +69,7 @@ def started(name: str, folder: Path, cores: int, how: How) -> Iterator["subproce
         **os.environ,
         "RAY_worker_niceness": "0",  # Ray's own default, 15, is not the others'
         "RAY_AUTH_MODE": "disabled" if name == "ray data" else "token",
+        **(KEPT_MEMORY if name in ("limit", "ceiling") else {}),
         "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")])),
     }
     with tempfile.TemporaryDirectory(prefix="tophat-kernels-") as kernels:  # each run makes its own

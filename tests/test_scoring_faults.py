@@ -274,7 +274,7 @@ def test_a_store_with_faults_gives_the_same_rows(
     assert port is not None
     out = storage.join(s3, "scores")
     with (
-        faulty_proxy(port, 0.05, stall=2.0) as proxy,
+        faulty_proxy(port, 0.2, stall=2.0) as proxy,
         killing.environment(AWS_ENDPOINT_URL=proxy.url, TOPHAT_S3_TIMEOUT="1"),
     ):
         killing.score_alone(command(teacher, storage.join(s3, "u"), out))

@@ -25,7 +25,7 @@ from pipeline.data.rejects import count_rejected, read_rejects
 from pipeline.data.shards import ChangedShardError, MissingShardError
 from pipeline.data.sources import ImageSource
 from pipeline.recipe.sections import Score
-from pipeline.scoring.actors import CALLS, RangeScorer, Scoring
+from pipeline.scoring.actors import CALLS, KEPT_MEMORY, RangeScorer, Scoring
 from pipeline.scoring.ledger import (
     MIN_TASK_BYTES,
     Range,
@@ -287,6 +287,7 @@ def _stream(scoring: Scoring, unfinished: Unfinished) -> Iterator[dict[str, Any]
             ),
             num_cpus=settings.cpus_per_actor,
             num_gpus=settings.gpus_per_actor,
+            runtime_env=None if settings.gpus_per_actor else {"env_vars": KEPT_MEMORY},
         )
         # A single split runs in a process of Ray's, where what Ray says of its own actors goes to its log.
         (followed,) = scored.streaming_split(1)
