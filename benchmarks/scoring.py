@@ -41,11 +41,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.scorer import KEPT_MEMORY
-
 from benchmarks.contenders import OURS, PEERS, Clock, How, rate
 from benchmarks.jpegs import SIZES, generate
 from benchmarks.processes import Memory, Turns, send
+from pipeline.scoring.actors import KEPT_MEMORY
 
 START_SECONDS = 40
 """The first turn of each, in which it starts; the next ones wait as long for each of the others."""
