@@ -99,7 +99,7 @@ def _contents(folder: Path, part: int, parts: int) -> Iterator[bytes]:
 
 def _limit_part(folder: Path, part: int, parts: int, how: How, answers: Any) -> None:
     from models.card import read_card
-    from models.transforms import evaluation_image
+    from models.inputs.image import evaluation_image
 
     predict, transform = _predictor(folder, how), read_card(str(folder / "model")).model.transform
     buffer = np.empty((predict.batch_size, 3, transform.size, transform.size), np.uint8)
@@ -117,7 +117,7 @@ def _limit_part(folder: Path, part: int, parts: int, how: How, answers: Any) -> 
 
 def _decode_part(folder: Path, part: int, parts: int, answers: Any) -> None:
     from models.card import read_card
-    from models.transforms import evaluation_image
+    from models.inputs.image import evaluation_image
 
     transform = read_card(str(folder / "model")).model.transform
     number = 0
@@ -195,9 +195,9 @@ def ours(folder: Path, cores: int, how: How, clock: Clock) -> None:
     from cluster.config import Cluster
     from cluster.progress import Progress
     from cluster.session import Session
-    from pipeline.recipe import Score, Source
-    from pipeline.scoring import claim, score
-    from pipeline.sources import open_source
+    from pipeline.data.sources import open_source
+    from pipeline.recipe.sections import Score, Source
+    from pipeline.scoring.score import claim, score
 
     class Marks(Progress):
         def update(self, done: int, rejected: int = 0, *, total: int | None = None, **facts: float) -> None:
@@ -219,7 +219,7 @@ def naive(folder: Path, cores: int, how: How, clock: Clock) -> None:
     from torch.utils.data import DataLoader, Dataset
     from torchvision import transforms
 
-    from models.checkpoint import load
+    from models.directory import load
 
     loaded = load(str(folder / "model"))
     seen = loaded.config.transform
@@ -266,7 +266,7 @@ def ray_data(folder: Path, cores: int, how: How, clock: Clock) -> None:
 
     class Model:
         def __init__(self) -> None:
-            from models.checkpoint import load
+            from models.directory import load
 
             self.device = torch.device("cuda" if how.gpu else "cpu")
             self.model = load(str(folder / "model")).model.to(self.device).eval()
@@ -305,7 +305,7 @@ def daft(folder: Path, cores: int, how: How, clock: Clock) -> None:
     @peer.cls(max_concurrency=1 if how.gpu else cores, gpus=int(how.gpu), use_process=True)  # type: ignore[untyped-decorator,unused-ignore]
     class Model:
         def __init__(self) -> None:
-            from models.checkpoint import load
+            from models.directory import load
 
             torch.set_num_threads(1)
             self.device = torch.device("cuda" if how.gpu else "cpu")

@@ -48,8 +48,8 @@ def generate(folder: Path, size: Size, images: int, shards: int) -> None:
     import torch
 
     from models.architectures import build
-    from models.checkpoint import save
     from models.config import ModelConfig, Transform
+    from models.directory import save
 
     transform = Transform(size=size.side, resize=size.resize)
     config = ModelConfig(architecture=size.architecture, options=dict(size.options), transform=transform)

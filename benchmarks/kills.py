@@ -26,8 +26,8 @@ def write_model(uri: str) -> None:
     import torch
 
     from models.architectures import build
-    from models.checkpoint import save
     from models.config import ModelConfig, Transform
+    from models.directory import save
 
     torch.manual_seed(0)
     config = ModelConfig(architecture="resnet8", options={"width": 4}, transform=Transform(size=28, resize=32))

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pipeline import datasets  # noqa: E402 - found beside this folder
+from pipeline.data import known as datasets  # noqa: E402 - found beside this folder
 
 DATA = {"demo": "digits", "fashion-mnist": "fashion-mnist"}
 """The known data set of each recipe."""
@@ -64,7 +64,7 @@ def run_seed(recipe: str, seed: int, folder: Path) -> Measured:
         stdout=subprocess.DEVNULL,
     )
     seconds = time.monotonic() - start
-    models = json.loads((run / "stages" / "evaluation" / "metrics.json").read_text())["models"]
+    models = json.loads((run / "evaluation" / "_record.json").read_text())["outputs"]["models"]
     top1 = {name: 100 * found["top1"] for name, found in models.items()}
     return Measured(**top1, purity=100 * purity(run / "dhat", data / datasets.TRUTH_FILE), seconds=seconds)
 

@@ -44,6 +44,7 @@ from typing import NamedTuple
 from benchmarks.contenders import OURS, PEERS, Clock, How, rate
 from benchmarks.jpegs import SIZES, generate
 from benchmarks.processes import Memory, Turns, send
+from pipeline.scoring.actors import KEPT_MEMORY
 
 START_SECONDS = 40
 """The first turn of each, in which it starts; the next ones wait as long for each of the others."""
@@ -67,6 +68,7 @@ def started(name: str, folder: Path, cores: int, how: How) -> Iterator["subproce
         **os.environ,
         "RAY_worker_niceness": "0",  # Ray's own default, 15, is not the others'
         "RAY_AUTH_MODE": "disabled" if name == "ray data" else "token",
+        **(KEPT_MEMORY if name in ("limit", "ceiling") else {}),
         "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")])),
     }
     with tempfile.TemporaryDirectory(prefix="tophat-kernels-") as kernels:  # each run makes its own

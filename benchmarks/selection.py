@@ -82,7 +82,7 @@ def floor(scores: Path, _: Path, __: int) -> int:
 
 def ours(scores: Path, out: Path, images_per_class: int) -> int:
     """The selection, on the Ray that is running."""
-    from pipeline.selection import select
+    from pipeline.selection.select import select
 
     return select(str(scores), str(out), images_per_class=images_per_class).selected
 

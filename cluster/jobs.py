@@ -68,11 +68,12 @@ def submit(
     with _connected(address) as client:
         try:
             return client.submit_job(entrypoint=command, runtime_env=runtime_env, metadata=dict(metadata or {}))
-        except RuntimeError as error:
-            if "status code 413" not in str(error):
-                raise
-            rule = f"is more than the {UPLOAD_MIB} MiB that the Job API takes"
-            raise ClusterError("working_dir", str(working_dir), rule, "list what can stay in .rayignore") from None
+        except (
+            RuntimeError
+        ) as error:  # Ray's client has the status in its words alone, and no other call that would tell it
+            rule = f"was not taken by the Job API ({_cause(error)})"
+            fix = f"if the folder is more than {UPLOAD_MIB} MiB, list what can stay in .rayignore"
+            raise ClusterError("working_dir", str(working_dir), rule, fix) from None
 
 
 def follow(job_id: str, *, address: str, write: Callable[[str], object] | None = None) -> int:
@@ -143,7 +144,10 @@ def _followed(job_id: str, address: str, log: _Log) -> int:
                 last_answer = time.monotonic()
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "ssl=None", DeprecationWarning)  # Ray's call of aiohttp
-                    asyncio.run(log.pump(client.tail_job_logs(job_id)))
+                    try:
+                        asyncio.run(log.pump(client.tail_job_logs(job_id)))
+                    except RuntimeError as error:  # how Ray's client reports a log that was cut off
+                        raise _unreachable(address, error) from None
                 job = _details(client, job_id, address)
             if job.status.is_terminal():
                 return _exit_code(job)
@@ -162,10 +166,14 @@ def _exit_code(job: "JobDetails") -> int:
 
 
 def _details(client: "JobSubmissionClient", job_id: str, address: str) -> "JobDetails":
+    import requests
+
+    path = quote(job_id, safe="")
     try:
-        return client.get_job_info(quote(job_id, safe=""))
-    except RuntimeError as error:
-        if "status code 404" not in str(error):
+        return client.get_job_info(path)
+    except RuntimeError:  # with the status in its words alone
+        url = f"{address.rstrip('/')}/api/jobs/{path}"
+        if requests.get(url, headers=_headers(_token()[0]), timeout=CONNECT_SECONDS).status_code != 404:
             raise
         listing = _ray_job("list", "--address", address)
         raise ClusterError("job", job_id, "is not known to the cluster", f"see its jobs with `{listing}`") from None
@@ -196,8 +204,6 @@ def _connected(address: str) -> Iterator["JobSubmissionClient"]:
     except (ConnectionError, TimeoutError, aiohttp.ClientError, requests.RequestException) as error:
         raise _unreachable(address, error) from None
     except (RuntimeError, ValueError, KeyError) as error:
-        if "WebSocket" in str(error):  # how Ray's client reports a log that was cut off
-            raise _unreachable(address, error) from None
         rule = f"gave an answer that is not understood ({_cause(error)})"
         raise ClusterError("address", address, rule, "check that it is the Job API of Ray") from None
 
@@ -233,9 +239,13 @@ def _client(address: str, token: str) -> "JobSubmissionClient":
         name: os.environ.pop(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if name in os.environ
     }
     try:
-        return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}" if token else ""})
+        return JobSubmissionClient(address, headers=_headers(token))
     finally:
         os.environ.update(overriding)
+
+
+def _headers(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}" if token else ""}
 
 
 def _token() -> tuple[str, str]:

@@ -24,8 +24,8 @@ BEAT_SECONDS = 5.0
 SILENT_SECONDS = 30.0
 """Without a heartbeat for so long, whoever held a lease is taken for dead."""
 POLL_SECONDS = 1.0
-OBJECT_BYTES = 512
-"""Of a lease's object, always the same: of a store that overwrites in place, a reader then never gets the end of the old content."""
+READS = 10
+"""Of a lease that cannot be understood, before it is taken for something else."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _uri(folder: str, number: int) -> str:
 
 
 def _encoded(holder: Holder) -> bytes:
-    return json.dumps(asdict(holder)).ljust(OBJECT_BYTES).encode()
+    return json.dumps(asdict(holder)).encode()
 
 
 def _write(folder: str, number: int, holder: Holder) -> None:
@@ -185,8 +185,16 @@ def _write(folder: str, number: int, holder: Holder) -> None:
 
 
 def _read(folder: str, number: int) -> Holder | None:
-    """None where the object has just been removed, as a newer one is there."""
-    try:
-        return Holder(**json.loads(storage.read_bytes(_uri(folder, number))))
-    except MissingError:
-        return None
+    """None where the object has just been removed, as a newer one is there.
+
+    Raises:
+        StorageError: it is no lease.
+    """
+    for _ in range(READS):
+        try:
+            return Holder(**json.loads(storage.read_bytes(_uri(folder, number))))
+        except MissingError:
+            return None
+        except (ValueError, TypeError):
+            time.sleep(0.2)  # some servers show an object while it is being written
+    raise StorageError("uri", _uri(folder, number), "is no lease", "remove it, if nothing is at work there")

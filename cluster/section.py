@@ -25,13 +25,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
 
     def deciding(self) -> dict[str, Any]:
-        """What decides a result, as plain JSON data: every field but those marked `FREE`, here and in the sections within."""
-        plain = self.model_dump(mode="json")
-        return {
-            name: _deciding(getattr(self, name), plain[name])
-            for name, field in type(self).model_fields.items()
-            if FREE not in field.metadata
-        }
+        """What decides a result, as plain JSON data: every field but those marked `FREE`, here and in the sections within.
+
+        Fields at their default are left out, so that a new field, whose default is what was done before, makes nothing another result.
+        """
+        plain, found = self.model_dump(mode="json"), {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            said = _deciding(value, plain[name])
+            default = field.get_default(call_default_factory=True)
+            both = isinstance(value, Section) and isinstance(default, Section)
+            usual = not field.is_required() and (said == default.deciding() if both else value == default)
+            if FREE not in field.metadata and not usual:
+                found[name] = said
+        return found
 
 
 def _deciding(value: object, plain: Any) -> Any:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.config import Transform
-from models.transforms import normalize
+from models.inputs.image import normalize
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,5 @@
 """A trained network as a fast function from decoded images to their best classes, with the predictions of the plain network."""
 
-import ctypes
-import platform
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,10 +14,10 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from cluster.errors import ModelError
-from models.checkpoint import load
 from models.config import CPU_BATCH, GPU_BATCH, Views
+from models.directory import load
 from models.features import Features
-from models.transforms import normalize
+from models.inputs.image import normalize
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -89,18 +87,6 @@ def _agree(one: nn.Module, other: nn.Module, size: int) -> bool:
         return bool((one(images).softmax(1) - other(images).softmax(1)).abs().max() <= TOLERANCE)
 
 
-def keep_memory() -> None:
-    """Makes the C library of Linux keep freed memory for the next allocation in place of giving it back.
-
-    A forward pass allocates the same large blocks again and again, and pages that come new from the system each time cost it
-    up to a quarter of its time.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
-
-
 def _compiled(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
     """The network with kernels of its own, which are made at its first batch; on a CPU the weights are constants of the kernels, laid out
     for them once and not in each pass."""
@@ -129,8 +115,8 @@ def _few_sizes(batch_size: int) -> list[int]:
 class Predictor:
     """A model directory's network, ready for as many images as come.
 
-    It sets the number of torch's threads, how memory is kept, and that a GPU's convolutions of float32 are not of TF32, for the whole
-    process. Several threads may call it: one passes the network at a time, but on a GPU each waits for its own answers, while the batches of
+    It sets the number of torch's threads, and that a GPU's convolutions of float32 are not of TF32, for the whole process. Several threads
+    may call it: one passes the network at a time, but on a GPU each waits for its own answers, while the batches of
     the next one are copied and queued.
 
     Args:
@@ -164,8 +150,6 @@ class Predictor:
         self._sizes = [self.batch_size] if how.compile else _few_sizes(self.batch_size) if how.gpu else []
         self._passing = Lock()
         self._copying = torch.cuda.Stream(self._device) if how.gpu else None  # type: ignore[no-untyped-call]
-        if self._device.type == "cpu":
-            keep_memory()  # from now on: what was needed to make the model goes back
 
     @torch.inference_mode()
     def __call__(self, images: NDArray[np.uint8]) -> Prediction:

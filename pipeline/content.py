@@ -11,14 +11,17 @@ from typing import Any
 
 from cluster import storage
 from cluster.store import Key, Made
-from pipeline import gallery, report
-from pipeline.context import Run
+from pipeline.context import Run, Stages, rounds_of, teacher_of
+from pipeline.data.rejects import read_rejects
 from pipeline.evaluation import Measured
-from pipeline.rejects import read_rejects
-from pipeline.scoring import Scored
-from pipeline.selection import Selected
+from pipeline.report import gallery
+from pipeline.report import page as report
+from pipeline.scoring.score import Scored
+from pipeline.selection.select import Selected
 from pipeline.stages import REJECTS, Trained
-from pipeline.tables import EXAMPLES, Stages, rounds_of
+
+EXAMPLES = 20
+"""Rejects that the report shows, at most."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ def report_content(this: Run, stages: Stages) -> report.ReportContent:
     last = rounds[-1] if rounds else ""
     if "evaluation" in stages:
         fields |= _accuracies(stages, rounds)
-    if "teacher" in stages:
-        fields["teacher"] = _facts(stages["teacher"])
+    if (teacher := teacher_of(stages)) is not None:
+        fields["teacher"] = _facts(teacher)
         fields["teacher_data"] = _teacher_data(stages)
     if f"{last}student" in stages:
         fields["student"] = _facts(stages[f"{last}student"])

@@ -12,10 +12,25 @@ from cluster.resources import Demand
 from cluster.session import Session
 from cluster.storage import absolute, join
 from cluster.store import Key, Made, RunStore
-from pipeline.recipe import Source
-from pipeline.sources import ImageSource, open_source
+from pipeline.data.sources import ImageSource, open_source
+from pipeline.recipe.sections import Source
 
 T = TypeVar("T")
+
+
+Stages = Mapping[str, Made[Any]]
+"""The stages of a run that are made, by name."""
+
+
+def rounds_of(stages: Stages) -> list[str]:
+    """What the names of each round's stages begin with, of the rounds that have begun: "", or "round-1/", "round-2/", and so on."""
+    begun = [name.removesuffix("scores") for name in stages if name.rpartition("/")[2] == "scores"]
+    return [prefix for prefix in begun if prefix == "" or prefix.startswith("round-")]
+
+
+def teacher_of(stages: Stages) -> Made[Any] | None:
+    """The teacher of the first round; None where it is not made yet. One that is taught by itself is the student of that."""
+    return stages.get("self-training/student" if "self-training/teacher" in stages else "teacher")
 
 
 class Reached(Exception):  # noqa: N818 - no error

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.progress import SILENT, Progress
-from cluster.reduction import cpus, parallel_map
-from pipeline.loading import TrainingSet
+from cluster.tasks import cpus, parallel_map
+from pipeline.data.loading import TrainingSet
 
 IMAGES_PER_TASK = 1000
 BATCH = 100
@@ -53,7 +53,7 @@ def measure(models: Mapping[str, Candidate], data: TrainingSet, progress: Progre
 
 
 def _measure_part(job: tuple[str, Candidate, TrainingSet, int, int]) -> tuple[str, Any]:
-    from models.checkpoint import load
+    from models.directory import load
     from models.evaluation import SomeOutputs, evaluate_batches
 
     name, candidate, data, part, parts = job

@@ -13,7 +13,7 @@ from cluster.session import Session
 from cluster.store import RunStore
 from models.config import ModelConfig
 from pipeline.context import Planned, Run, Sources
-from pipeline.recipe import Recipe, Source
+from pipeline.recipe.sections import Recipe, Source
 from pipeline.run import run
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from cluster.store import Made
 from pipeline.context import Run
-from pipeline.recipe import Recipe
+from pipeline.recipe.sections import Recipe
 from pipeline.stages import (
     Evaluated,
     LabeledData,

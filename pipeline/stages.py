@@ -10,23 +10,26 @@ from cluster import storage
 from cluster.errors import RecipeError, SourceError, StageError
 from cluster.resources import Bundle, Demand
 from cluster.store import Key, Made
-from models.job import Row
-from pipeline import deduplication, gallery, scoring, selection
-from pipeline import dhat as dhat_stage
-from pipeline import labeled as labeled_stage
-from pipeline import weak as weak_stage
+from models.training.job import Row
 from pipeline.context import Run
-from pipeline.deduplication import Excluded
-from pipeline.dhat import Dhat
+from pipeline.data import labeled as labeled_stage
+from pipeline.data.labeled import Survey
+from pipeline.data.loading import TrainingSet, dhat_training_set
+from pipeline.data.sources import ImageSource
+from pipeline.duplicates import exclude as deduplication
+from pipeline.duplicates.exclude import Excluded
 from pipeline.evaluation import Candidate, Measured, measure
-from pipeline.gallery import Gallery
-from pipeline.labeled import Survey
-from pipeline.loading import TrainingSet, dhat_training_set
-from pipeline.recipe import SIDECAR, Recipe, Score, Source
-from pipeline.scoring import Scored
-from pipeline.selection import Selected
-from pipeline.sources import ImageSource
-from pipeline.weak import Matched
+from pipeline.recipe.sections import SIDECAR, Recipe, Score, Source
+from pipeline.report import gallery
+from pipeline.report.gallery import Gallery
+from pipeline.scoring import score as scoring
+from pipeline.scoring.score import Scored
+from pipeline.selection import dhat as dhat_stage
+from pipeline.selection import select as selection
+from pipeline.selection import tags as weak_stage
+from pipeline.selection.dhat import Dhat
+from pipeline.selection.select import Selected
+from pipeline.selection.tags import Matched
 from tuning.sweep import Trial
 
 # Models

@@ -1,6 +1,6 @@
 """The stages of a run that make models: the teacher in all its forms, the student and the baseline."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -11,15 +11,16 @@ from cluster.resources import Bundle, Demand
 from cluster.store import WORK, Key, Made, RunStore
 from models.card import CARD, WEIGHTS, read_card
 from models.config import ModelConfig, Training
-from models.job import TrainingJob
-from models.training import fit
+from models.training.job import TrainingJob
+from models.training.launch import fit
 from pipeline.context import Run
-from pipeline.loading import TrainingSet, weak_training_set
-from pipeline.recipe import FineTune, Teacher, Weak
-from pipeline.scoring import Scored
-from pipeline.selection import Selected
+from pipeline.data.loading import TrainingSet
+from pipeline.recipe.sections import FineTune, Teacher, Weak
+from pipeline.scoring.score import Scored
+from pipeline.selection.select import Selected
+from pipeline.selection.tags import Matched
+from pipeline.selection.weak import weak_training_set
 from pipeline.stages import DhatImages, LabeledData, Trained, match_tags
-from pipeline.weak import Matched
 from tuning.sweep import best, sweep
 
 
@@ -284,15 +285,20 @@ def class_outputs(uri: str, known: list[str], wanted: tuple[str, ...]) -> tuple[
     places = {name: number for number, name in enumerate(known)}
     missing = [name for name in wanted if name not in places]
     if missing:
-        names = shown(", ".join(map(repr, missing)), 300)
         raise ModelError(
             "teacher.model",
             uri,
-            f"has no output for {len(missing)} of the {len(wanted)} classes of D ({names}); its own {len(known)} begin with "
-            f"{shown(', '.join(map(repr, known[:5])), 200)}",
+            f"has no output for {len(missing)} of the {len(wanted)} classes of D ({_few(missing)}); "
+            f"its own {len(known)} are {_few(known)}",
             "rename the classes of D, or train a new last layer with teacher.head: fresh and teacher.training",
         )
     return tuple(places[name] for name in wanted)
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return ", ".join(shown(name, 60) for name in names[:5]) + more
 
 
 def _check_head(network: Network, data: LabeledData) -> None:

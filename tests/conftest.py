@@ -117,7 +117,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(folders: Path, ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> "Finished":
     """A finished run of the tiny recipe, to be read alone; `Finished.copy` gives one to work in."""
     import tiny
-    from pipeline.recipe import validate
+    from pipeline.recipe.reading import validate
     from runs import Finished, execute
 
     uri = str(tmp_path_factory.mktemp("runs") / "tiny")

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster import storage
-from pipeline.rejects import REJECTS, read_rejects
+from pipeline.data.rejects import REJECTS, read_rejects
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("reader", "actor", "raylet", "driver")

@@ -14,7 +14,7 @@ from cluster.store import Made, RunStore
 from pipeline.content import write_run_report
 from pipeline.context import Reached, Run
 from pipeline.plan import plan, sources_of
-from pipeline.recipe import Recipe
+from pipeline.recipe.sections import Recipe
 from pipeline.run import run
 
 

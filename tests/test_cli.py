@@ -166,7 +166,7 @@ def test_ingest_score_select_evaluate_and_status(
     import torch
 
     from models.architectures import build
-    from models.checkpoint import save
+    from models.directory import save
 
     config = ModelConfig.model_validate(tiny.MODEL)
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from cluster.resources import check, shape_of
 from cluster.store import RunStore
 from pipeline.plan import demands, plan
-from pipeline.recipe import load
+from pipeline.recipe.reading import load
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "cluster.yaml").read_text()

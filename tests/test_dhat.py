@@ -13,12 +13,12 @@ import pytest
 
 from cluster import storage
 from cluster.errors import SourceError, StageError, StorageError
-from pipeline import dhat
-from pipeline.dhat import Dhat, materialize, permutation
-from pipeline.recipe import Source
-from pipeline.selection import SCHEMA, read_selection, select
-from pipeline.shards import Row, Shard
-from pipeline.sources import ImageSource, open_source
+from pipeline.data.shards import Row, Shard
+from pipeline.data.sources import ImageSource, open_source
+from pipeline.recipe.sections import Source
+from pipeline.selection import dhat
+from pipeline.selection.dhat import Dhat, materialize, permutation
+from pipeline.selection.select import SCHEMA, read_selection, select
 
 SHARDS = {"b/one.parquet": 40, "a two.parquet": 25, "é.parquet": 3, "unused.parquet": 5}
 NAMES = [f"class <{i}>" for i in range(6)]

@@ -28,11 +28,13 @@ from cluster.progress import SILENT, Display
 from cluster.session import Session
 from cluster.store import RunStore
 from models.config import ModelConfig, Transform
-from pipeline import deduplication, scoring
 from pipeline.context import Run, Sources
-from pipeline.copies import find_copies
-from pipeline.deduplication import Copies, Excluded, Pairs
-from pipeline.duplicates import (
+from pipeline.data.shards import Reader, Shard
+from pipeline.data.sources import ImageSource, open_source
+from pipeline.duplicates import exclude as deduplication
+from pipeline.duplicates.copies import find_copies
+from pipeline.duplicates.exclude import Copies, Excluded, Pairs
+from pipeline.duplicates.nearest import (
     CANDIDATES,
     PAIRS,
     Embedded,
@@ -51,10 +53,10 @@ from pipeline.duplicates import (
     searcher,
 )
 from pipeline.plan import plan
-from pipeline.recipe import Deduplicate, Score, Source, deduplicate_settings, validate
-from pipeline.scorer import score_table
-from pipeline.shards import Reader, Shard
-from pipeline.sources import ImageSource, open_source
+from pipeline.recipe.reading import deduplicate_settings, validate
+from pipeline.recipe.sections import Deduplicate, Score, Source
+from pipeline.scoring import score as scoring
+from pipeline.scoring.actors import score_table
 from runs import execute, fresh
 
 TRANSFORM = Transform(size=56, resize=56, flip=False)
@@ -194,7 +196,7 @@ def test_ranking_is_the_same_under_any_split_and_any_merge(
 
 def test_memory_is_bounded_by_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Merging in between, with a bound that falls, loses nothing."""
-    from pipeline import duplicates
+    from pipeline.duplicates import nearest as duplicates
 
     monkeypatch.setattr(duplicates, "PENDING_ROWS", 100)
     sizes: list[int] = []
@@ -321,7 +323,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     import torch
 
     from models.architectures import build
-    from models.checkpoint import save
+    from models.directory import save
 
     torch.manual_seed(0)
     uri = str(tmp_path_factory.mktemp("model") / "resnet")
@@ -333,7 +335,7 @@ def test_features_are_what_enters_the_last_linear_layer(model: str) -> None:
     import torch
     from torch import nn
 
-    from models.checkpoint import load
+    from models.directory import load
     from models.features import Features
 
     network: Any = load(model).model
@@ -526,7 +528,7 @@ def test_copies_are_found_in_any_layout(ray_local: None, tmp_path: Path, monkeyp
 
 def test_hashing_goes_on_where_it_stopped(ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A group whose hashes are published is not read again: its shard may even be gone."""
-    from pipeline import copies
+    from pipeline.duplicates import copies
 
     images = [bytes([n, *b"content"]) for n in range(50)]
     tiny.write_tar(tmp_path / "u" / "a.tar", images)
@@ -543,7 +545,7 @@ def test_hashing_goes_on_where_it_stopped(ray_local: None, tmp_path: Path, monke
 
 
 def test_groups_of_shards_to_hash() -> None:
-    from pipeline.copies import GROUPS, _groups
+    from pipeline.duplicates.copies import GROUPS, _groups
 
     for sizes in ([1], [100 << 20] * 5, [1 << 10] * 9000, [1 << 30] * 9000):
         shards = [Shard(str(n), size, "") for n, size in enumerate(sizes)]

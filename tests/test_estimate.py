@@ -13,10 +13,10 @@ import pytest
 import tiny
 from cluster.errors import InputError, StageError
 from cluster.resources import ClusterShape, NodeShape
-from pipeline.estimate import HERE, Forecast, NodeType, node_types, nodes_rate, read_prices
-from pipeline.recipe import Score, Source
-from pipeline.sampling import Cost, Sample, SampleReader, actors_on, count_images
-from pipeline.sources import ImageSource, open_source
+from pipeline.data.sources import ImageSource, open_source
+from pipeline.recipe.sections import Score, Source
+from pipeline.scoring.forecast import HERE, Forecast, NodeType, node_types, nodes_rate, read_prices
+from pipeline.scoring.sampling import Cost, Sample, SampleReader, actors_on, count_images
 
 ROOT = Path(__file__).parent.parent
 COST = Cost(read_seconds=0.02, read_cpu_seconds=0.01, model_seconds=0.03, model_cpu_seconds=0.03)

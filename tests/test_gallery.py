@@ -18,9 +18,10 @@ import tiny
 from browsing import BROKEN_IMAGES, NAMES, encoded, opened, text_of
 from cluster import storage
 from cluster.errors import StageError
-from pipeline import gallery, text
-from pipeline.dhat import SCHEMA, materialize
-from pipeline.gallery import (
+from pipeline.data.sources import open_source
+from pipeline.recipe.sections import Source
+from pipeline.report import gallery, text
+from pipeline.report.gallery import (
     LISTED,
     PER_PAGE,
     TILE,
@@ -33,9 +34,8 @@ from pipeline.gallery import (
     thumbnail,
     write_gallery,
 )
-from pipeline.recipe import Source
-from pipeline.selection import select
-from pipeline.sources import open_source
+from pipeline.selection.dhat import SCHEMA, materialize
+from pipeline.selection.select import select
 
 TEN = [name if number else f"{name} /etc/../%2e" for number, name in enumerate(NAMES[:10])]
 """Names of the ten classes of the digits."""

@@ -12,9 +12,9 @@ import torch
 
 import tiny
 from cluster.store import RunStore
-from models.checkpoint import load
 from models.config import ModelConfig, Transform
-from pipeline.scoring import Scored
+from models.directory import load
+from pipeline.scoring.score import Scored
 from pipeline.stages import Trained
 from test_inference import pictures, plain_logits, predictor, saved
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from cluster.errors import ModelError
 from models.architectures import build
 from models.card import WEIGHTS, read_card, read_weights
-from models.checkpoint import load, save
 from models.config import ModelConfig, Transform, Views
+from models.directory import load, save
 from models.inference import Inference, Prediction, Predictor, _even, _few_sizes, folded
-from models.transforms import normalize
+from models.inputs.image import normalize
 
 CLASSES = 20
 SMALL = Transform(size=64, resize=64)

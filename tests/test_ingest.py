@@ -16,17 +16,17 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import pipeline.ingest
+import pipeline.data.ingest
 from cluster import storage
 from cluster.errors import RunError, SourceError
 from cluster.progress import Board, Progress, State
-from pipeline import datasets
-from pipeline.datasets import Pixels
-from pipeline.ingest import Ingested, ingest
-from pipeline.recipe import Source
-from pipeline.shards import Label
-from pipeline.sources import ImageSource, open_source
-from pipeline.writers import Sample, ShardLayout, tar_bytes, write_shards
+from pipeline.data import known as datasets
+from pipeline.data.ingest import Ingested, ingest
+from pipeline.data.known import Pixels
+from pipeline.data.shards import Label
+from pipeline.data.sources import ImageSource, open_source
+from pipeline.data.writers import Sample, ShardLayout, tar_bytes, write_shards
+from pipeline.recipe.sections import Source
 
 LAYOUTS: tuple[ShardLayout, ...] = ("webdataset", "parquet")
 
@@ -188,16 +188,16 @@ class Told(Board):
 
 
 def test_progress_counts_images_as_they_are_read(photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.ingest.REPORT_SECONDS", -1.0)
+    monkeypatch.setattr("pipeline.data.ingest.REPORT_SECONDS", -1.0)
     told = Told()
     when_used: list[int] = []
-    sample = pipeline.ingest._sample
+    sample = pipeline.data.ingest._sample
 
     def used(*row: Any) -> Sample:
         when_used.append(len(told.updates))
         return sample(*row)
 
-    monkeypatch.setattr("pipeline.ingest._sample", used)
+    monkeypatch.setattr("pipeline.data.ingest._sample", used)
     ingest(opened(photos), f"{tmp_path}/out", images_per_shard=25, progress=told.progress)
     assert when_used[0] == 25  # a whole shard is read, and shuffled, before its first image is written
     assert told.updates == [*((number, 60) for number in range(1, 61)), (60, 60)]

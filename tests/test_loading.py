@@ -1,6 +1,7 @@
 """The order of training data: invariants over epochs, workers and resumed positions, then real images."""
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ from hypothesis import strategies as st
 import tiny
 from cluster.errors import StageError
 from models.config import Transform
-from pipeline.labeled import REJECTED, class_ids, class_names, hold_out, training_set
-from pipeline.loading import Piece, TrainingSet, ahead, arc, windows
-from pipeline.recipe import Source
-from pipeline.shards import Reader, Shard
-from pipeline.sources import ImageSource, open_source
+from models.inputs.image import evaluation_image
+from pipeline.data.labeled import REJECTED, class_ids, class_names, hold_out, training_set
+from pipeline.data.loading import Piece, TrainingSet, ahead, arc, windows
+from pipeline.data.shards import Reader, Shard
+from pipeline.data.sources import ImageSource, open_source
+from pipeline.recipe.sections import Source
 
 COUNTS = st.lists(st.integers(1, 30), min_size=1, max_size=8)
 
@@ -82,7 +84,7 @@ def taken(data: TrainingSet, start: int, count: int, rank: int = 0, world: int =
 def test_a_training_resumes_at_the_exact_image(
     labeled: TrainingSet, world: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.loading.WINDOW_IMAGES", 10)
+    monkeypatch.setattr("pipeline.data.loading.WINDOW_IMAGES", 10)
     whole = taken(labeled, 0, 20, rank=world - 1, world=world)
     for done in (1, 5, 13):  # in the first epoch, and in later ones: it has 36 images
         assert taken(labeled, done * 4 * world, 7, rank=world - 1, world=world) == whole[done : done + 7]
@@ -90,7 +92,7 @@ def test_a_training_resumes_at_the_exact_image(
 
 def test_without_the_cache_the_images_are_the_same(labeled: TrainingSet, monkeypatch: pytest.MonkeyPatch) -> None:
     cached = taken(labeled, 0, 12)
-    monkeypatch.setattr("pipeline.loading.CACHE_BYTES", 0)
+    monkeypatch.setattr("pipeline.data.loading.CACHE_BYTES", 0)
     assert taken(labeled, 0, 12) == cached
 
 
@@ -116,6 +118,55 @@ def test_a_shard_that_vanished_stops_the_training(tmp_path: Path) -> None:
     with pytest.raises(
         StageError, match=r"image 1 of files-000000 could be decoded before and cannot now: unreadable: FileNotFound"
     ):
+        list(data.evaluation_batches(TRANSFORM, batch_size=4, rank=0, world=1))
+
+
+def given_labels(labeled: TrainingSet) -> TrainingSet:
+    """Some images of `labeled` with other labels, and some with several: 20 and 21 of row 1, 22 of row 4, 23 to 25 of the last row."""
+    last = len(labeled.rows[0]) - 1
+    rows, labels = np.array([1, 1, 4, last, last, last]), np.array([20, 21, 22, 23, 24, 25])
+    return TrainingSet(labeled.reader, labeled.shards[:1], (rows,), {number: number for number in range(30)}, (labels,))
+
+
+def test_an_image_with_several_given_labels_comes_once_for_each(labeled: TrainingSet) -> None:
+    data = given_labels(labeled)
+    last = len(labeled.rows[0]) - 1
+    assert data.images == 6
+    every = {row.index: evaluation_image(row.data, TRANSFORM).tobytes() for row in data.reader.read(data.shards[0])}
+    wanted = sorted(
+        [(every[1], 20), (every[1], 21), (every[4], 22), *((every[last], number) for number in (23, 24, 25))]
+    )
+    for world in (1, 2, 5):  # cuts the images of one row apart
+        found = [
+            (image.numpy().tobytes(), label)
+            for rank in range(world)
+            for images, labels in data.evaluation_batches(TRANSFORM, batch_size=4, rank=rank, world=world)
+            for image, label in zip(images, labels.tolist(), strict=True)
+        ]
+        assert sorted(found) == wanted
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 2**28])
+def test_training_on_given_labels_resumes_at_the_exact_image(
+    labeled: TrainingSet, cache_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.data.loading.CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr("pipeline.data.loading.WINDOW_IMAGES", 4)
+    data = given_labels(labeled)
+    whole = taken(data, 0, 12)
+    assert taken(data, 20, 7) == whole[5:]
+    labels: list[int] = []
+    for _, numbers in islice(data.training_batches(TRANSFORM, batch_size=3, rank=0, world=1, seed=3, start=0), 8):
+        labels += numbers.tolist()
+    assert [sorted(labels[n : n + 6]) for n in range(0, 24, 6)] == [[20, 21, 22, 23, 24, 25]] * 4
+
+
+def test_an_image_that_is_gone_from_its_shard_stops_the_training(labeled: TrainingSet) -> None:
+    size = len(labeled.shards[0].files)
+    data = TrainingSet(
+        labeled.reader, labeled.shards[:1], (np.array([1, size, size]),), {0: 0}, (np.zeros(3, np.int64),)
+    )
+    with pytest.raises(StageError, match="changed: it has 1 of 3 images"):
         list(data.evaluation_batches(TRANSFORM, batch_size=4, rank=0, world=1))
 
 
@@ -160,7 +211,7 @@ def test_labels_find_their_outputs() -> None:
 
 
 def test_class_names_come_from_the_recipe_the_source_or_the_labels() -> None:
-    from pipeline.labeled import Survey
+    from pipeline.data.labeled import Survey
 
     def surveyed(reader: Reader, *labels: int | str) -> Survey:
         return Survey(ImageSource(reader, (Shard("a", 1, "x"),)), (labels,), ())

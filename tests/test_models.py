@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from cluster import storage
 from cluster.errors import ModelError, StorageError
-from models import checkpoint
+from models import directory as checkpoint
 from models.architectures import SmallResNet, build
 from models.card import read_card
 from models.config import ARCHITECTURES, ModelConfig, Transform
 from models.evaluation import Evaluation, evaluate_batches
-from models.transforms import normalize
+from models.inputs.image import normalize
 
 TINY = ModelConfig(architecture="resnet8", options={"width": 4}, transform=Transform(size=16, resize=16))
 CLASSES = ["cat", "dog", "a <b>name</b>"]
@@ -183,7 +183,7 @@ def test_the_card_is_read_without_torch(tmp_path: Path) -> None:
 
 
 def test_configuration_and_driver_are_imported_without_torch() -> None:
-    code = "import sys, models.config, models.training; print('torch' in sys.modules, 'ray' in sys.modules)"
+    code = "import sys, models.config, models.training.launch; print('torch' in sys.modules, 'ray' in sys.modules)"
     root = Path(__file__).parent.parent
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, cwd=root

@@ -11,13 +11,14 @@ from rich.console import Console
 import tiny
 from cluster import storage
 from cluster.store import RunStore
-from models.checkpoint import load
-from pipeline import tables
-from pipeline.gallery import TILE
-from pipeline.ingest import ingest
-from pipeline.recipe import Source, validate
-from pipeline.rejects import read_rejects
-from pipeline.sources import open_source
+from models.directory import load
+from pipeline.cli import tables
+from pipeline.data.ingest import ingest
+from pipeline.data.rejects import read_rejects
+from pipeline.data.sources import open_source
+from pipeline.recipe.reading import validate
+from pipeline.recipe.sections import Source
+from pipeline.report.gallery import TILE
 from runs import Finished, execute
 
 pytestmark = pytest.mark.usefixtures("ray_local")

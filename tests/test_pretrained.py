@@ -25,16 +25,16 @@ from cluster.errors import ModelError
 from cluster.progress import Display
 from cluster.session import Session
 from cluster.store import RunStore
-from models import pretrained
+from models import weights as pretrained
 from models.architectures import build
 from models.card import read_card
-from models.checkpoint import load, save
 from models.config import ModelConfig
+from models.directory import load, save
 from pipeline.context import Run, Sources
-from pipeline.deduplication import Embeddings, Pairs, features_model
-from pipeline.duplicates import read_pairs
-from pipeline.recipe import Deduplicate, Source
-from pipeline.sources import open_source
+from pipeline.data.sources import open_source
+from pipeline.duplicates.exclude import Embeddings, Pairs, features_model
+from pipeline.duplicates.nearest import read_pairs
+from pipeline.recipe.sections import Deduplicate, Source
 
 Publish = Callable[..., Path]
 LEFT_OPEN = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")

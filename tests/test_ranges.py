@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 
 import tiny
 from models.config import ModelConfig, Transform
-from pipeline.ranges import (
+from pipeline.data.shards import Shard
+from pipeline.data.sources import ImageSource, open_source
+from pipeline.recipe.sections import Score, Source
+from pipeline.scoring.ledger import (
     MAX_TASKS,
     MIN_TASK_BYTES,
     TASK_BYTES,
@@ -24,9 +27,6 @@ from pipeline.ranges import (
     range_rows,
     surplus,
 )
-from pipeline.recipe import Score, Source
-from pipeline.shards import Shard
-from pipeline.sources import ImageSource, open_source
 
 CONFIG = ModelConfig(architecture="resnet8", options={"width": 4}, transform=Transform(size=28, resize=28, flip=False))
 

@@ -8,7 +8,8 @@ import yaml
 
 from cluster.errors import RecipeError
 from models.config import ModelConfig
-from pipeline.recipe import Recipe, load, shipped, validate
+from pipeline.recipe.reading import load, shipped, validate
+from pipeline.recipe.sections import Recipe
 
 
 def message(path: str, *overrides: str) -> str:

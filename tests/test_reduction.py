@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import RunError, SourceError, StageError, TophatError
-from cluster.reduction import parallel_map, scatter, told_errors
+from cluster.tasks import parallel_map, scatter, told_errors
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from playwright.sync_api import Browser
 
 from browsing import BROKEN_IMAGES, NAMES, encoded, opened, text_of
 from cluster import storage
-from pipeline import text
-from pipeline.gallery import ClassCount, ClassRow, RankedImage, contact_strip, figure_ranks, thumbnail
-from pipeline.recipe import Report
-from pipeline.rejects import Reject
-from pipeline.report import (
+from pipeline.data.rejects import Reject
+from pipeline.recipe.sections import Report
+from pipeline.report import text
+from pipeline.report.gallery import ClassCount, ClassRow, RankedImage, contact_strip, figure_ranks, thumbnail
+from pipeline.report.page import (
     MANY_CLASSES,
     Accuracy,
     Conservation,

@@ -14,10 +14,10 @@ from playwright.sync_api import Browser
 
 from browsing import BROKEN_IMAGES, NAMES, encoded, opened, text_of
 from cluster.errors import InputError
-from pipeline.duplicates import PAIRS
-from pipeline.review import TILE, Review, decided, read_decisions, write_review
-from pipeline.shards import Reader, Shard
-from pipeline.sources import ImageSource
+from pipeline.data.shards import Reader, Shard
+from pipeline.data.sources import ImageSource
+from pipeline.duplicates.nearest import PAIRS
+from pipeline.duplicates.review import TILE, Review, decided, read_decisions, write_review
 
 
 def review_of(count: int, names: Sequence[str], source: ImageSource, sets: dict[str, ImageSource]) -> Review:

@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from models.config import Training
-from models.schedules import learning_rate
+from models.training.schedules import learning_rate
 
 BILLION = 10**9
 PRETRAINING = Training(

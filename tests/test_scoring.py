@@ -16,18 +16,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import pipeline.scoring
+import pipeline.scoring.score
 import tiny
 from cluster import storage
 from cluster.errors import ModelError, ResourceError, RunError, StageError, StorageError
 from cluster.progress import SILENT
 from models.config import ModelConfig, Transform
-from pipeline.ranges import Range
-from pipeline.recipe import Score, Source
-from pipeline.rejects import Reject, count_rejected, publish_rejects, read_rejects
-from pipeline.scorer import compiler_error
-from pipeline.scoring import claim, default_actors, prove, score
-from pipeline.sources import ImageSource, open_source
+from pipeline.data.rejects import Reject, count_rejected, publish_rejects, read_rejects
+from pipeline.data.sources import ImageSource, open_source
+from pipeline.recipe.sections import Score, Source
+from pipeline.scoring.actors import compiler_error
+from pipeline.scoring.ledger import Range
+from pipeline.scoring.score import claim, default_actors, prove, score
 
 CONFIG = ModelConfig(architecture="resnet8", options={"width": 4}, transform=Transform(size=28, resize=28, flip=False))
 SETTINGS = Score(classes_per_image=3, batch_size=16, actors=1, cpus_per_actor=0.5)
@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     import torch
 
     from models.architectures import build
-    from models.checkpoint import save
+    from models.directory import save
 
     torch.manual_seed(0)
     uri = str(tmp_path_factory.mktemp("model") / "teacher")
@@ -113,8 +113,8 @@ def test_what_cannot_be_scored_is_in_the_rejects(scored: str) -> None:
 def test_scores_agree_with_the_plain_model(scored: str, source: ImageSource, model: str) -> None:
     import torch
 
-    from models.checkpoint import load
-    from models.transforms import evaluation_image, normalize
+    from models.directory import load
+    from models.inputs.image import evaluation_image, normalize
 
     loaded = load(model).model
     rows = list(source.read("a.tar"))
@@ -248,8 +248,8 @@ def test_a_damaged_file_is_named(
         pq.write_table(pa.table({"index": pa.array(range(rows), pa.uint32())}), sink)
         storage.publish(f"{scores}/{file}", sink.getvalue().to_pybytes())
     publish_rejects(f"{rejects}/{files[1]}", [Reject("b.tar", n, "truncated", "") for n in (5, 11)])
-    monkeypatch.setattr(pipeline.scoring, "FILES_PER_COUNT", 1)
-    monkeypatch.setattr(pipeline.scoring, "parallel_map", lambda count, groups: map(count, reversed(groups)))
+    monkeypatch.setattr(pipeline.scoring.score, "FILES_PER_COUNT", 1)
+    monkeypatch.setattr(pipeline.scoring.score, "parallel_map", lambda count, groups: map(count, reversed(groups)))
     assert prove(source, scores, rejects).scored == 98
     damaged = Path(scores, files[0])
     damaged.write_bytes(damage(damaged.read_bytes()))
@@ -285,7 +285,7 @@ def test_too_many_rejects_stop_the_run(source: ImageSource, model: str, tmp_path
 
 
 def test_a_missing_shard_is_read_again_and_odd_names_are_kept(model: str, tmp_path: Path, ray_local: None) -> None:
-    from pipeline.selection import select
+    from pipeline.selection.select import select
 
     images = tiny.digits()["one"]
     names = ["_a.tar", "b c\nd.tar", f"{'猫' * 60}.tar", "sub/100%.tar"]
@@ -322,7 +322,7 @@ def test_a_network_that_does_not_suit_the_settings_is_told(
     source: ImageSource, tmp_path: Path, ray_local: None
 ) -> None:
     from models.architectures import build
-    from models.checkpoint import save
+    from models.directory import save
 
     config = CONFIG.model_copy(update={"architecture": "torchvision.models:squeezenet1_1", "options": {}})
     uri = str(tmp_path / "model")
@@ -355,7 +355,7 @@ def test_a_network_that_fails_ends_the_scoring_while_actors_hold_the_cpus(
     source: ImageSource, tmp_path: Path, ray_local: None
 ) -> None:
     from failing import Failing
-    from models.checkpoint import save
+    from models.directory import save
 
     config = CONFIG.model_copy(update={"architecture": "failing:Failing", "options": {}})
     uri = str(tmp_path / "model")

@@ -21,14 +21,14 @@ from cluster.errors import StorageError
 from cluster.progress import SILENT
 from faulty_proxy import FAULTS, faulty_proxy
 from models.config import ModelConfig, Transform
-from models.decoding import Decoder
-from models.transforms import UndecodableImage, evaluation_image
-from pipeline import shards
-from pipeline.ranges import RangeReader
-from pipeline.recipe import Score, Source
-from pipeline.rejects import REJECTS
-from pipeline.scoring import score
-from pipeline.sources import ImageSource, open_source
+from models.inputs.decoding import Decoder
+from models.inputs.image import UndecodableImage, evaluation_image
+from pipeline.data import shards
+from pipeline.data.rejects import REJECTS
+from pipeline.data.sources import ImageSource, open_source
+from pipeline.recipe.sections import Score, Source
+from pipeline.scoring.ledger import RangeReader
+from pipeline.scoring.score import score
 
 TRANSFORM = Transform(size=28, resize=32)
 CONFIG = ModelConfig(architecture="resnet8", options={"width": 4}, transform=TRANSFORM)
@@ -195,7 +195,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     import torch
 
     from models.architectures import build
-    from models.checkpoint import save
+    from models.directory import save
 
     torch.manual_seed(0)
     uri = str(tmp_path_factory.mktemp("model") / "teacher")
@@ -277,7 +277,7 @@ def test_a_store_with_faults_gives_the_same_rows(
     assert port is not None
     out = storage.join(s3, "scores")
     with (
-        faulty_proxy(port, 0.05, stall=2.0) as proxy,
+        faulty_proxy(port, 0.2, stall=2.0) as proxy,
         killing.environment(AWS_ENDPOINT_URL=proxy.url, TOPHAT_S3_TIMEOUT="1"),
     ):
         killing.score_alone(command(teacher, storage.join(s3, "u"), out))

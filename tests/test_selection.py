@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 
 from cluster import storage
 from cluster.errors import InputError, SourceError, StorageError
-from cluster.reduction import scatter
-from pipeline import selection
-from pipeline import top as top_module
-from pipeline.quotas import quotas
-from pipeline.selection import SCHEMA, Selected, Wanted, read_selection, select, select_several
-from pipeline.top import Candidates, Int64, Sieve, Top, merge
+from cluster.tasks import scatter
+from pipeline.selection import select as selection
+from pipeline.selection import topk as top_module
+from pipeline.selection.quotas import quotas
+from pipeline.selection.select import SCHEMA, Selected, Wanted, read_selection, select, select_several
+from pipeline.selection.topk import Candidates, Int64, Sieve, Top, merge
 
 Row = tuple[str, int, list[int], list[float]]  # shard, index, class ids, scores
 Chosen = tuple[int, int, float, str, int]  # class, rank, score, shard, index
@@ -331,7 +331,7 @@ class TestSelect:
     def test_large_selections_are_split_between_classes_and_stale_parts_go(
         self, rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from pipeline import reducer
+        from pipeline.selection import reducer
 
         write_scores(str(tmp_path / "scores"), rows, 3, num_classes=9)
         monkeypatch.setattr(reducer, "scatter", in_process)  # where parts are small
@@ -578,7 +578,7 @@ class TestVariants:
     @pytest.mark.parametrize("fair", [True, False])
     def test_a_sample_decides_nothing(self, fair: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Its thresholds are guesses; here one is right, and one is far too high because the sample is of the best."""
-        from pipeline import reducer
+        from pipeline.selection import reducer
 
         rows = generated(4000, 3, 6, seed=9, levels=1000)
         if not fair:
@@ -609,7 +609,7 @@ class TestVariants:
     def test_a_memory_limit_takes_several_passes_and_gives_the_same_bytes(
         self, rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from pipeline import reducer
+        from pipeline.selection import reducer
 
         monkeypatch.setattr(reducer, "scatter", in_process)
         monkeypatch.setattr(selection, "PART_ROWS", 100)

@@ -6,6 +6,8 @@ import json
 import random
 import tarfile
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,9 +15,9 @@ import pytest
 
 from cluster import storage
 from cluster.errors import SourceError
-from pipeline.recipe import Source
-from pipeline.shards import Label, Row, ShardError
-from pipeline.sources import FILES_PER_SHARD, ImageSource, open_source
+from pipeline.data.shards import Label, Row, ShardError
+from pipeline.data.sources import FILES_PER_SHARD, ImageSource, open_source
+from pipeline.recipe.sections import Source
 
 
 def tar(members: Sequence[tuple[str, bytes]], trailer: bool = True) -> bytes:
@@ -317,3 +319,77 @@ def test_a_store_that_refuses_names_the_field(s3: str, monkeypatch: pytest.Monke
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(SourceError, match=r"^unlabeled\.uri = .*: was refused by the store .*; check the credentials"):
         opened(s3)
+
+
+def words(uri: str, **fields: str) -> list[tuple[str, ...]]:
+    """The words of every row when the reader is asked for them; without asking, there are none."""
+    source = opened(uri, **fields)
+    assert {row.words for shard in source.shards() for row in source.read(shard.name)} == {()}
+    reader = replace(source.reader, tags=True)
+    found = [row for shard in source.shards() for row in reader.read(shard)]
+    assert [replace(row, words=()) for row in found] == [r for s in source.shards() for r in source.read(s.name)]
+    return [row.words for row in found]
+
+
+def test_words_of_webdataset(place: str) -> None:
+    samples: list[list[tuple[str, bytes]]] = [
+        [("txt", "\ufeffA cat, on#the #Hot_Roof;\n".encode()), ("jpg", b"a"), ("cls", b"1"), ("cls.txt", b"2")],
+        [("jpg", b"b"), ("JSON", b'{"caption": "two dogs", "tags": ["#x", "hot dog", 7, null], "url": "u"}')],
+        [("jpg", b"c"), ("json", b'{"tags": "a,b", "caption": null}'), ("txt", b"c")],
+        [("jpg", b"d"), ("json", b"{broken"), ("mask.txt", b"no"), ("ocr.json", b'{"tags": ["no"]}')],
+        [("jpg", b"e"), ("json", b"[" * 100_000)],
+        [("jpg", b"f"), ("json", b'["tags"]'), ("txt", b"\xff\xfe")],
+        [("jpg", b"g")],
+    ]
+    members = [(f"{n}.{suffix}", content) for n, sample in enumerate(samples) for suffix, content in sample]
+    storage.publish(storage.join(place, "a.tar"), tar(members))
+    wanted = [
+        ("A", "cat", "on", "#the", "#Hot_Roof"),
+        ("#x", "hot dog", "two", "dogs"),
+        ("a", "b", "c"),
+        (),
+        (),
+        ("\ufffd\ufffd",),
+        (),
+    ]
+    assert words(place) == wanted
+
+
+def test_words_of_damaged_tars_are_of_their_own_samples(tmp_path: Path) -> None:
+    members = [
+        ("0.txt", b"x"),
+        ("0.jpg", b"a"),
+        ("1.jpg", b"b"),
+        ("1.txt", b"y"),
+        ("2.txt", b"z"),
+        ("2.jpg", b"c"),
+        ("2.json", b"{}"),
+    ]
+    (tmp_path / "a.tar").write_bytes(tar(members, trailer=False)[:-600])
+    source = opened(str(tmp_path))
+    rows = replace(source.reader, tags=True).read(source.shards()[0])
+    found = [next(rows), next(rows), next(rows)]
+    assert [(row.data, row.words) for row in found] == [(b"a", ("x",)), (b"b", ("y",)), (b"c", ("z",))]
+    with pytest.raises(ShardError):
+        next(rows)
+
+
+def test_words_of_a_folder(place: str) -> None:
+    files = {"x/a.jpg": b"a", "x/a.txt": b"#one two", "x/b.png": b"b", "c.jpg": b"c", "c.json": b'{"tags": ["no"]}'}
+    for name, content in files.items():
+        storage.publish(storage.join(place, name), content)
+    assert sorted(words(place)) == [(), (), ("#one", "two")]
+
+
+def test_words_of_parquet(place: str) -> None:
+    columns = {
+        "image": [b"a", b"b", b"c"],
+        "caption": ["a cat", None, "c"],
+        "tags": [["#x y"], None, []],
+        "label": [1, 2, 3],
+    }
+    storage.publish(storage.join(place, "a.parquet"), parquet(columns))
+    storage.publish(storage.join(place, "b.parquet"), parquet({"image": [b"d"], "tags": ["d,e"]}))
+    storage.publish(storage.join(place, "c.parquet"), parquet({"image": [b"e"], "tags": [7]}))
+    storage.publish(storage.join(place, "d.parquet"), parquet({"image": [b"f"]}))
+    assert words(place) == [("#x y", "a", "cat"), (), ("c",), ("d", "e"), (), ()]

@@ -315,7 +315,7 @@ def test_a_folder_too_large_to_travel(head: Head, token: str, checkout: Path) ->
         file.truncate(101 * 2**20)
     with pytest.raises(ClusterError) as error:
         jobs.submit(["true"], address=head.address, working_dir=checkout)
-    assert "more than the 100 MiB" in one_line_of(error)
+    assert "if the folder is more than 100 MiB" in one_line_of(error)
     assert ".rayignore" in str(error.value)
     (checkout / ".rayignore").write_text("/large\n")
     assert jobs.submit(["true"], address=head.address, working_dir=checkout)

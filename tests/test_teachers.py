@@ -15,11 +15,12 @@ from cluster.errors import ModelError
 from cluster.store import Made, RunStore
 from models.architectures import build
 from models.card import read_card
-from models.checkpoint import load, save
-from pipeline import tables
+from models.directory import load, save
+from pipeline.cli import tables
+from pipeline.data.sources import open_source
 from pipeline.plan import plan
-from pipeline.recipe import Source, validate
-from pipeline.sources import open_source
+from pipeline.recipe.reading import validate
+from pipeline.recipe.sections import Source
 from runs import execute, fresh
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -112,7 +113,7 @@ def test_a_ready_teacher_that_lacks_classes_is_refused(folders: Path, tmp_path: 
         with pytest.raises(ModelError) as error:
             execute(other, run_dir, until="teacher")
         assert str(error.value) == (
-            f"teacher.model = {str(tmp_path)!r}: has no output for 2 of the 3 classes of D ('one', 'zero'); its own 3 begin with "
+            f"teacher.model = {str(tmp_path)!r}: has no output for 2 of the 3 classes of D ('one', 'zero'); its own 3 are "
             "'uno', 'two', 'nil'; rename the classes of D, or train a new last layer with teacher.head: fresh and teacher.training"
         )
 

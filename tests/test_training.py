@@ -18,9 +18,9 @@ from torch import Tensor
 from cluster.errors import ModelError, StageError, StorageError
 from models.card import read_card
 from models.config import ModelConfig, Training, Transform
-from models.job import Fitted, TrainingJob
-from models.schedules import due
-from models.training import fit
+from models.training.job import Fitted, TrainingJob
+from models.training.launch import fit
+from models.training.schedules import due
 
 MODEL = ModelConfig(architecture="resnet8", options={"width": 4}, transform=Transform(size=16, resize=16, crop="none"))
 CLASSES = ["upper left", "upper right", "lower left", "lower right"]
@@ -221,7 +221,7 @@ CRASH = "Fatal Python error: Segmentation fault\n\nCurrent thread ..."
 def test_which_failure_would_come_again(
     cause: Exception | None, before: tuple[int, str] | None, now: tuple[int, str] | None, repeats: bool
 ) -> None:
-    from models.traces import Failure, Trace
+    from models.training.traces import Failure, Trace
 
     earlier, later = (Failure(1, cause, found and Trace(1, *found)) for found in (before, now))
     assert later.repeats(earlier) is repeats
@@ -230,7 +230,7 @@ def test_which_failure_would_come_again(
 def test_the_worker_that_crashed_is_named_and_not_those_that_lost_it() -> None:
     from ray.exceptions import ActorDiedError
 
-    from models.traces import Trace, failure_of
+    from models.training.traces import Trace, failure_of
 
     lost, ours = RuntimeError("Connection closed by peer"), ModelError("model", "x", "is bad", "mend it")
     traces = [Trace(0, 3, ""), Trace(1, 3, ""), Trace(2, 4, CRASH)]
@@ -242,7 +242,7 @@ def test_the_worker_that_crashed_is_named_and_not_those_that_lost_it() -> None:
 
 
 def test_a_loss_that_is_no_number_is_one_line() -> None:
-    from models.loop import check_finite
+    from models.training.loop import check_finite
 
     check_finite("student", 2.3, 100, Training(epochs=1))
     with pytest.raises(StageError) as caught:

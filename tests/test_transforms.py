@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from torchvision.transforms import v2
 
 from models.config import Transform
-from models.transforms import (
+from models.inputs.image import (
     REASONS,
     UndecodableImage,
     decode,
@@ -204,7 +204,7 @@ def test_a_hostile_exif_says_nothing_on_the_terminal(tmp_path: Path) -> None:
     exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01\x03\0\xff\xff\xff\xff\0\0\0\0" * 40
     (tmp_path / "image.jpg").write_bytes(encoded(picture(40, 40), "JPEG", exif=exif))
     code = (
-        "import sys; from models.config import Transform; from models.transforms import evaluation_image;"
+        "import sys; from models.config import Transform; from models.inputs.image import evaluation_image;"
         "print(evaluation_image(open(sys.argv[1], 'rb').read(), Transform(size=28, resize=32)).shape, 'torch' in sys.modules)"
     )
     done = subprocess.run(

@@ -15,7 +15,7 @@ import pytest
 import tiny
 from cluster.store import RunStore
 from pipeline.plan import demands, plan, until_stage
-from pipeline.recipe import validate
+from pipeline.recipe.reading import validate
 from runs import execute, fresh
 
 

@@ -12,7 +12,7 @@ from cluster.errors import InputError, Interrupted, TophatError, one_line
 
 if TYPE_CHECKING:
     from cluster.session import Session
-    from pipeline.sources import ImageSource
+    from pipeline.data.sources import ImageSource
 
 app = typer.Typer(
     name="tophat",
@@ -43,7 +43,7 @@ Model = Annotated[str, typer.Option("--model", metavar="DIR", help="A model dire
 
 def pairs(title: str, values: Mapping[str, int]) -> Any:
     """A table of names and counts."""
-    from pipeline.tables import table
+    from pipeline.cli.tables import table
 
     made = table(title, "", "count")
     for name, value in values.items():
@@ -53,8 +53,8 @@ def pairs(title: str, values: Mapping[str, int]) -> Any:
 
 def listed(field: str, uri: str) -> "ImageSource":
     """A source of any layout, listed."""
-    from pipeline import recipe
-    from pipeline.sources import open_source
+    from pipeline.data.sources import open_source
+    from pipeline.recipe import sections as recipe
 
     return open_source(field, recipe.Source(uri=uri))
 

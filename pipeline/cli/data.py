@@ -29,8 +29,8 @@ def ingest(
 ) -> None:
     """Turn images into shards, so that plain files can be used as a source."""
     from cluster.progress import Display
-    from pipeline import datasets
-    from pipeline.ingest import ingest as ingest_source
+    from pipeline.data import known as datasets
+    from pipeline.data.ingest import ingest as ingest_source
 
     lost: tuple[tuple[str, str], ...] = ()
     display = Display(out, here=True)
@@ -82,9 +82,9 @@ def score(
     from cluster import storage
     from cluster.progress import Display
     from models.card import read_card
-    from pipeline import scoring
-    from pipeline.recipe import score_settings
-    from pipeline.rejects import REJECTS
+    from pipeline.data.rejects import REJECTS
+    from pipeline.recipe.reading import score_settings
+    from pipeline.scoring import score as scoring
 
     classes = len(read_card(model).class_names)
     settings = score_settings(sets or [], classes_per_image, classes)
@@ -118,8 +118,10 @@ def evaluate(
     from cluster import storage
     from cluster.progress import Display
     from models.card import read_card
-    from pipeline import labeled, tables, text
+    from pipeline.cli import tables
+    from pipeline.data import labeled
     from pipeline.evaluation import Candidate, measure
+    from pipeline.report import text
 
     names = read_card(model).class_names
     images = listed("--source", source)

@@ -13,7 +13,7 @@ from pipeline.cli.app import RecipeArgument, RunDir, Sets, Until, Verbose, app, 
 if TYPE_CHECKING:
     from cluster.store import Key, RunStore
     from pipeline.context import Run
-    from pipeline.recipe import Recipe
+    from pipeline.recipe.sections import Recipe
 
 
 @app.command()
@@ -24,8 +24,8 @@ def demo(
     verbose: Verbose = False,
 ) -> None:
     """The whole method on real images that come with an ordinary package; minutes on two cores."""
-    from pipeline.datasets import make
-    from pipeline.recipe import load
+    from pipeline.data.known import make
+    from pipeline.recipe.reading import load
 
     fields = {f"labeled.{name}.uri": name for name in ("train", "validation", "test")} | {"unlabeled.uri": "unlabeled"}
     places = [f"{field}={json.dumps(f'{data}/{name}')}" for field, name in fields.items()]  # quoted, as YAML wants it
@@ -41,7 +41,7 @@ def run(
     recipe: RecipeArgument, run_dir: RunDir = None, sets: Sets = None, until: Until = None, verbose: Verbose = False
 ) -> None:
     """Run a recipe. Finished stages are kept; what a changed field affects is done again."""
-    from pipeline.recipe import load
+    from pipeline.recipe.reading import load
 
     loaded = load(recipe, sets or [])
     _run(loaded, run_dir or f"runs/{loaded.name}", until, verbose)
@@ -53,9 +53,10 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
     from cluster.resources import check, cluster_shape
     from cluster.session import Session
     from cluster.store import RunStore
-    from pipeline import deduplication, tables
+    from pipeline.cli import tables
     from pipeline.content import write_run_report
-    from pipeline.context import Reached, Run
+    from pipeline.context import Reached, Run, rounds_of
+    from pipeline.duplicates import exclude as deduplication
     from pipeline.plan import check_networks, demands, plan, sources_of, until_stage
     from pipeline.run import run as run_pipeline
 
@@ -88,7 +89,7 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
         )
     tables.print_stages(out, stages)
     tables.print_closing(out, everything)
-    for name in (*(f"{prefix}gallery" for prefix in tables.rounds_of(everything)), "report"):
+    for name in (*(f"{prefix}gallery" for prefix in rounds_of(everything)), "report"):
         if name in this.stages():
             folder = this.stages()[name].uri if storage.is_remote(store.uri) else storage.join(store.uri, name)
             out.print(f"{name}: {storage.join(folder, 'index.html')}", markup=False)
@@ -117,9 +118,9 @@ def status(run_dir: Annotated[str, typer.Argument(metavar="RUN", help="A run dir
 
     from cluster import storage
     from cluster.store import RunStore
-    from pipeline import tables
+    from pipeline.cli import tables
     from pipeline.plan import plan
-    from pipeline.recipe import validate
+    from pipeline.recipe.reading import validate
 
     store = RunStore(storage.absolute(run_dir))
     planned = plan(validate(yaml.safe_load(store.recipe())), store).planned
@@ -141,7 +142,7 @@ def status(run_dir: Annotated[str, typer.Argument(metavar="RUN", help="A run dir
 def _unfinished(store: "RunStore", key: "Key", done: "dict[str, Any]") -> str:
     from cluster import storage
     from cluster.store import STORE
-    from pipeline.ranges import complete, ledger
+    from pipeline.scoring.ledger import complete, ledger
     from pipeline.stages import TABLE
 
     if not store.begun(key):
@@ -166,7 +167,7 @@ def prune(
 
     from cluster import storage
     from cluster.store import RunStore
-    from pipeline.tables import table
+    from pipeline.cli.tables import table
 
     store = RunStore(storage.absolute(run_dir))
     unnamed = store.unnamed()
@@ -205,9 +206,9 @@ def estimate(
 ) -> None:
     """Score a small sample of U, and say what scoring all of it takes: images/s, hours, bytes, nodes, cost."""
     from cluster.progress import Display
-    from pipeline import tables
-    from pipeline.estimate import forecast
-    from pipeline.recipe import load
+    from pipeline.cli import tables
+    from pipeline.recipe.reading import load
+    from pipeline.scoring.forecast import forecast
 
     loaded = load(recipe, sets or [])
     where = run_dir or f"runs/{loaded.name}"
@@ -261,7 +262,7 @@ def submit(
     from cluster.session import ROOT
     from cluster.store import RunStore
     from pipeline.plan import plan, until_stage
-    from pipeline.recipe import load, shipped
+    from pipeline.recipe.reading import load, shipped
 
     loaded = load(recipe, sets or [])
     if until is not None:

@@ -41,7 +41,8 @@ def select(
     """
     from cluster import storage
     from cluster.progress import Display
-    from pipeline import selection, tables
+    from pipeline.cli import tables
+    from pipeline.selection import select as selection
 
     ps: list[int | None] = list(classes_per_image) if classes_per_image else [None]
     pairs = [(p, k) for p in dict.fromkeys(ps) for k in dict.fromkeys(images_per_class)]
@@ -110,9 +111,9 @@ def duplicates(
     from cluster import storage
     from cluster.progress import Display
     from cluster.store import RunStore
-    from pipeline import deduplication
     from pipeline.context import Run, Sources
-    from pipeline.recipe import deduplicate_settings
+    from pipeline.duplicates import exclude as deduplication
+    from pipeline.recipe.reading import deduplicate_settings
 
     store = RunStore(storage.absolute(to))
     with ray_session(address, verbose) as session:

@@ -1,0 +1,320 @@
+"""From hostile bytes to the square uint8 image that enters a network.
+
+Nothing here trusts the bytes: the format is one of a closed list, the size is checked in the header before any pixel is
+decoded, and no crop allocates more than its output, whatever the aspect ratio. Whatever goes wrong is one
+`UndecodableImage` with a reason of a small closed set. Decoding has a time limit, which is checked whenever a decoder asks for
+more bytes; `models.inputs.decoding` holds to it those that never ask. Decoded images stay uint8; `normalize` makes floats of whole batches
+on the device, and alone needs torch.
+"""
+
+import io
+import logging
+import math
+import random
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
+
+from cluster.errors import TophatError, one_line
+from models.config import Transform
+
+if TYPE_CHECKING:  # decoding runs in many processes, and needs no torch
+    import torch
+    from torch import Tensor
+
+Reason = Literal["empty", "unreadable", "not_an_image", "too_large", "truncated", "slow", "decode_error"]
+REASONS: tuple[str, ...] = get_args(Reason)
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+"""What is decoded. PIL's other formats run programs, read other files or are no images of the web."""
+
+SIGNATURES = {
+    "JPEG": (b"\xff\xd8\xff",),
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "GIF": (b"GIF87a", b"GIF89a"),
+    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+}
+"""What files of these formats begin with."""
+
+DETAIL = 200
+"""Longest detail, in characters."""
+
+DECODE_SECONDS = 10.0
+"""CPU time that decoding one image may take, unless the caller says otherwise."""
+
+JPEG_BLOCK = 1024
+"""Bytes of a JPEG that are decoded between two looks at the clock. Ten bytes of a progressive JPEG (an empty scan) make the decoder go
+over the whole image once: 40 ms at 100 million pixels."""
+
+# The bytes are not the user's doing, so what PIL says about them belongs in the rejects, not on the terminal; and PIL's own
+# pixel limit, which warns before it refuses, gives way to `max_pixels`.
+Image.MAX_IMAGE_PIXELS = None
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class UndecodableImage(TophatError):  # noqa: N818 - the design's word for it
+    """An image that cannot be used: a row of the rejects, not a failure of the run.
+
+    Args:
+        reason: one of `REASONS`.
+        detail: what the decoder said, in one line of at most 200 characters.
+    """
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        self.reason = reason
+        self.detail = one_line(detail)[:DETAIL]
+        super().__init__(f"{reason}: {self.detail}")
+
+    def __reduce__(self) -> tuple[type["UndecodableImage"], tuple[Reason, str]]:
+        return type(self), (self.reason, self.detail)
+
+
+class Box(NamedTuple):
+    """A rectangle in an upright image, in pixels from the upper left corner; edges may lie between pixels."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+def decode(data: bytes, transform: Transform) -> NDArray[np.uint8]:
+    """The whole image, upright: uint8 [height, width, 3], RGB.
+
+    A JPEG much larger than needed is decoded at 1/2, 1/4 or 1/8 of its size, with the shorter side still at least
+    `transform.resize`. Of an animation, the first frame. Transparent pixels are shown on white. 16-bit channels lose their
+    lower byte.
+
+    Raises:
+        UndecodableImage: whatever the bytes are.
+    """
+    with _opened(data, transform) as image:
+        width, height = _upright_size(image)
+        pixels = _pixels(image, transform.resize / min(width, height))
+        return np.asarray(pixels)
+
+
+def evaluation_image(data: bytes, transform: Transform, seconds: float = DECODE_SECONDS) -> NDArray[np.uint8]:
+    """The image as evaluation and scoring see it: uint8 [3, size, size], RGB.
+
+    The shorter side is resized to `resize` (bilinear, antialiased), then the center `size` x `size` is cropped, as by
+    torchvision's `Resize` and `CenterCrop` on PIL images.
+
+    Args:
+        data: an encoded image.
+        transform: the sizes.
+        seconds: of CPU time, after which decoding is given up.
+
+    Raises:
+        UndecodableImage: whatever the bytes are.
+    """
+    with _opened(data, transform, seconds) as image:
+        return _channels_first(_crop(image, center_box(*_upright_size(image), transform), transform.size))
+
+
+def training_image(data: bytes, transform: Transform, rng: random.Random) -> NDArray[np.uint8]:
+    """The image as training sees it, cropped and mirrored at random: uint8 [3, size, size], RGB.
+
+    Args:
+        data: an encoded image.
+        transform: whose `crop`, `scale`, `padding` and `flip` say how.
+        rng: the source of all randomness; the same state gives the same image.
+
+    Raises:
+        UndecodableImage: whatever the bytes are.
+    """
+    with _opened(data, transform) as image:
+        size = _upright_size(image)
+        box = random_box(*size, transform, rng) if transform.crop == "random_resized" else center_box(*size, transform)
+        pixels = _crop(image, box, transform.size)
+    if transform.crop == "pad":
+        pixels = _shifted(pixels, transform.padding, rng)
+    if transform.flip and rng.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    return _channels_first(pixels)
+
+
+def center_box(width: int, height: int, transform: Transform) -> Box:
+    """What of a `width` x `height` image the center crop shows, after its shorter side became `resize`."""
+    shorter = min(width, height)
+    new_width = transform.resize if width == shorter else int(transform.resize * width / shorter)
+    new_height = transform.resize if height == shorter else int(transform.resize * height / shorter)
+    left = round((new_width - transform.size) / 2)
+    top = round((new_height - transform.size) / 2)
+    across, down = width / new_width, height / new_height
+    return Box(left * across, top * down, (left + transform.size) * across, (top + transform.size) * down)
+
+
+def random_box(width: int, height: int, transform: Transform, rng: random.Random) -> Box:
+    """A random part of a `width` x `height` image: a share of its area in `scale`, an aspect ratio from 3/4 to 4/3.
+
+    As torchvision's `RandomResizedCrop`: ten attempts, then the largest center crop of a permitted aspect ratio.
+    """
+    for _ in range(10):
+        area = width * height * rng.uniform(*transform.scale)
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        across, down = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < across <= width and 0 < down <= height:
+            left, top = rng.randint(0, width - across), rng.randint(0, height - down)
+            return Box(left, top, left + across, top + down)
+    across, down = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - across) // 2, (height - down) // 2
+    return Box(left, top, left + across, top + down)
+
+
+def normalize(images: "Tensor", transform: Transform, device: "torch.device") -> "Tensor":
+    """Floats for a network: scaled to [0, 1], minus `mean`, over `std`, computed on the device.
+
+    Args:
+        images: uint8 [N, 3, H, W], RGB.
+        transform: whose `mean` and `std` are used.
+        device: where the result is.
+
+    Returns:
+        float32 [N, 3, H, W], in channels_last memory format.
+    """
+    import torch
+
+    mean, std = (_of_channels(values, device) for values in (transform.mean, transform.std))
+    moved = images.to(device, non_blocking=True).to(dtype=torch.float32, memory_format=torch.channels_last)
+    return moved.sub_(mean).div_(std)
+
+
+@cache
+def _of_channels(values: tuple[float, ...], device: "torch.device") -> "Tensor":
+    """255 times a value for each channel, [1, 3, 1, 1], on the device; kept there, as bringing it would wait for all that the device does."""
+    import torch
+
+    with torch.inference_mode(False):
+        return (255 * torch.tensor(values).view(1, 3, 1, 1)).to(device)
+
+
+class _Watched(io.BytesIO):
+    """Bytes that a decoder gets only while it has time left."""
+
+    def __init__(self, data: bytes, seconds: float) -> None:
+        super().__init__(data)
+        self.seconds = seconds
+        self._until = time.monotonic() + seconds
+        self._until_cpu = time.thread_time() + seconds  # on a busy machine, less than what went by
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if time.monotonic() > self._until and time.thread_time() > self._until_cpu:
+            raise UndecodableImage("slow", f"decoding took more than {self.seconds:g} s")
+        return super().read(size)
+
+
+@contextmanager
+def _opened(data: bytes, transform: Transform, seconds: float = DECODE_SECONDS) -> Iterator[Image.Image]:
+    """The image of hostile bytes, header read and checked; every error in the block becomes an `UndecodableImage`."""
+    if not data:
+        raise UndecodableImage("empty", "no bytes")
+    try:
+        image = Image.open(_Watched(data, seconds), formats=FORMATS)
+        if image.width * image.height > transform.max_pixels:
+            detail = f"{image.width} x {image.height} pixels, at most {transform.max_pixels} are allowed"
+            raise UndecodableImage("too_large", detail)
+        if isinstance(image, JpegImageFile):
+            image.decodermaxblock = JPEG_BLOCK
+        yield image
+    except UndecodableImage:
+        raise
+    except Exception as error:  # a decoder may raise anything on hostile bytes
+        raise _undecodable(error, data) from error
+
+
+def _undecodable(error: Exception, data: bytes) -> UndecodableImage:
+    text = str(error) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        if not known(data):
+            return UndecodableImage("not_an_image", f"not in one of the formats {', '.join(FORMATS)}")
+        text = "begins like an image, and its header is damaged or cut off"
+    reason: Reason = "decode_error"
+    if (
+        isinstance(error, MemoryError) or "too large" in text.lower()
+    ):  # text or a color profile inside that unpacks to too much
+        reason = "too_large"
+    elif "truncated" in text.lower() or isinstance(error, EOFError) or _cut_short(data):
+        reason = "truncated"
+    return UndecodableImage(reason, text)
+
+
+def known(data: bytes) -> str | None:
+    """The format whose signature the bytes begin with, as far as a signature alone tells one."""
+    found = next((name for name, starts in SIGNATURES.items() if data.startswith(starts)), None)
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        found = "WEBP"
+    return "AVIF" if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis", b"mif1", b"msf1") else found
+
+
+def _cut_short(data: bytes) -> bool:
+    """Whether bytes that are a WebP file are fewer than it says it has."""
+    return known(data) == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data)
+
+
+def _turned(image: Image.Image) -> bool:
+    """Whether the EXIF orientation swaps width and height."""
+    return image.format in ("JPEG", "MPO", "WEBP", "AVIF", "TIFF") and image.getexif().get(0x0112) in (5, 6, 7, 8)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    return (image.height, image.width) if _turned(image) else image.size
+
+
+def _pixels(image: Image.Image, scale: float) -> Image.Image:
+    """Decodes: upright, RGB, and of a JPEG at least `scale` times the size in the header."""
+    if scale < 1:
+        image.draft("RGB", (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+    image.load()
+    if image.format in ("JPEG", "MPO", "WEBP", "AVIF", "TIFF") or "exif" in image.info:
+        image = ImageOps.exif_transpose(image)
+    return image if image.mode == "RGB" else _rgb(image)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a pixel, or 32 with values of 16
+        values = np.clip(np.asarray(image), 0, 0xFFFF).astype(np.uint16)
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _crop(image: Image.Image, box: Box, size: int) -> NDArray[np.uint8]:
+    """Decodes and resizes `box`, given in the upright header's pixels, to uint8 [size, size, 3]."""
+    width, height = _upright_size(image)
+    scale = max(size / (box.right - box.left), size / (box.bottom - box.top))
+    pixels = _pixels(image, scale)
+    if pixels.size == (size, size) and box == (0, 0, size, size):
+        return np.asarray(pixels)
+    across, down = pixels.width / width, pixels.height / height
+    scaled = (
+        max(0.0, box.left * across),
+        max(0.0, box.top * down),
+        min(float(pixels.width), box.right * across),
+        min(float(pixels.height), box.bottom * down),
+    )
+    return np.asarray(pixels.resize((size, size), Image.Resampling.BILINEAR, box=scaled))
+
+
+def _shifted(pixels: NDArray[np.uint8], padding: int, rng: random.Random) -> NDArray[np.uint8]:
+    """`pixels` [size, size, 3] moved by up to `padding` both ways; what was outside is black."""
+    size = pixels.shape[0]
+    padded = np.zeros((size + 2 * padding, size + 2 * padding, 3), np.uint8)
+    padded[padding : padding + size, padding : padding + size] = pixels
+    top, left = rng.randint(0, 2 * padding), rng.randint(0, 2 * padding)
+    return padded[top : top + size, left : left + size]
+
+
+def _channels_first(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return cast("NDArray[np.uint8]", np.ascontiguousarray(pixels.transpose(2, 0, 1)))

@@ -1,0 +1,215 @@
+"""Tables on the terminal: what a run came to, what was selected, what scoring will take."""
+
+from collections.abc import Sequence
+
+from rich import box, filesize
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.context import Stages, rounds_of, teacher_of
+from pipeline.evaluation import Measured
+from pipeline.report import text
+from pipeline.scoring.forecast import Forecast
+from pipeline.scoring.score import Scored
+from pipeline.selection.select import Selected
+from pipeline.selection.tags import Matched
+from pipeline.stages import Evaluated, Surveyed, Trained
+
+EXAMPLES = 20
+
+
+def table(title: str, *columns: str) -> Table:
+    """An empty table; every column but the first is right-aligned."""
+    made = Table(title=Text(text.plain(title)), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="left" if number == 0 else "right")
+    return made
+
+
+def print_closing(console: Console, stages: Stages) -> None:
+    """The closing tables: accuracies as in Table 2, a row for each round; then what became of every image."""
+    if "evaluation" in stages:
+        evaluated: Evaluated = stages["evaluation"].outputs
+        supervised = evaluated.models["supervised"]
+        columns = ("", "Pre-trained", "Fine-tuned", "Fully supervised", "Gain")
+        accuracy = table(f"Top-1 / top-5 on {text.thousands(evaluated.images)} test images", *columns)
+        for prefix in rounds_of(stages):
+            pretrained, student = (evaluated.models[f"{prefix}{name}"] for name in ("pretrained", "student"))
+            cells = [_accuracy(one) for one in (pretrained, student, supervised)]
+            name = f"student {_network(stages[f'{prefix}student'].outputs)}"
+            name += f", {prefix.strip('/').replace('-', ' ')}" if prefix else ""
+            accuracy.add_row(name, *cells, text.points(student.top1 - supervised.top1))
+        teacher = teacher_of(stages)
+        assert teacher is not None
+        accuracy.add_row(f"teacher {_network(teacher.outputs)}", "", "", _accuracy(evaluated.models["teacher"]), "")
+        console.print(accuracy)
+    for name in (name for name in stages if name.rpartition("/")[2] == "tags"):
+        names = stages["labeled-train"].outputs.class_names
+        print_tags(console, stages[name].outputs, names)
+    for line in conservation_lines(stages):
+        console.print(line, highlight=False)
+
+
+def _accuracy(measured: Measured) -> str:
+    return f"{text.percent(measured.top1)} / {text.percent(measured.top5)}"
+
+
+def _network(outputs: Trained) -> str:
+    return f"{escape(text.plain(outputs.architecture))} ({text.parameters(outputs.parameters)} parameters)"
+
+
+def print_tags(console: Console, matched: Matched, names: Sequence[str]) -> None:
+    """How many tagged images each class got, the fewest first, and which classes got none."""
+    order = sorted(range(len(names)), key=lambda number: (matched.per_class[number], number))
+    few = f" (the {EXAMPLES} with the fewest, of {len(names):,})" if len(names) > EXAMPLES else ""
+    made = table(f"Images by their tags{few}", "class", "images")
+    for number in order[:EXAMPLES]:
+        made.add_row(escape(text.plain(names[number])), f"{matched.per_class[number]:,}")
+    console.print(made)
+    none = sum(not count for count in matched.per_class)
+    console.print(
+        f"tags: {matched.tagged:,} of {matched.images:,} images have a class; {none:,} of {len(names):,} classes got none",
+        highlight=False,
+    )
+
+
+def conservation_lines(stages: Stages) -> list[str]:
+    """One line for images and one for candidates, of each round."""
+    lines = []
+    for name in ("train", "validation", "test"):
+        if f"labeled-{name}" in stages:
+            counts: Surveyed = stages[f"labeled-{name}"].outputs
+            rejected = f", {counts.rejected:,} rejected" if counts.rejected else ""
+            held = f", {counts.held_out:,} held out for validation" if counts.held_out else ""
+            lines.append(f"labeled.{name}: {counts.images:,} used{held}{rejected}")
+    for prefix in (name.removesuffix("scores") for name in stages if name.rpartition("/")[2] == "scores"):
+        said = f"{prefix.strip('/')}: " if prefix else ""
+        scores: Scored = stages[f"{prefix}scores"].outputs
+        lines.append(
+            f"{said}images: {scores.listed:,} listed = {scores.scored:,} scored + {scores.rejected:,} rejected"
+        )
+        if scores.unreadable_shards:
+            lines.append(
+                f"  {scores.unreadable_shards:,} shards could not be read, or not to their end: see the rejects"
+            )
+        if f"{prefix}selection" in stages:
+            lines += [said + line for line in selection_lines(stages[f"{prefix}selection"].outputs)]
+    return lines
+
+
+def selection_lines(selection: Selected) -> list[str]:
+    """What was selected, in words."""
+    candidates, selected = selection.candidates, selection.selected
+    lines = [f"candidates: {candidates:,} = {selected:,} selected + {selection.unselected:,} unselected"]
+    if selection.excluded:
+        lines[0] += f" + {selection.excluded:,} of excluded images"
+    if selection.nonfinite:
+        lines[0] += f" + {selection.nonfinite:,} with a score that is no number"
+    short, classes = selection.classes_short, selection.num_classes
+    least, most = min(selection.quotas, default=0), max(selection.quotas, default=0)
+    k = f"K = {most:,}" if least == most else f"their quotas of {least:,} to {most:,} images"
+    lines.append(f"classes short of {k}: {short:,} of {classes:,}" + ("; they keep what they have" if short else ""))
+    return lines
+
+
+def print_stages(console: Console, stages: Stages) -> None:
+    """What each stage did and how long it took."""
+    made = table("Stages", "stage", "", "seconds", "images", "folder")
+    for name, stage in stages.items():
+        made.add_row(
+            escape(name),
+            "done" if stage.fresh else "found finished",
+            f"{stage.seconds:,.1f}",
+            "" if stage.images is None else f"{stage.images:,}",
+            escape(stage.uri),
+        )
+    console.print(made)
+
+
+def print_selections(console: Console, selections: Sequence[Selected]) -> None:
+    """Table 9's columns, a row for each selection."""
+    columns = ("P", "K", "|U|", "|D-hat|", "classes short of K", "lowest score: least", "median", "greatest")
+    made = table("Selection", *columns)
+    for selection in selections:
+        lowest = sorted(score for score in selection.lowest_scores if score is not None)
+        spread = [f"{lowest[i]:.4f}" for i in (0, len(lowest) // 2, -1)] if lowest else ["–"] * 3
+        numbers = (
+            selection.classes_per_image,
+            selection.images_per_class,
+            selection.images,
+            selection.selected,
+            selection.classes_short,
+        )
+        made.add_row(*("–" if number is None else f"{number:,}" for number in numbers), *spread)
+    console.print(made)
+
+
+def print_selection(console: Console, selection: Selected, class_names: tuple[str, ...] | None = None) -> None:
+    """Table 9's columns for one selection, and the classes that are short of K."""
+    print_selections(console, [selection])
+    counts = list(zip(selection.counts, selection.lowest_scores, strict=True))
+    short = [n for n, (count, _) in enumerate(counts) if count < selection.quotas[n]]
+    if short:
+        made = table(
+            f"Classes short of K (first {EXAMPLES} of {len(short):,})"
+            if len(short) > EXAMPLES
+            else "Classes short of K",
+            "class",
+            "images",
+            "lowest score",
+        )
+        for number in short[:EXAMPLES]:
+            count, low = counts[number]
+            name = escape(text.plain(class_names[number])) if class_names else str(number)
+            made.add_row(name, f"{count:,}", "–" if low is None else f"{low:.4f}")
+        console.print(made)
+    for line in selection_lines(selection):
+        console.print(line, highlight=False)
+
+
+def print_forecast(console: Console, name: str, found: Forecast) -> None:
+    """What a sample showed, and what scoring all of U takes."""
+    sample, cost = found.sample, found.sample.cost
+    facts = table(f"Scoring U of {name}", "", "")
+    about = "" if not found.images_error else f" (about; standard error {text.percent(found.images_error)})"
+    facts.add_row("images", f"{found.images:,}{about}")
+    facts.add_row("shards", f"{found.shards:,}")
+    facts.add_row("bytes to read", filesize.decimal(found.source_bytes))
+    facts.add_row("bytes of the score table", filesize.decimal(round(sample.table_bytes * found.images)))
+    facts.add_row("teacher", found.teacher)
+    facts.add_row("sample", f"{sample.images:,} scored, {sample.rejected:,} rejected, {sample.actors:,} actors")
+    for reason, count in sorted(sample.rejects.items()):
+        facts.add_row(f"  {reason}", f"{count:,}")
+    rate = "too few to tell" if sample.rate is None else f"{sample.rate:,.1f} images/s"
+    facts.add_row("measured rate", rate)
+    read, model = ((cost.read_seconds, cost.read_cpu_seconds), (cost.model_seconds, cost.model_cpu_seconds))
+    for part, (seconds, cpu) in (("reading", read), ("the model", model)):
+        facts.add_row(f"an image takes of {part}", f"{1000 * seconds:,.2f} ms, {1000 * cpu:,.2f} ms of CPU")
+    facts.add_row("until the first scores", text.duration(sample.start_seconds))
+    console.print(facts)
+    columns = ("nodes", "type", "CPU", "GPU", "actors", "images/s", "limit", "read/s", "time", "cost")
+    title = "All of U" if found.deadline is None else f"All of U within {text.duration(found.deadline)}"
+    plans = table(title, *columns)
+    for plan in found.plans():
+        amounts = plan.node.shape.resources
+        per_image = found.source_bytes / found.images
+        plans.add_row(
+            f"{plan.nodes:,}{'' if plan.possible else '*'}",
+            escape(text.plain(" ".join(filter(None, (plan.node.name, plan.node.instance))))),
+            *(f"{amounts.get(resource, 0.0) * plan.nodes:,g}" for resource in ("CPU", "GPU")),
+            f"{plan.actors:,}",
+            f"{plan.rate:,.1f}",
+            plan.limit,
+            filesize.decimal(round(plan.rate * per_image)),
+            text.duration(plan.seconds),
+            text.DASH if plan.cost is None else f"{plan.cost:,.2f}",
+        )
+    console.print(plans)
+    if any(not plan.possible for plan in found.plans()):
+        console.print("* not possible: max_workers of the cluster file, or score.actors, does not allow it")
+    if sample.rate is None:
+        console.print("The sample was too small to tell a rate: what is above is rough. Raise --images.")
+    if len(found.types) > 1:
+        console.print("Other types are told from the CPU and GPU seconds of an image where the sample ran.")

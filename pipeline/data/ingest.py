@@ -1,0 +1,180 @@
+"""`tophat ingest`: any source of images into shuffled shards, on a disk or in an object store.
+
+Bytes are copied as they are: what cannot be decoded is found, and recorded, by scoring.
+"""
+
+import itertools
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster import storage
+from cluster.errors import RunError
+from cluster.progress import SILENT, Progress
+from pipeline.data import writers
+from pipeline.data.shards import Label, Row, Shard, ShardError
+from pipeline.data.sources import ImageSource
+from pipeline.data.writers import Sample, ShardLayout
+
+LANES = 16
+IMAGES_PER_SHARD = 1000
+REPORT_SECONDS = 0.5
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """Shards that are complete.
+
+    Attributes:
+        uri: their folder.
+        images: images in them.
+        shards: how many there are.
+        bytes: their size.
+        labeled: images with a label.
+        classes: class names, where the source knows them.
+        unreadable: shards of the source that broke off, with the reason; their rows before that were copied.
+        fresh: whether this call wrote them (False: they were there).
+    """
+
+    uri: str
+    images: int
+    shards: int
+    bytes: int
+    labeled: int
+    classes: tuple[str, ...] | None
+    unreadable: tuple[tuple[str, str], ...]
+    fresh: bool
+
+
+def ingest(
+    source: ImageSource,
+    out_uri: str,
+    *,
+    layout: ShardLayout = "webdataset",
+    images_per_shard: int = IMAGES_PER_SHARD,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> Ingested:
+    """Copies every image of a source, shuffled, into shards named `shard-000000`, `shard-000001`, ...
+
+    The shuffle takes rows in turn from 16 shards at a time, drawn at random, and permutes each new shard: complete for image
+    folders, whose virtual shards are mixed over all folders, and partial for a source in few large shards sorted by class.
+    The result depends on the source, `layout`, `images_per_shard` and `seed` alone. Memory: one new shard.
+
+    Args:
+        source: from `open_source`.
+        out_uri: an empty or new folder, or one that an equal call has begun or completed.
+        layout: of the new shards.
+        images_per_shard: images in each new shard but the last.
+        seed: of the shuffle.
+        progress: gets the number of images that were read, and of all images, where each is a file of its own.
+
+    Raises:
+        RunError: the folder holds something else, or lies inside the source.
+        SourceError, StorageError: the labels or the store refuse.
+    """
+    out = storage.absolute(out_uri)
+    if f"{out}/".startswith(f"{source.reader.root.rstrip('/')}/"):
+        raise RunError("--out", out_uri, "lies inside the source", "give a folder outside of it")
+    identity = {
+        "version": VERSION,
+        "source": source.fingerprint(),
+        "layout": layout,
+        "images_per_shard": images_per_shard,
+        "seed": seed,
+    }
+    classes = source.reader.class_names
+    record = writers.completed("--out", out, identity)
+    fresh = record is None
+    if record is None:
+        writers.begin("--out", out, identity)
+        broken: list[tuple[str, str]] = []
+        files = [len(shard.files) for shard in source.shards()]
+        counter = _Counter(progress, sum(files) if all(files) else None)
+        samples = _shuffled(source, images_per_shard, np.random.default_rng(seed), broken, counter)
+        done = writers.write_shards(out, samples, layout=layout, images_per_shard=images_per_shard, class_names=classes)
+        record = {"images": done.images, "shards": done.shards, "bytes": done.bytes}
+        record |= {"labeled": counter.labeled, "unreadable": broken}
+        writers.finish(out, identity, record)
+    return Ingested(
+        out,
+        images=record["images"],
+        shards=record["shards"],
+        bytes=record["bytes"],
+        labeled=record["labeled"],
+        classes=classes,
+        unreadable=tuple((shard, reason) for shard, reason in record["unreadable"]),
+        fresh=fresh,
+    )
+
+
+class _Counter:
+    """Counts rows as they are read and tells the progress now and then; `total` is None where nobody knows it."""
+
+    def __init__(self, progress: Progress, total: int | None) -> None:
+        self.labeled = 0
+        self._progress = progress
+        self._total = total
+
+    def count(self, rows: Iterator[tuple[Shard, Row]]) -> Iterator[tuple[Shard, Row]]:
+        done, told = 0, 0.0
+        for done, (shard, row) in enumerate(rows, 1):
+            self.labeled += row.label is not None
+            if time.monotonic() - told > REPORT_SECONDS:
+                self._progress.update(done, total=self._total)
+                told = time.monotonic()
+            yield shard, row
+        self._progress.update(done, total=done)
+
+
+def _shuffled(
+    source: ImageSource,
+    images_per_shard: int,
+    random: np.random.Generator,
+    broken: list[tuple[str, str]],
+    counter: _Counter,
+) -> Iterator[Sample]:
+    shards = source.shards()
+    order = (shards[i] for i in random.permutation(len(shards)))
+    names = {name: number for number, name in enumerate(source.reader.class_names or ())}
+    rows = counter.count(_in_turn(source, order, broken))
+    while batch := list(itertools.islice(rows, images_per_shard)):
+        for i in random.permutation(len(batch)):
+            shard, row = batch[i]
+            yield _sample(shard, row, names)
+
+
+def _in_turn(source: ImageSource, order: Iterator[Shard], broken: list[tuple[str, str]]) -> Iterator[tuple[Shard, Row]]:
+    """One row of each of up to `LANES` open shards, again and again, read side by side; a finished one makes room for the next."""
+
+    def advance(lane: tuple[Shard, Iterator[Row]]) -> Row | ShardError | None:
+        try:
+            return next(lane[1], None)
+        except ShardError as error:
+            return error
+
+    with ThreadPoolExecutor(LANES) as pool:
+        lanes: list[tuple[Shard, Iterator[Row]]] = []
+        while True:
+            lanes += [(shard, source.reader.read(shard)) for shard in itertools.islice(order, LANES - len(lanes))]
+            if not lanes:
+                return
+            results = list(zip(lanes, pool.map(advance, lanes), strict=True))
+            lanes = []
+            for lane, result in results:
+                if isinstance(result, Row):
+                    yield lane[0], result
+                    lanes.append(lane)
+                elif isinstance(result, ShardError):
+                    broken.append((lane[0].name, str(result)))
+
+
+def _sample(shard: Shard, row: Row, names: dict[str, int]) -> Sample:
+    label: Label = row.label if isinstance(row.label, int) or row.label is None else names.get(row.label, row.label)
+    if shard.files:
+        return Sample(row.data, label, shard.files[row.index])
+    return Sample(row.data, label, shard.name, row.index)

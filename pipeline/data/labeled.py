@@ -1,0 +1,227 @@
+"""The labeled sets: listed, read once, every image checked, and kept as tables of labels.
+
+D is small beside U, so it is read whole before anything depends on it: that finds undecodable images and classes without images at the
+start of a run rather than hours into it, and gives training the exact number of usable images of every shard.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster import storage
+from cluster.errors import SourceError
+from cluster.progress import Progress
+from cluster.tasks import parallel_map
+from models.config import Transform
+from pipeline.data.loading import Integers, TrainingSet
+from pipeline.data.rejects import Reject, publish_rejects
+from pipeline.data.shards import Label, Reader, Row, Shard, ShardError
+from pipeline.data.sources import ImageSource
+
+REJECTED = -1
+"""In a table of labels: an image that cannot be used."""
+Labels = Sequence[Integers]
+"""Labels of a source: per shard, int64 [rows], the output of each row's class, or `REJECTED`."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a reading of a labeled source found.
+
+    Attributes:
+        source: that source.
+        labels: per shard, the label of every row; None where the image is rejected.
+        rejects: the images that cannot be used.
+    """
+
+    source: ImageSource
+    labels: tuple[tuple[Label, ...], ...]
+    rejects: tuple[Reject, ...]
+
+    @property
+    def images(self) -> int:
+        """Rows, rejected ones included."""
+        return sum(len(labels) for labels in self.labels)
+
+
+def survey(source: ImageSource, progress: Progress) -> Survey:
+    """Reads every image of a labeled source, in one Ray task per shard."""
+    found: dict[int, tuple[tuple[Label, ...], list[Reject]]] = {}
+    jobs = [(number, source.reader, shard) for number, shard in enumerate(source.shards())]
+    for number, labels, rejects in parallel_map(_survey_shard, jobs, num_cpus=1):
+        found[number] = (labels, rejects)
+        progress.add(len(labels) - len(rejects), len(rejects))
+    ordered = [found[number] for number in range(len(jobs))]
+    return Survey(source, tuple(labels for labels, _ in ordered), tuple(r for _, rejects in ordered for r in rejects))
+
+
+def _survey_shard(job: tuple[int, Reader, Shard]) -> tuple[int, tuple[Label, ...], list[Reject]]:
+    number, reader, shard = job
+    labels: list[Label] = []
+    rejects: list[Reject] = []
+    for row, reject in _checked(reader, shard):
+        if reject is not None:
+            rejects.append(reject)
+        if row is not None:
+            labels.append(None if reject is not None else row.label)
+            if reject is None and row.label is None:
+                raise SourceError(
+                    "labeled source",
+                    reader.root,
+                    f"has no label for image {row.index} of {shard.name}",
+                    _LABELS_FIX[reader.layout],
+                )
+    return number, tuple(labels), rejects
+
+
+_LABELS_FIX = {
+    "webdataset": "add a .cls file to every sample",
+    "parquet": "set label_column to the column of labels",
+    "folder": "put the images into one folder per class",
+}
+
+
+def _checked(reader: Reader, shard: Shard) -> Iterator[tuple[Row | None, Reject | None]]:
+    try:
+        for row in reader.read(shard):
+            yield row, undecodable(shard.name, row)
+    except ShardError as error:
+        yield None, Reject(shard.name, None, "unreadable_shard", str(error))
+
+
+def undecodable(shard: str, row: Row) -> Reject | None:
+    """Why an image cannot be used; None where it can. A JPEG is decoded at an eighth of its size, which still reads all of its bytes."""
+    from models.inputs.image import UndecodableImage, evaluation_image
+
+    try:
+        if row.problem is not None:
+            raise UndecodableImage("unreadable", row.problem)
+        evaluation_image(row.data, Transform(size=8, resize=8))
+    except UndecodableImage as error:
+        return Reject(shard, row.index, error.reason, error.detail)
+    return None
+
+
+def class_names(train: Survey, given: Sequence[str] | None) -> tuple[str, ...]:
+    """The classes, in the order of the network's outputs: as the recipe gives them, else as D names them, else D's labels sorted."""
+    if given is not None:
+        return tuple(given)
+    if train.source.reader.class_names is not None:
+        return train.source.reader.class_names
+    labels = {label for shard in train.labels for label in shard if label is not None}
+    numbers = sorted(label for label in labels if isinstance(label, int))
+    return tuple(str(n) for n in numbers) + tuple(sorted(str(label) for label in labels if not isinstance(label, int)))
+
+
+def class_ids(names: Sequence[str], reader: Reader) -> dict[Label, int]:
+    """The output for each label of a source: by name; by number where neither the source nor the class list has other names for it."""
+    ids: dict[Label, int] = {name: number for number, name in enumerate(names)}
+    if reader.class_names is None:
+        numeric = all(name.isdecimal() for name in names)
+        ids |= {int(name) if numeric else number: number for number, name in enumerate(names)}
+    return ids
+
+
+def number_labels(field: str, found: Survey, names: Sequence[str], *, complete: bool) -> tuple[Integers, ...]:
+    """The labels of a survey as outputs of the network.
+
+    Args:
+        field: the recipe's field, for messages.
+        found: the survey.
+        names: the classes.
+        complete: whether every class must have an image.
+
+    Returns:
+        Per shard, int64 [rows], `REJECTED` where the image cannot be used.
+
+    Raises:
+        SourceError: a label that is no class, or a class without images.
+    """
+    ids = class_ids(names, found.source.reader)
+    numbered = []
+    for shard, labels in zip(found.source.shards(), found.labels, strict=True):
+        unknown = next((label for label in labels if label is not None and label not in ids), None)
+        if unknown is not None:
+            raise SourceError(
+                f"{field}.uri",
+                found.source.reader.root,
+                f"has the label {unknown!r} in {shard.name}, which is none of the {len(names)} classes",
+                "correct labeled.classes or the labels",
+            )
+        numbered.append(np.array([REJECTED if label is None else ids[label] for label in labels], np.int64))
+    counts = count_labels(numbered, len(names))
+    if complete and (empty := np.flatnonzero(counts == 0)).size:
+        few = ", ".join(repr(names[i]) for i in empty[:5])
+        raise SourceError(
+            f"{field}.uri",
+            found.source.reader.root,
+            f"has no usable images of {len(empty)} of its {len(names)} classes ({few})",
+            "add images of them, or leave them out of labeled.classes",
+        )
+    return tuple(numbered)
+
+
+def count_labels(labels: Sequence[Integers], classes: int) -> Integers:
+    """Images per class: int64 [classes], rejected ones left out."""
+    used = np.concatenate([np.empty(0, np.int64), *labels])
+    return np.bincount(used[used != REJECTED], minlength=classes)
+
+
+def hold_out(
+    labels: Sequence[Integers], fraction: float, seed: int
+) -> tuple[tuple[Integers, ...], tuple[Integers, ...]]:
+    """Splits labels into those to train on and those held out, class by class, by a draw that depends on the seed alone.
+
+    Args:
+        labels: per shard, int64 [rows].
+        fraction: share of every class that is held out; at least one image, and at least one stays.
+        seed: of the draw.
+
+    Returns:
+        Two tuples like `labels`; in each, the other's images are `REJECTED`. A class with a single image keeps it for training.
+    """
+    flat = np.concatenate(labels)
+    held = np.zeros(len(flat), bool)
+    keys = np.random.default_rng([seed, 1]).random(len(flat))
+    for number in np.unique(flat[flat != REJECTED]):
+        members = np.flatnonzero(flat == number)
+        count = min(max(1, round(fraction * len(members))), len(members) - 1)
+        held[members[np.argsort(keys[members])[:count]]] = True
+    cuts = np.cumsum([len(shard) for shard in labels])[:-1]
+    return tuple(np.split(np.where(held, REJECTED, flat), cuts)), tuple(np.split(np.where(held, flat, REJECTED), cuts))
+
+
+def training_set(source: ImageSource, labels: Sequence[Integers], names: Sequence[str]) -> TrainingSet:
+    """The usable images of a source."""
+    rows = [np.flatnonzero(shard != REJECTED) for shard in labels]
+    used = [number for number, indices in enumerate(rows) if len(indices)]
+    shards = source.shards()
+    ids = class_ids(names, source.reader)
+    return TrainingSet(source.reader, tuple(shards[n] for n in used), tuple(rows[n] for n in used), ids)
+
+
+def save_labels(uri: str, source: ImageSource, labels: Labels, rejects: Sequence[Reject]) -> int:
+    """Publishes a labeled set under `uri`: the listing, the labels of every row, the rejects. Returns how many images can be used."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    source.save(storage.join(uri, "listing.parquet"))
+    column = pa.array([shard.tolist() for shard in labels], pa.list_(pa.int32()))
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"shard": [s.name for s in source.shards()], "labels": column}), sink)
+    storage.publish(storage.join(uri, "labels.parquet"), sink.getvalue().to_pybytes())
+    publish_rejects(storage.join(uri, "rejects.parquet"), rejects)
+    return int(sum((shard != REJECTED).sum() for shard in labels))
+
+
+def load_labels(uri: str) -> tuple[ImageSource, tuple[Integers, ...]]:
+    """Reads what `save_labels` wrote."""
+    import pyarrow.parquet as pq
+
+    source = ImageSource.load(storage.join(uri, "listing.parquet"))
+    with storage.open_input(storage.join(uri, "labels.parquet")) as file:
+        column = pq.read_table(file, columns=["labels"])["labels"].to_pylist()
+    labels: list[npt.NDArray[np.int64]] = [np.array(shard, np.int64) for shard in column]
+    return source, tuple(labels)
