@@ -246,10 +246,10 @@ class RunStore:
         named = {name: made.key.folder for name, made in stages.items()}
         links = {name: storage.join(STORE, folder) for name, folder in named.items()}
         links |= {name: storage.join(STORE, path) for name, path in parts.items()}
+        found = self._run() or {}
+        if found.get("stages") == named and found.get("links") == links and self._recipe() == recipe.encode():
+            return
         with lease.hold(storage.join(self.uri, LEASES, "result")):
-            found = self._run() or {}
-            if found.get("stages") == named and found.get("links") == links and self._recipe() == recipe.encode():
-                return
             storage.publish(storage.join(self.uri, RECIPE), recipe.encode())
             publish_json(storage.join(self.uri, RUN), {**found, "stages": named, "links": links})
             if not storage.is_remote(self.uri):

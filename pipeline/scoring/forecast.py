@@ -173,13 +173,14 @@ def forecast(
 
     Args:
         recipe: whose `unlabeled`, `score`, `cluster` and `teacher` count.
-        run_dir: where its teacher is; beside it, a folder is made and removed.
+        run_dir: beside it, a folder is made and removed.
         display: shows how the sample goes.
         images: in the sample, about.
         seconds: when it ends at the latest.
         deadline: hours.
         prices: `TYPE=PRICE`, of a node for an hour.
         cluster_file: a file for `ray up`.
+        teacher: its model directory, and what it is, in words; None where there is none yet.
         verbose: shows Ray's messages.
 
     Raises:
@@ -207,8 +208,7 @@ def forecast(
                 rule = "describes no node that can score as the recipe says, nor is such a node here for good"
                 raise InputError("--cluster-file", cluster_file, rule, "give the file that the cluster was made with")
             if teacher is None:
-                teacher = storage.join(place, "teacher"), "one of random weights, as the run has trained none yet"
-                run_task(_untrained, recipe, teacher[0])
+                teacher = run_task(_untrained, recipe, storage.join(place, "teacher"))
             model_uri, words = teacher
             with display.task("sample", min(images, count)) as progress:
                 sample = score_sample(
@@ -244,14 +244,16 @@ def forecast(
     )
 
 
-def _untrained(recipe: Recipe, uri: str) -> None:
+def _untrained(recipe: Recipe, uri: str) -> tuple[str, str]:
+    """Makes a teacher of random weights at `uri`; returns that, and what it is, in words."""
     from models.architectures import build
     from models.directory import save
 
-    classes = len(recipe.labeled.classes or ()) or max(1000, recipe.score.classes_per_image)
     assert not isinstance(recipe.teacher.model, str)
+    classes = len(recipe.labeled.classes or ()) or max(1000, recipe.score.classes_per_image)
     config, names = recipe.teacher.model, [str(number) for number in range(classes)]
     save(uri, build(config, classes), config=config, class_names=names, metrics={}, provenance={})
+    return uri, f"a {config.architecture} of random weights, as the run has trained none yet"
 
 
 def node_types(shape: ClusterShape, cluster_file: str | None) -> list[NodeType]:
