@@ -115,8 +115,9 @@ def _few_sizes(batch_size: int) -> list[int]:
 class Predictor:
     """A model directory's network, ready for as many images as come.
 
-    It sets the number of torch's threads, and that a GPU's convolutions of float32 are not of TF32, for the whole process. Several threads may call it: one passes the network at a time, but on a GPU each waits for its own answers, while the batches of
-    the next one are copied and queued.
+    It sets the number of torch's threads, and that a GPU's convolutions of float32 are not of TF32, for the whole process. Several threads may
+    call it: one passes the network at a time, but on a GPU each waits for its own answers, while the batches of the next one are copied
+    and queued.
 
     Args:
         uri: of the model directory.
