@@ -351,15 +351,20 @@ def _free_cpus() -> float:
     return resources.get("CPU", 0.0)
 
 
+def failing_network(name: str, uri: str) -> str:
+    """A model directory of a network of `failing`."""
+    import failing
+    from models.directory import save
+
+    config = CONFIG.model_copy(update={"architecture": f"failing:{name}", "options": {}})
+    save(uri, getattr(failing, name)(4), config=config, class_names=list("abcd"), metrics={}, provenance={})
+    return uri
+
+
 def test_a_network_that_fails_ends_the_scoring_while_actors_hold_the_cpus(
     source: ImageSource, tmp_path: Path, ray_local: None
 ) -> None:
-    from failing import Failing
-    from models.directory import save
-
-    config = CONFIG.model_copy(update={"architecture": "failing:Failing", "options": {}})
-    uri = str(tmp_path / "model")
-    save(uri, Failing(4), config=config, class_names=list("abcd"), metrics={}, provenance={})
+    uri = failing_network("Failing", str(tmp_path / "model"))
     settings = Score(classes_per_image=3, actors=2)  # with 1.5 of 2 CPUs
     with pytest.raises(StageError, match=r"^ValueError: nothing to see$"):
         score(source, uri, str(tmp_path / "s"), str(tmp_path / "r"), settings, SILENT)
@@ -367,6 +372,13 @@ def test_a_network_that_fails_ends_the_scoring_while_actors_hold_the_cpus(
     while _free_cpus() < 2 and time.monotonic() < until:
         time.sleep(0.5)
     assert _free_cpus() == 2
+
+
+def test_actors_on_cpus_keep_their_memory(source: ImageSource, tmp_path: Path, ray_local: None) -> None:
+    uri = failing_network("Telling", str(tmp_path / "model"))
+    with pytest.raises(StageError) as told:
+        score(source, uri, str(tmp_path / "s"), str(tmp_path / "r"), SETTINGS, SILENT)
+    assert str(told.value) == ("ValueError: MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647")
 
 
 @pytest.mark.slow
