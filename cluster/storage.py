@@ -46,7 +46,6 @@ __all__ = [
     "etag",
     "exists",
     "filesystem",
-    "is_outage",
     "is_remote",
     "join",
     "list_files",
@@ -72,11 +71,6 @@ class FileEntry:
 def join(uri: str, *parts: str) -> str:
     """`uri` with `parts` appended, separated by single slashes."""
     return "/".join([uri.rstrip("/") if uri != "/" else "", *(part.strip("/") for part in parts if part)])
-
-
-def is_outage(error: OSError) -> bool:
-    """Whether an error of pyarrow's speaks of the store or the way to it, rather than of the content of a file."""
-    return any(name in str(error) for name in ("AWS Error", "google::cloud", "curlCode"))
 
 
 def exists(uri: str) -> bool:
@@ -107,7 +101,7 @@ def etag(uri: str, file: pa.NativeFile | None = None) -> str:
 
     Raises:
         FileNotFoundError: nothing is there.
-        OSError: as pyarrow raises it; see `is_outage`.
+        OSError: as pyarrow raises it; one without a number speaks of the store or the way to it.
     """
     fs, path = filesystem(uri)
     if uri.startswith("s3://"):

@@ -329,13 +329,13 @@ def _asked(uri: str, ask: Callable[[], T]) -> T:
         try:
             return ask()
         except OSError as error:
-            if not storage.is_outage(error):
+            if error.errno is not None:  # pyarrow numbers what lies with the file: it is not there, not permitted, ...
                 raise
         time.sleep(pause * random.uniform(0.5, 1.5))  # not all readers at once
     try:
         return ask()
     except OSError as error:
-        if not storage.is_outage(error):
+        if error.errno is not None:
             raise
         rule = f"could not be read in {len(RETRY_SECONDS) + 1} attempts ({error})"
         raise StorageError("source", uri, rule, "check the store, then go on") from None

@@ -44,6 +44,9 @@ OWNER = "_scoring.json"
 GONE = (MissingShardError.reason, ChangedShardError.reason)
 """Reasons of the rejects of shards that the next attempt reads again."""
 
+FOOTER_BYTES, MAX_FOOTER_BYTES = 2**16, 2**28
+"""Read of a score file's end at first; and the most that a footer is taken to have, which is less than a damaged length says."""
+
 FILES_PER_COUNT = 4096
 """Score files whose rows one task counts; more of them are counted all over the cluster."""
 
@@ -225,15 +228,14 @@ def _count_rows(uris: Sequence[str]) -> list[tuple[str, int | None]]:
     """Some Parquet files and the rows of each, from their footers; None where the footer is damaged."""
 
     def rows(uri: str) -> tuple[str, int | None]:
-        with storage.open_input(uri) as file:
-            try:
-                return uri, int(pq.read_metadata(file).num_rows)
-            except (pa.ArrowException, ValueError):
-                return uri, None
-            except OSError as error:  # of a footer that is no Thrift, too
-                if error.errno is not None or storage.is_outage(error):
-                    raise
-                return uri, None
+        end = storage.read_end(uri, FOOTER_BYTES)
+        footer = int.from_bytes(end[-8:-4], "little") + 8  # Parquet's format: the footer's length, then the magic
+        if len(end) < footer < MAX_FOOTER_BYTES:
+            end = storage.read_end(uri, footer)
+        try:
+            return uri, int(pq.read_metadata(pa.BufferReader(end[-footer:])).num_rows)
+        except (pa.ArrowException, ValueError, OSError):  # nothing is read here: the footer is damaged
+            return uri, None
 
     with ThreadPoolExecutor(max_workers=16) as pool:
         return list(pool.map(rows, uris))
