@@ -29,6 +29,7 @@ HOME = Path(tempfile.mkdtemp(prefix="tophat-tests-"))
 for _name in [n for n in os.environ if n.startswith(("AWS_", "RAY_"))]:
     del os.environ[_name]
 os.environ |= {"HOME": str(HOME), **cluster.ENVIRONMENT}
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"  # how soon Ray Train sees that a training has ended
 # Ray's workers find the networks of the tests there.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 

@@ -656,6 +656,7 @@ def test_a_run_makes_an_exclusion_list_before_selection(folders: Path, tmp_path:
     changes = {
         "score": {"classes_per_image": 2, "batch_size": 32, "embedding": True},
         "deduplicate": {"nearest": 5, "pairs": 20, "copies": True, "model": "teacher"},
+        "teacher": {"model": tiny.save_teacher(str(tmp_path / "teacher"))},
     }
     del_validation = tiny.recipe(str(folders), **changes)
     del del_validation["labeled"]["validation"]  # held out of D: only those images of it are compared

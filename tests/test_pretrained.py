@@ -26,10 +26,8 @@ from cluster.progress import Display
 from cluster.session import Session
 from cluster.store import RunStore
 from models import weights as pretrained
-from models.architectures import build
 from models.card import read_card
-from models.config import ModelConfig
-from models.directory import load, save
+from models.directory import load
 from pipeline.context import Run, Sources
 from pipeline.data.sources import open_source
 from pipeline.duplicates.exclude import Embeddings, Pairs, features_model
@@ -202,10 +200,9 @@ def test_a_run_asks_for_it_before_it_begins(
     content = file.read_bytes()
     file.unlink()
     tiny.write_folders(tmp_path / "data", share=0.2)
-    model, recipe, run = (tmp_path / name for name in ("model", "recipe.yaml", "run"))
-    teacher = ModelConfig.model_validate(tiny.MODEL)
-    save(str(model), build(teacher, 3), config=teacher, class_names=list(tiny.CLASSES), metrics={}, provenance={})
-    changes = {"teacher": {"model": str(model)}, "deduplicate": {"nearest": 5, "pairs": 20}}
+    recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    teacher = {"model": tiny.save_teacher(str(tmp_path / "model"))}
+    changes = {"teacher": teacher, "deduplicate": {"nearest": 5, "pairs": 20}}
     recipe.write_text(yaml.safe_dump(tiny.recipe(str(tmp_path / "data"), **changes)))
     words = ("run", str(recipe), "--run-dir", str(run))
     code, _, errors = tophat(*words)

@@ -11,24 +11,17 @@ import yaml
 import tiny
 from cluster.store import RunStore
 from pipeline.recipe.reading import validate
-from runs import execute
+from runs import Finished, execute
 
 Answer = tuple[int, str, str]
 pytestmark = pytest.mark.usefixtures("ray_local")
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("tiny")
-    tiny.write_folders(root)
-    return root
-
-
-@pytest.fixture(scope="module")
-def run_dir(folders: Path, tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> str:
-    """A run until the teacher is trained."""
-    uri = str(tmp_path_factory.mktemp("runs") / "tiny")
-    execute(validate(tiny.recipe(str(folders))), uri, "teacher")
+def run_dir(finished: Finished, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run until D-hat, of a K of its own."""
+    uri = finished.copy(tmp_path_factory.mktemp("runs") / "tiny")
+    execute(validate(tiny.recipe(str(folders), select={"images_per_class": 20})), uri, "dhat")
     return uri
 
 
@@ -55,7 +48,7 @@ def test_status_says_what_is_made_and_where(run_dir: str, tophat: Callable[..., 
     assert code == 0, errors
     found = states(text)
     assert list(found)[:6] == ["labeled-train", "labeled-validation", "labeled-test", "unlabeled", "teacher", "scores"]
-    assert (found["teacher"], found["scores"], found["evaluation"]) == ("done", "not started", "not started")
+    assert (found["teacher"], found["dhat"], found["evaluation"]) == ("done", "done", "not started")
     (folder,) = Path(run_dir, "store").glob("teacher-*")
     assert str(folder) in text
     assert "labeled.train: 36 used" in text
@@ -77,16 +70,17 @@ def test_a_network_that_cannot_be_built_costs_nothing(
 
 
 def test_pruning_shows_first_and_removes_when_told(
-    run_dir: str, recipe: Callable[..., str], tophat: Callable[..., Answer]
+    finished: Finished, tmp_path: Path, recipe: Callable[..., str], tophat: Callable[..., Answer]
 ) -> None:
+    run_dir = finished.copy(tmp_path / "run")
     code, _, errors = tophat(
-        "run", recipe(), "--run-dir", run_dir, "--set", "teacher.training.epochs=1", "--until", "teacher"
+        "run", recipe(), "--run-dir", run_dir, "--set", "select.images_per_class=20", "--until", "selection"
     )
     assert code == 0, errors
-    named = RunStore(run_dir).result()["teacher"]
-    teachers = sorted(path.name for path in Path(run_dir, "store").glob("teacher-*"))
-    assert len(teachers) == 2
-    (left_over,) = set(teachers) - {named}
+    named = RunStore(run_dir).result()["selection"]
+    selections = sorted(path.name for path in Path(run_dir, "store").glob("selection-*"))
+    assert len(selections) == 2
+    (left_over,) = set(selections) - {named}
     code, text, _ = tophat("prune", run_dir)
     assert code == 0
     assert left_over in text

@@ -29,6 +29,7 @@ def test_it_has_no_dashboard() -> None:
     assert not ray.init(ignore_reinit_error=True).dashboard_url
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("token", "joined"), [({}, True), ({"RAY_AUTH_TOKEN": "wrong"}, False)])
 def test_whoever_joins_needs_its_token(token: dict[str, str], joined: bool) -> None:
     import ray
@@ -45,6 +46,7 @@ def test_its_token_is_its_owners_alone(private_home: Path) -> None:
     assert (private_home / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.slow
 def test_it_is_quiet(tmp_path: Path) -> None:
     """Nothing of what Ray, Ray Data and its workers say reaches the user, who has not asked for it."""
     program = """

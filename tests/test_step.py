@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 from models.architectures import build
 from models.config import ModelConfig, Transform
-from models.loop import layout, network_input
+from models.training.loop import layout, network_input
 
 torch.set_num_threads(1)
 name, cases = json.loads(sys.argv[1])
@@ -49,8 +49,9 @@ def cases(name: str) -> list[tuple[dict[str, int], int, int]]:
     return [(options, size, 2) for options in widths for size in sizes]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name", [name if name == "resnet8" else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
+)
 def test_a_training_step(name: str) -> None:
     if name in GIANTS:
         pytest.skip(GIANTS[name])

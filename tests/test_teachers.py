@@ -21,38 +21,31 @@ from pipeline.data.sources import open_source
 from pipeline.plan import plan
 from pipeline.recipe.reading import validate
 from pipeline.recipe.sections import Source
-from runs import execute, fresh
+from runs import Finished, execute, fresh
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
-QUICK = {"batch_size": 12, "learning_rate": 0.5, "drops": 0, "epochs": 2}
+QUICK = {**tiny.TRAINING, "epochs": 2}
 FINE_TUNE = {"training": QUICK, "sweep": {"learning_rates": [0.1]}}
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("tiny")
-    tiny.write_folders(root)
-    return root
-
-
 def recipe(folders: Path, **changes: Any) -> dict[str, Any]:
-    quick = {"pretrain": QUICK, "fine_tune": FINE_TUNE, "supervised": QUICK}
-    return tiny.recipe(str(folders), **{**quick, **changes})
+    """The tiny recipe with one learning rate."""
+    return tiny.recipe(str(folders), **{"fine_tune": FINE_TUNE, **changes})
 
 
 @pytest.fixture(scope="module")
-def run_dir(folders: Path, tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> str:
-    """A finished run of the plain recipe."""
-    uri = str(tmp_path_factory.mktemp("runs") / "tiny")
-    execute(validate(recipe(folders)), uri)
+def run_dir(finished: Finished, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A finished run of the plain recipe: nothing is trained for it that is not there."""
+    uri = finished.copy(tmp_path_factory.mktemp("runs") / "tiny")
+    assert fresh(execute(validate(recipe(folders)), uri)) == ["student", "evaluation"]
     return uri
 
 
 @pytest.fixture(scope="module")
-def ready(run_dir: str, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def ready(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The teacher of that run as somebody else's: its classes are in another order, among two that D lacks and no image resembles."""
-    teacher = load(str(Path(run_dir, "teacher")))
+    teacher = load(finished.stages["teacher"].uri)
     state = teacher.model.state_dict()
     order = [2, 0, 1]
     for name, extra in (
@@ -76,9 +69,9 @@ def closing(stages: dict[str, Made[Any]]) -> str:
 
 
 def test_a_ready_teacher_is_used_as_it_is_and_its_classes_are_found_by_name(
-    run_dir: str, folders: Path, ready: str
+    run_dir: str, finished: Finished, folders: Path, ready: str
 ) -> None:
-    before = pq.read_table(Path(run_dir, "selection"))
+    before = pq.read_table(finished.stages["selection"].uri)
     stages = execute(validate(recipe(folders, teacher={"model": ready})), run_dir)
     assert stages["teacher"].outputs.class_outputs == (2, 3, 1)  # one, two, zero
     assert stages["teacher"].outputs.images == 0
@@ -93,6 +86,7 @@ def test_a_ready_teacher_is_used_as_it_is_and_its_classes_are_found_by_name(
     assert "found finished" not in closing(stages)
 
 
+@pytest.mark.slow
 def test_a_ready_teacher_can_be_fine_tuned(run_dir: str, folders: Path, ready: str) -> None:
     teacher = {"model": ready, "training": QUICK}
     stages = execute(validate(recipe(folders, teacher=teacher)), run_dir, until="teacher")
@@ -104,8 +98,10 @@ def test_a_ready_teacher_can_be_fine_tuned(run_dir: str, folders: Path, ready: s
     assert fresh_head["teacher"].outputs.history[0]["top1"] < started  # it knew the classes, and forgot them
 
 
-def test_a_ready_teacher_that_lacks_classes_is_refused(folders: Path, tmp_path: Path, run_dir: str) -> None:
-    teacher = load(str(Path(run_dir, "supervised")))
+def test_a_ready_teacher_that_lacks_classes_is_refused(
+    finished: Finished, folders: Path, tmp_path: Path, run_dir: str
+) -> None:
+    teacher = load(finished.stages["supervised"].uri)
     names = ["uno", "two", "nil"]
     save(str(tmp_path), teacher.model, config=teacher.config, class_names=names, metrics={}, provenance={})
     for extra in ({}, {"training": QUICK}):
@@ -164,7 +160,10 @@ def test_tags_that_select_are_matched_in_the_same_way(run_dir: str, folders: Pat
 
 
 def test_a_teacher_that_was_taught_by_itself(run_dir: str, folders: Path) -> None:
-    teacher = {**recipe(folders)["teacher"], "self_training": {"pretrain": QUICK, "fine_tune": FINE_TUNE}}
+    teacher = {
+        **recipe(folders)["teacher"],
+        "self_training": {"pretrain": recipe(folders)["pretrain"], "fine_tune": FINE_TUNE},
+    }
     stages = execute(validate(recipe(folders, teacher=teacher)), run_dir)
     # The plain recipe's teacher is the first one: its scores, its selection and D-hat are there.
     again = ("teacher", "scores", "selection", "dhat", "gallery")

@@ -190,6 +190,7 @@ def test_a_killed_worker_is_told_from_a_crash(ray_local: None, tmp_path: Path) -
     )
 
 
+@pytest.mark.slow
 def test_an_error_of_the_network_names_its_step(ray_local: None, tmp_path: Path) -> None:
     failing = MODEL.model_copy(update={"architecture": "failing:Failing", "options": {}})
     with pytest.raises(StageError) as caught:

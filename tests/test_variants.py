@@ -16,21 +16,12 @@ import tiny
 from cluster.store import RunStore
 from pipeline.plan import demands, plan, until_stage
 from pipeline.recipe.reading import validate
-from runs import execute, fresh
+from runs import Finished, execute, fresh
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("tiny")
-    tiny.write_folders(root)
-    return root
-
-
-@pytest.fixture(scope="module")
-def run_dir(folders: Path, tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> str:
-    uri = str(tmp_path_factory.mktemp("runs") / "tiny")
-    execute(validate(tiny.recipe(str(folders))), uri)
-    return uri
+def run_dir(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return finished.copy(tmp_path_factory.mktemp("runs") / "tiny")
 
 
 def rows(run: str) -> int:

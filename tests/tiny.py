@@ -15,6 +15,7 @@ CLASSES = ("zero", "one", "two")
 UNLABELED = 150
 BROKEN = {"empty.png": b"", "text.png": b"this is no image", "cut.png": b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00"}
 
+TRAINING = {"batch_size": 12, "learning_rate": 0.5, "drops": 1}
 MODEL = {
     "architecture": "resnet8",
     "options": {"width": 4},
@@ -60,22 +61,35 @@ def write_folders(root: Path, share: float = 1.0) -> None:
 
 def recipe(root: str, **changes: Any) -> dict[str, Any]:
     """The recipe as plain data; sources under `root`."""
-    training = {"batch_size": 12, "learning_rate": 0.5, "drops": 1}
     return {
         "name": "tiny",
         "cluster": {"cpus": 2, "object_store_mib": 256},
         "labeled": {part: {"uri": f"{root}/{part}"} for part in ("train", "validation", "test")},
         "unlabeled": {"uri": f"{root}/unlabeled"},
-        "teacher": {"model": deepcopy(MODEL), "training": {**training, "epochs": 8}},
+        "teacher": {"model": deepcopy(MODEL), "training": {**TRAINING, "epochs": 8}},
         "score": {"classes_per_image": 2, "batch_size": 32},
         "select": {"images_per_class": 30},
         "dhat": {"images_per_shard": 40},
         "student": {"model": deepcopy(MODEL)},
-        "pretrain": {**training, "images_seen": 360},
-        "fine_tune": {"training": {**training, "epochs": 2}, "sweep": {"learning_rates": [0.01, 0.1]}},
-        "supervised": {**training, "epochs": 4},
+        "pretrain": {**TRAINING, "images_seen": 360},
+        "fine_tune": {"training": {**TRAINING, "epochs": 2}, "sweep": {"learning_rates": [0.01, 0.1]}},
+        "supervised": {**TRAINING, "epochs": 4},
         **changes,
     }
+
+
+def save_teacher(uri: str) -> str:
+    """A model of the tiny classes that has learned nothing, for tests that need any teacher; returns `uri`."""
+    import torch
+
+    from models.architectures import build
+    from models.config import ModelConfig
+    from models.directory import save
+
+    torch.manual_seed(0)
+    config = ModelConfig.model_validate(MODEL)
+    save(uri, build(config, len(CLASSES)), config=config, class_names=list(CLASSES), metrics={}, provenance={})
+    return uri
 
 
 def write_tar(path: Path, images: Sequence[bytes]) -> None:
