@@ -220,7 +220,7 @@ def list_unlabeled(this: Run, unlabeled: Source) -> Made[Listed]:
         source.save(storage.join(place, LISTING))
         return Listed(len(source.shards()), source.bytes, source.fingerprint())
 
-    return this.once(Key("unlabeled", {"unlabeled": unlabeled}), Listed, work)
+    return this.once(Key("unlabeled", {"unlabeled": unlabeled}), Listed, work, needs_ray=False)
 
 
 def _images_of(pool: Made[Listed]) -> ImageSource:

@@ -273,7 +273,7 @@ def ready_model(this: Run, uri: str, data: LabeledData) -> Made[Trained]:
         )
 
     key = Key("teacher", {}, {"weights": card.weights.sha256, "labeled.train": data.train.made.fingerprint})
-    return this.once(key, Trained, work)
+    return this.once(key, Trained, work, needs_ray=False)
 
 
 def class_outputs(uri: str, known: list[str], wanted: tuple[str, ...]) -> tuple[int, ...]:

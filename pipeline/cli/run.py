@@ -64,14 +64,14 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
     sources.check(store)
     whole = plan(recipe, store)
     planned = until_stage(whole.planned, until)
-    check_networks(recipe, planned, sources)
+    check_networks(recipe, whole.planned, sources)
     if not store.claim(recipe.name, recipe.to_yaml()):
         out.print(
             f"note: the store of {store.uri} does not honor conditional writes: "
             "two runs at once in this directory may do the same work twice",
             markup=False,
         )
-    needed = demands(planned)
+    needed = demands(whole.planned)
     ray = Session(recipe.cluster, on_start=lambda: check(needed, cluster_shape()), verbose=verbose)
     with store.in_use(), ray as session:
         this = Run(recipe.name, recipe.to_yaml(), store, sources, session, Display(out), until).after(whole)
