@@ -111,7 +111,7 @@ def etag(uri: str, file: pa.NativeFile | None = None) -> str:
         return str(file.metadata()["ETag"], "utf-8").strip('"')
     info = fs.get_file_info(path)
     if info.type == pafs.FileType.NotFound:
-        raise FileNotFoundError(uri)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri)
     return f"{info.size}-{info.mtime_ns}"
 
 
