@@ -210,6 +210,7 @@ def test_layout(browser: Browser, site: str, width: int, scheme: str) -> None:
             assert page.locator("header, main, footer").count() == 3
 
 
+@pytest.mark.slow
 def test_first_page_is_small_and_pages_are_few(thousand: tuple[str, Gallery], tmp_path: Path) -> None:
     out, made = thousand
     files = {file.path: file.size for file in storage.list_files(out)}
