@@ -102,7 +102,8 @@ class Made(Generic[T]):
     @property
     def images(self) -> int | None:
         """How many images it is about, where its outputs say so."""
-        images = (self.record or {}).get("outputs", {}).get("images")
+        outputs = (self.record or {}).get("outputs", {})
+        images = outputs.get("images", outputs.get("listed"))
         return images if isinstance(images, int) else None
 
     @property
