@@ -11,7 +11,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -138,6 +138,19 @@ def holder_of(folder: str) -> Holder | None:
     numbers = _numbers(folder)
     holder = _read(folder, numbers[-1]) if numbers else None
     return None if holder is None or holder.over or holder.is_known_dead else holder
+
+
+def living(folders: Sequence[str]) -> list[Holder]:
+    """Holders of leases that show that they live: the first of them that do, as soon as one does; none, once all were silent for too long."""
+    seen = {folder: holder for folder in folders if (holder := holder_of(folder)) is not None}
+    began = time.monotonic()
+    while seen and time.monotonic() - began < SILENT_SECONDS:
+        time.sleep(POLL_SECONDS)
+        now = {folder: holder_of(folder) for folder in seen}
+        if alive := [holder for folder, holder in now.items() if holder is not None and holder != seen[folder]]:
+            return alive
+        seen = {folder: seen[folder] for folder, holder in now.items() if holder is not None}
+    return []
 
 
 def _acquire(folder: str, waits: Callable[[Holder], None]) -> Lease:

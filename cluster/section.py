@@ -22,7 +22,9 @@ class Section(BaseModel):
     The docstring under a field is its description, in the schema and in error messages.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
     def deciding(self) -> dict[str, Any]:
         """What decides a result, as plain JSON data: every field but those marked `FREE`, here and in the sections within.

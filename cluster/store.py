@@ -12,7 +12,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -141,6 +141,7 @@ class RunStore:
                 return found
             begin = time.monotonic()
             outputs = work(found.uri)
+            held.check()  # what lies in the folder may be another process's now
             storage.delete_tree(storage.join(found.uri, WORK))
             record = {
                 **key.plain(),
@@ -149,7 +150,6 @@ class RunStore:
                 "seconds": round(time.monotonic() - begin, 3),
                 "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             }
-            held.check()
             publish_json(storage.join(found.uri, RECORD), record)
         return Made(key, found.uri, kind, json.loads(json.dumps(record)), fresh=True)
 
@@ -185,10 +185,12 @@ class RunStore:
             raise StorageError("--run-dir", self.uri, error.rule, error.fix) from None
         found = self._run()
         if found is None:
-            if storage.list_files(self.uri):
+            if any(file.path not in (RUN, RECIPE) for file in storage.list_files(self.uri)):
                 raise RunError("--run-dir", self.uri, "holds files that are no run", "give an empty or new folder")
+            new = json.dumps({"format": FORMAT, "recipe": name, "stages": {}}).encode()
+            if not storage.create(storage.join(self.uri, RUN), new):
+                return self.claim(name, recipe)  # another process has claimed it in this moment
             storage.publish(storage.join(self.uri, RECIPE), recipe.encode())
-            publish_json(storage.join(self.uri, RUN), {"format": FORMAT, "recipe": name, "stages": {}})
         elif found.get("recipe") != name:
             owner = found.get("recipe")
             raise RunError(
@@ -209,6 +211,9 @@ class RunStore:
                 f"was made by an earlier version of tophat (format {found.get('format', 1)}), which this one cannot read",
                 "give a new --run-dir",
             )
+        stages = found.get("stages")
+        if not (isinstance(stages, dict) and all(isinstance(folder, str) for folder in stages.values())):
+            raise RunError("--run-dir", storage.join(self.uri, RUN), "is damaged", "run its recipe in a new --run-dir")
         return found
 
     def result(self) -> dict[str, str]:
@@ -249,12 +254,14 @@ class RunStore:
         links |= {name: storage.join(STORE, path) for name, path in parts.items()}
         found = self._run() or {}
         if found.get("stages") == named and found.get("links") == links and self._recipe() == recipe.encode():
+            if not storage.is_remote(self.uri):
+                _link(Path(self.uri), links, ())  # mends what was lost
             return
         with lease.hold(storage.join(self.uri, LEASES, "result")):
             storage.publish(storage.join(self.uri, RECIPE), recipe.encode())
             publish_json(storage.join(self.uri, RUN), {**found, "stages": named, "links": links})
             if not storage.is_remote(self.uri):
-                _link(Path(self.uri), links)
+                _link(Path(self.uri), links, found.get("links", ()))
 
     def _recipe(self) -> bytes | None:
         try:
@@ -262,32 +269,37 @@ class RunStore:
         except MissingError:
             return None
 
-    def recipe(self) -> str:
-        """The recipe of the run's result, as YAML.
+    def recipe(self) -> bytes:
+        """The recipe of the run's result, as YAML; empty where there is none.
 
         Raises:
             RunError: this is no run directory.
         """
         self.result()
-        return (self._recipe() or b"").decode()
+        return self._recipe() or b""
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Keeps `prune` away while the block runs."""
         folder = storage.join(self.uri, LEASES, f"driver-{uuid.uuid4().hex}")
-        with lease.hold(folder):
-            yield
-        storage.delete_tree(folder)
+        try:
+            with lease.hold(folder):
+                yield
+        finally:
+            storage.delete_tree(folder)
 
     def users(self) -> list[Holder]:
-        """Processes that are at work in the run, as far as one look tells."""
-        folders = {f.path.rpartition("/")[0] for f in storage.list_files(storage.join(self.uri, LEASES), ".json")}
-        found = (lease.holder_of(storage.join(self.uri, LEASES, folder)) for folder in sorted(folders))
-        return [holder for holder in found if holder is not None]
+        """Processes that are at work in the run. Waits, where some may be, until one shows that it lives, or all have been silent for too long.
 
-    def unnamed(self) -> dict[str, int]:
-        """What no result names: folders of the store, and their bytes."""
-        named = set(self.result().values())
+        Leases of drivers that have died are removed.
+        """
+        root = storage.join(self.uri, LEASES)
+        folders = {f.path.rpartition("/")[0] for f in storage.list_files(root, ".json")}
+        return lease.living([storage.join(root, folder) for folder in sorted(folders)])
+
+    def unnamed(self, kept: Collection[str] = ()) -> dict[str, int]:
+        """What no result names, and is not among `kept`: folders of the store, and their bytes."""
+        named = {*self.result().values(), *kept}
         sizes: dict[str, int] = {}
         for file in storage.list_files(storage.join(self.uri, STORE)):
             folder = file.path.partition("/")[0]
@@ -311,22 +323,28 @@ def _record(uri: str) -> dict[str, Any] | None:
         return None
 
 
-def _link(run: Path, links: Mapping[str, str]) -> None:
-    """Makes `links` the links of a run directory: each is replaced in one step, and those of other names are removed."""
+def _link(run: Path, links: Mapping[str, str], former: Collection[str]) -> None:
+    """Makes `links` the links of a run directory: each is replaced in one step, and `former` ones of other names are removed.
+
+    Raises:
+        RunError: something else has such a name.
+    """
     for name, target in links.items():
         place = run / name
         place.parent.mkdir(parents=True, exist_ok=True)
         relative = os.path.relpath(run / target, place.parent)
-        if not (place.is_symlink() and os.readlink(place) == relative):
-            temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
-            temporary.symlink_to(relative)
-            temporary.replace(place)
-    for folder, folders, files in os.walk(run):
-        for name in (*folders, *files):
-            place = Path(folder, name)
-            if place.is_symlink() and place.relative_to(run).as_posix() not in links:
-                place.unlink()
-        folders[:] = [name for name in folders if folder != str(run) or name not in (STORE, LEASES)]
+        if place.is_symlink() and os.readlink(place) == relative:
+            continue
+        if place.exists() and not place.is_symlink():
+            raise RunError("--run-dir", str(place), "is in the way of a link to what the run made", "move it away")
+        temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+        temporary.symlink_to(relative)
+        temporary.replace(place)
+    for place in (run / name for name in former if name not in links):
+        if place.is_symlink():
+            place.unlink()
+            if place.parent != run and not any(place.parent.iterdir()):
+                place.parent.rmdir()
 
 
 def fingerprint(content: Any) -> str:

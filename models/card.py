@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError
 from cluster import storage
 from cluster.errors import MissingError, ModelError
 from cluster.section import Section
+from cluster.store import fingerprint
 from models.config import ModelConfig
 
 CARD = "model.json"
@@ -41,6 +42,11 @@ class ModelCard(Section):
     """Where it comes from: run, stage, data, seed."""
     weights: Weights
     """The file beside the card."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that decides what the model says of an image: network, input, classes and weights."""
+        return fingerprint([self.model.deciding(), self.class_names, self.weights.sha256])
 
 
 def read_card(uri: str) -> ModelCard:

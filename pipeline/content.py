@@ -13,12 +13,12 @@ from cluster import storage
 from cluster.store import Key, Made
 from pipeline.context import Run, Stages, rounds_of, teacher_of
 from pipeline.data.rejects import read_rejects
-from pipeline.evaluation import Measured
+from pipeline.evaluation import Measured, Trained
 from pipeline.report import gallery
 from pipeline.report import page as report
 from pipeline.scoring.score import Scored
 from pipeline.selection.select import Selected
-from pipeline.stages import REJECTS, Trained
+from pipeline.stages import REJECTS
 
 EXAMPLES = 20
 """Rejects that the report shows, at most."""
@@ -62,8 +62,7 @@ def report_content(this: Run, stages: Stages) -> report.ReportContent:
         fields["reject_examples"] = examples
     if f"{last}selection" in stages:
         fields |= _selection_fields(this, stages, last)
-    for name in (name for name in stages if name.rpartition("/")[2] == "tags"):
-        matched = stages[name].outputs
+    for matched in (made.outputs for made in stages.values() if made.key.stage in ("tags", "weak-tags")):
         counts = zip(stages["labeled-train"].outputs.class_names, matched.per_class, strict=True)
         fields["tags"] = report.Tags(matched.images, matched.tagged, tuple(counts))
     return report.ReportContent(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from cluster.errors import RunError
@@ -10,7 +11,7 @@ from cluster.lease import Holder
 from cluster.progress import Display
 from cluster.resources import Demand
 from cluster.session import Session
-from cluster.storage import absolute, join
+from cluster.storage import absolute, is_remote, join
 from cluster.store import Key, Made, RunStore
 from pipeline.data.sources import ImageSource, open_source
 from pipeline.recipe.sections import Source
@@ -61,8 +62,10 @@ class Sources:
             SourceError: one that is missing or holds no images.
             RunError: the run directory lies inside one, and would become a part of it.
         """
+        if not is_remote(store.uri) and Path(store.uri).is_file():
+            raise RunError("--run-dir", store.uri, "is a file", "give a folder")
         for name, source in self._given.items():
-            if join(store.uri, "").startswith(join(absolute(source.uri), "")):
+            if f"{store.uri}/".startswith(f"{join(absolute(source.uri))}/"):
                 raise RunError("--run-dir", store.uri, f"lies inside {name}", "put it elsewhere")
         for name in self._given:
             self[name]
@@ -93,6 +96,7 @@ class Run:
         planned: every stage that the run has come to, in order.
         made: those of them that are made, by name.
         known: every stage of the recipe that was made before, also beyond `until`, by name and in order.
+        folders: in the store, of every stage that the run has come to, made or not.
     """
 
     name: str
@@ -106,6 +110,7 @@ class Run:
     planned: list[Planned] = field(default_factory=list)
     made: dict[str, Made[Any]] = field(default_factory=dict)
     known: dict[str, Made[Any]] = field(default_factory=dict)
+    folders: set[str] = field(default_factory=set)
     _others: dict[str, Made[Any]] = field(default_factory=dict)
     _parts: dict[str, str] = field(default_factory=dict)
     _prefix: str = ""
@@ -144,6 +149,7 @@ class Run:
         def waits(holder: Holder) -> None:
             self.display.console.print(f"{name}: waits for {holder}, which is at it", markup=False, highlight=False)
 
+        self.folders.add(key.folder)
         made = self.store.find(key, kind) if self.planning else self.store.once(key, kind, with_ray, waits)
         if made.record is not None:
             self.made[name] = made
@@ -178,6 +184,7 @@ class Run:
 
     def call(self, name: str, made: Made[Any]) -> None:
         """Gives a stage a further name in the run's result, or a stage that another one's work has made its first."""
+        self.folders.add(made.key.folder)
         if made.record is not None:
             self._others[self.named_as(name)] = made
 

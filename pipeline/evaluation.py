@@ -1,4 +1,4 @@
-"""Measuring models on labeled images."""
+"""The models of a run, and how they are measured on labeled images."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,10 +6,37 @@ from typing import Any
 
 from cluster.progress import SILENT, Progress
 from cluster.tasks import cpus, parallel_map
+from models.training.job import Row
 from pipeline.data.loading import TrainingSet
+from tuning.sweep import Trial
 
 IMAGES_PER_TASK = 1000
 BATCH = 100
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model directory.
+
+    Attributes:
+        images: seen in training, over all trials; 0 of a model that was ready.
+        architecture: its name.
+        parameters: how many numbers are trained.
+        metrics: the last row of its history.
+        history: of its training, a row at each of some steps.
+        learning_rate: the best of a sweep, per 256 images.
+        trials: of that sweep.
+        class_outputs: where its outputs are not the classes of D in their order: the output of each class.
+    """
+
+    images: int
+    architecture: str
+    parameters: int
+    metrics: dict[str, float | None]
+    history: list[Row]
+    learning_rate: float | None = None
+    trials: tuple[Trial, ...] = ()
+    class_outputs: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

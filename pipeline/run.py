@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from cluster.store import Made
 from pipeline.context import Run
+from pipeline.evaluation import Trained
 from pipeline.recipe.sections import Recipe
 from pipeline.stages import (
     Evaluated,
     LabeledData,
     Listed,
-    Trained,
     evaluate,
     exclude,
     list_unlabeled,

@@ -3,14 +3,13 @@
 A stage is a function from a slice of the recipe and the stages before it to a `Made` handle. `pipeline.teaching` has those that make models.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cluster import storage
 from cluster.errors import RecipeError, SourceError, StageError
 from cluster.resources import Bundle, Demand
 from cluster.store import Key, Made
-from models.training.job import Row
 from pipeline.context import Run
 from pipeline.data import labeled as labeled_stage
 from pipeline.data.labeled import Survey
@@ -18,7 +17,7 @@ from pipeline.data.loading import TrainingSet, dhat_training_set
 from pipeline.data.sources import ImageSource
 from pipeline.duplicates import exclude as deduplication
 from pipeline.duplicates.exclude import Excluded
-from pipeline.evaluation import Candidate, Measured, measure
+from pipeline.evaluation import Candidate, Measured, Trained, measure
 from pipeline.recipe.sections import SIDECAR, Recipe, Score, Source
 from pipeline.report import gallery
 from pipeline.report.gallery import Gallery
@@ -26,39 +25,10 @@ from pipeline.scoring import score as scoring
 from pipeline.scoring.score import Scored
 from pipeline.selection import dhat as dhat_stage
 from pipeline.selection import select as selection
-from pipeline.selection import tags as weak_stage
+from pipeline.selection import tags as tags_stage
 from pipeline.selection.dhat import Dhat
 from pipeline.selection.select import Selected
 from pipeline.selection.tags import Matched
-from tuning.sweep import Trial
-
-# Models
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A model directory.
-
-    Attributes:
-        images: seen in training, over all trials; 0 of a model that was ready.
-        architecture: its name.
-        parameters: how many numbers are trained.
-        metrics: the last row of its history.
-        history: of its training, a row at each of some steps.
-        learning_rate: the best of a sweep, per 256 images.
-        trials: of that sweep.
-        class_outputs: where its outputs are not the classes of D in their order: the output of each class.
-    """
-
-    images: int
-    architecture: str
-    parameters: int
-    metrics: dict[str, float | None]
-    history: list[Row]
-    learning_rate: float | None = None
-    trials: tuple[Trial, ...] = ()
-    class_outputs: tuple[int, ...] | None = None
-
 
 # Labeled images
 
@@ -220,10 +190,12 @@ def list_unlabeled(this: Run, unlabeled: Source) -> Made[Listed]:
         source.save(storage.join(place, LISTING))
         return Listed(len(source.shards()), source.bytes, source.fingerprint())
 
-    return this.once(Key("unlabeled", {"unlabeled": unlabeled}), Listed, work, needs_ray=False)
+    deciding = {k: v for k, v in unlabeled.deciding().items() if k != "label_column"}  # U has no labels
+    return this.once(Key("unlabeled", {"unlabeled": deciding}), Listed, work, needs_ray=False)
 
 
-def _images_of(pool: Made[Listed]) -> ImageSource:
+def images_of(pool: Made[Listed] | Made[Matched]) -> ImageSource:
+    """The images that a stage has listed."""
     return ImageSource.load(storage.join(pool.uri, LISTING))
 
 
@@ -238,7 +210,7 @@ def score_unlabeled(this: Run, settings: Score, teacher: Made[Trained], pool: Ma
         table, rejects = storage.join(place, TABLE), storage.join(place, REJECTS)
         with this.display.task("scores", None) as progress:
             outputs = teacher.outputs.class_outputs
-            return scoring.score(_images_of(pool), teacher.uri, table, rejects, settings, progress, outputs)
+            return scoring.score(images_of(pool), teacher.uri, table, rejects, settings, progress, outputs)
 
     key = Key("scores", {"score": settings}, {"teacher": teacher.fingerprint, "unlabeled": pool.fingerprint})
     return this.once(key, Scored, work, demand=scoring.demand(settings), parts={"scores": TABLE, "rejects": REJECTS})
@@ -269,7 +241,7 @@ def exclude(
         "embeddings": scores.fingerprint if settings.near and other is None else "",
     }
     subject = deduplication.Subject(
-        unlabeled=lambda: _images_of(pool),
+        unlabeled=lambda: images_of(pool),
         sets=lambda: tuple(
             deduplication.surveyed_set(name, labeled.uri)
             for name, labeled in (("validation", data.validation), ("test", data.test))
@@ -281,27 +253,41 @@ def exclude(
     return deduplication.deduplicate(this, subject, settings, recipe.score, "deduplicate.decisions")
 
 
-def match_tags(this: Run, field: str, tags: str, images: Source, data: LabeledData) -> Made[Matched]:
-    """The classes of images, by their tags (supplement 4.1).
+@dataclass(frozen=True)
+class Tagged:
+    """Images and their tags.
 
-    Args:
-        this: the run.
+    Attributes:
         field: what names the tags, for messages.
         tags: URI of Parquet files with words, or `sidecar`.
-        images: whose tags they are.
-        data: has the classes.
+        images: the source, as the recipe has it.
+        listed: gives the source, listed.
+        inputs: fingerprints of what that listing depends on.
     """
-    source_field = field.rpartition(".")[0] + ".images" if field.startswith("teacher.") else "unlabeled"
+
+    field: str
+    tags: str
+    images: Source
+    listed: Callable[[], ImageSource]
+    inputs: Mapping[str, str]
+
+
+def match_tags(this: Run, name: str, tagged: Tagged, data: LabeledData) -> Made[Matched]:
+    """The classes of images, by their tags (supplement 4.1); beside them the listing of the images, by which they are found again."""
 
     def work(place: str) -> Matched:
-        source = this.sources[source_field]
-        with this.display.task("tags", None) as progress:
-            where = None if tags == SIDECAR else tags
-            return weak_stage.match_tags(field, source, data.class_names, place, tags_uri=where, progress=progress)
+        source, where = tagged.listed(), None if tagged.tags == SIDECAR else tagged.tags
+        source.save(storage.join(place, LISTING))
+        with this.display.task(name, None) as progress:
+            table = storage.join(place, TABLE)
+            return tags_stage.match_tags(
+                tagged.field, source, data.class_names, table, tags_uri=where, progress=progress
+            )
 
-    listing = "" if tags == SIDECAR else selection.listing(tags)
-    key = Key("tags", {"images": images, "tags": tags}, {"tags": listing, "labeled.train": data.train.made.fingerprint})
-    return this.once(key, Matched, work, demand=_ONE_CPU)
+    listing = "" if tagged.tags == SIDECAR else selection.listing(tagged.field, tagged.tags)
+    inputs = {**tagged.inputs, "tags": listing, "labeled.train": data.train.made.fingerprint}
+    key = Key(name, {"images": tagged.images, "tags": tagged.tags}, inputs)
+    return this.once(key, Matched, work, demand=_ONE_CPU, parts={name: TABLE})
 
 
 def select_top_k(
@@ -317,11 +303,13 @@ def select_top_k(
     left_out = () if excluded is None else (excluded.uri,)
     inputs = {"scores": scores.fingerprint, "labeled.train": data.train.made.fingerprint}
     tags = settings.tags
-    if tags is not None and (tags == SIDECAR or not weak_stage.is_matched(tags)):
-        matched = match_tags(this, "select.tags", tags, recipe.unlabeled, data)
-        tags, inputs["tags"] = matched.uri, matched.fingerprint
+    if tags is not None and (tags == SIDECAR or not tags_stage.is_matched("select.tags", tags)):
+        own = {"unlabeled": pool.fingerprint}
+        tagged = Tagged("select.tags", tags, recipe.unlabeled, lambda: images_of(pool), own)
+        matched = match_tags(this, "tags", tagged, data)
+        tags, inputs["tags"] = storage.join(matched.uri, TABLE), matched.fingerprint
     elif tags is not None:
-        inputs["tags"] = selection.listing(tags)
+        inputs["tags"] = selection.listing("select.tags", tags)
     if excluded is not None:
         inputs["excluded"] = excluded.fingerprint
 
@@ -348,7 +336,7 @@ def select_top_k(
             )
         return selected
 
-    lists = {uri: selection.listing(uri) for uri in settings.exclude}
+    lists = {uri: selection.listing("select.exclude", uri) for uri in settings.exclude}
     key = Key("selection", {"select": settings, "seed": seed}, {**inputs, **lists}, version=2)
     return this.once(key, Selected, work)
 
@@ -378,7 +366,7 @@ def materialize(this: Run, recipe: Recipe, chosen: Made[Selected], data: Labeled
         with this.display.task("dhat", chosen.outputs.selected) as progress:
             return dhat_stage.materialize(
                 chosen.uri,
-                _images_of(pool),
+                images_of(pool),
                 place,
                 images_per_shard=recipe.dhat.images_per_shard,
                 seed=seed,

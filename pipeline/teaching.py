@@ -1,7 +1,7 @@
 """The stages of a run that make models: the teacher in all its forms, the student and the baseline."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from cluster import storage
@@ -15,12 +15,13 @@ from models.training.job import TrainingJob
 from models.training.launch import fit
 from pipeline.context import Run
 from pipeline.data.loading import TrainingSet
+from pipeline.evaluation import Trained
 from pipeline.recipe.sections import FineTune, Teacher, Weak
 from pipeline.scoring.score import Scored
 from pipeline.selection.select import Selected
 from pipeline.selection.tags import Matched
 from pipeline.selection.weak import weak_training_set
-from pipeline.stages import DhatImages, LabeledData, Trained, match_tags
+from pipeline.stages import TABLE, DhatImages, LabeledData, Tagged, images_of, match_tags
 from tuning.sweep import best, sweep
 
 
@@ -53,7 +54,7 @@ class Network:
             return cls(teacher.model, seed)
         card = _card(teacher.model)
         uri = storage.absolute(teacher.model)
-        return cls(card.model, seed, uri, card.weights.sha256, teacher.head == "fresh")
+        return cls(card.model, seed, uri, card.fingerprint, teacher.head == "fresh")
 
     def afresh(self) -> "Network":
         """The same, with random weights."""
@@ -222,12 +223,15 @@ def fine_tune(
         copy_model(made.uri, place)
         return replace(made.outputs, images=total, learning_rate=chosen.learning_rate, trials=tuple(tried))
 
+    def name_trials() -> None:
+        for rate, key in keys.items():
+            this.call(f"trials/{_trial(rate)}", this.store.find(key, Trained))
+
+    name_trials()
     trials = min(settings.sweep.concurrent, len(rates))
     inputs = {_trial(rate): key.fingerprint for rate, key in keys.items()}
     student = this.once(Key(name, {}, inputs), Trained, work, demand=_demand(this, name, settings.training, trials))
-    for rate, key in keys.items():
-        if (made := this.store.find(key, Trained)).record is not None:
-            this.call(f"trials/{_trial(rate)}", made)
+    name_trials()
     return student
 
 
@@ -272,7 +276,7 @@ def ready_model(this: Run, uri: str, data: LabeledData) -> Made[Trained]:
             0, card.model.architecture, card.parameters, metrics, [], class_outputs=None if same else outputs
         )
 
-    key = Key("teacher", {}, {"weights": card.weights.sha256, "labeled.train": data.train.made.fingerprint})
+    key = Key("teacher", {}, {"model": card.fingerprint, "labeled.train": data.train.made.fingerprint})
     return this.once(key, Trained, work, needs_ray=False)
 
 
@@ -311,7 +315,6 @@ def _check_head(network: Network, data: LabeledData) -> None:
 class _WeakImages:
     """W, to train on."""
 
-    this: Run = field(repr=False)
     made: Made[Matched]
     classes: LabeledData
 
@@ -320,14 +323,15 @@ class _WeakImages:
         return {"tags": self.made.fingerprint}
 
     def load(self) -> TrainingSet:
-        source = self.this.sources["teacher.weak.images"]
-        return weak_training_set(self.made.uri, source, len(self.classes.class_names))
+        table = storage.join(self.made.uri, TABLE)
+        return weak_training_set(table, images_of(self.made), len(self.classes.class_names))
 
 
 def pretrain_on_weak_labels(this: Run, weak: Weak, network: Network, data: LabeledData) -> Network:
     """The network, pre-trained on weakly labeled images W (section 3.3)."""
-    matched = match_tags(this, "teacher.weak.tags", weak.tags, weak.images, data)
-    images = _WeakImages(this, matched, data)
+    field = "teacher.weak.images"
+    tagged = Tagged("teacher.weak.tags", weak.tags, weak.images, lambda: this.sources[field], {})
+    images = _WeakImages(match_tags(this, "weak-tags", tagged, data), data)
     return network.starting_from(train(this, "weak-pretrained", network, weak.training, images, data))
 
 

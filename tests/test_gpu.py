@@ -14,8 +14,8 @@ import tiny
 from cluster.store import RunStore
 from models.config import ModelConfig, Transform
 from models.directory import load
+from pipeline.evaluation import Trained
 from pipeline.scoring.score import Scored
-from pipeline.stages import Trained
 from test_inference import pictures, plain_logits, predictor, saved
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

@@ -200,7 +200,7 @@ def test_an_unknown_key_says_more_than_the_missing_one() -> None:
         (b"a: [", "is not valid YAML"),
         (b"- a", "must be a mapping of sections"),
         (b"", "must be a mapping of sections"),
-        (b"\xff\xfe\xfa", "cannot be read"),
+        (b"\xff\xfe\xfa", "is not valid YAML"),
     ],
 )
 def test_a_file_that_is_no_recipe(tmp_path: Path, content: bytes, expected: str) -> None:

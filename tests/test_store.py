@@ -215,7 +215,7 @@ def test_a_result_is_named_and_linked(place: str) -> None:
     assert store.result() == {"scores": made.key.folder, "round-1/scores": other.key.folder}
     assert store.named("scores", Outputs) == made
     assert store.named("teacher", Outputs) is None
-    assert store.recipe() == "name: demo\n"
+    assert store.recipe() == b"name: demo\n"
     if not storage.is_remote(place):
         assert os.readlink(f"{place}/scores") == f"store/{made.key.folder}/table"
         assert Path(place, "round-1/scores/part-1").read_bytes() == b"x"
@@ -256,7 +256,7 @@ def test_claiming(place: str) -> None:
     store = RunStore(place)
     assert store.claim("demo", "name: demo\n") is not storage.is_remote(place)  # rclone's server honors no conditions
     store.claim("demo", "name: demo\nseed: 1\n")
-    assert store.recipe() == "name: demo\n"
+    assert store.recipe() == b"name: demo\n"
     with pytest.raises(RunError) as error:
         store.claim("pa'per", "")
     assert str(error.value) == (

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich import filesize
 
-from cluster.errors import RunError
+from cluster.errors import InputError, RunError
 from pipeline.cli.app import RecipeArgument, RunDir, Sets, Until, Verbose, app, out
 
 if TYPE_CHECKING:
@@ -97,6 +97,8 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
 
 def _changed(this: "Run") -> list[str]:
     """The sources that are not what they were when the run listed them; it goes on with what it listed."""
+    from pipeline.stages import images_of
+
     names = {
         "labeled-train": "labeled.train",
         "labeled-validation": "labeled.validation",
@@ -107,23 +109,47 @@ def _changed(this: "Run") -> list[str]:
         source
         for name, source in names.items()
         if name in this.made and this.made[name].outputs.source != this.sources[source].fingerprint()
+    ] + [
+        "teacher.weak.images"
+        for name, made in this.made.items()
+        if name.endswith("weak-tags")
+        and images_of(made).fingerprint() != this.sources["teacher.weak.images"].fingerprint()
     ]
+
+
+def _own_plan(store: "RunStore") -> "Run":
+    """The plan of a run's own recipe.
+
+    Raises:
+        RunError: it is no run of a recipe.
+        InputError: the recipe, or what it names, cannot be used here.
+    """
+    from cluster import storage
+    from cluster.store import RECIPE
+    from pipeline.plan import plan
+    from pipeline.recipe.reading import load_text
+
+    text = store.recipe()
+    if not text:
+        raise RunError("RUN", store.uri, "holds no recipe", "give the --run-dir of a `tophat run`")
+    return plan(load_text("RUN", storage.join(store.uri, RECIPE), text), store)
 
 
 @app.command()
 def status(run_dir: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
     """What of a run is finished, and where it is."""
-    import yaml
     from rich.markup import escape
 
     from cluster import storage
-    from cluster.store import RunStore
+    from cluster.store import STORE, RunStore
     from pipeline.cli import tables
-    from pipeline.plan import plan
-    from pipeline.recipe.reading import validate
 
     store = RunStore(storage.absolute(run_dir))
-    planned = plan(validate(yaml.safe_load(store.recipe())), store).planned
+    named, planned = store.result(), []
+    try:
+        planned = _own_plan(store).planned
+    except InputError as error:
+        out.print(f"note: what is still to be done cannot be told: {error}", markup=False)
     table = tables.table(f"Run {run_dir}", "stage", "state", "seconds", "images", "folder")
     done = {one.name: one.made for one in planned if one.made.record is not None}
     for one in planned:
@@ -135,6 +161,8 @@ def status(run_dir: Annotated[str, typer.Argument(metavar="RUN", help="A run dir
             f"{made.images:,}" if made and made.images is not None else "",
             escape(one.made.uri) if made else "",
         )
+    for name in sorted(named.keys() - {one.name for one in planned}):
+        table.add_row(escape(name), "done", "", "", escape(storage.join(store.uri, STORE, named[name])))
     out.print(table)
     tables.print_closing(out, done)
 
@@ -170,7 +198,8 @@ def prune(
     from pipeline.cli.tables import table
 
     store = RunStore(storage.absolute(run_dir))
-    unnamed = store.unnamed()
+    # What the recipe's own stages have so far stays, made or not.
+    unnamed = store.unnamed(_own_plan(store).folders if store.recipe() else ())
     if users := store.users():
         raise RunError("RUN", run_dir, f"is in use by {users[0]}", "wait until that ends")
     made = table(f"Not named by the result of {run_dir}", "folder", "bytes")

@@ -9,13 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.context import Stages, rounds_of, teacher_of
-from pipeline.evaluation import Measured
+from pipeline.evaluation import Measured, Trained
 from pipeline.report import text
 from pipeline.scoring.forecast import Forecast
 from pipeline.scoring.score import Scored
 from pipeline.selection.select import Selected
 from pipeline.selection.tags import Matched
-from pipeline.stages import Evaluated, Surveyed, Trained
+from pipeline.stages import Evaluated, Surveyed
 
 EXAMPLES = 20
 
@@ -45,9 +45,9 @@ def print_closing(console: Console, stages: Stages) -> None:
         assert teacher is not None
         accuracy.add_row(f"teacher {_network(teacher.outputs)}", "", "", _accuracy(evaluated.models["teacher"]), "")
         console.print(accuracy)
-    for name in (name for name in stages if name.rpartition("/")[2] == "tags"):
-        names = stages["labeled-train"].outputs.class_names
-        print_tags(console, stages[name].outputs, names)
+    tagged = {made.fingerprint: made for name, made in stages.items() if made.key.stage in ("weak-tags", "tags")}
+    for made in tagged.values():
+        print_tags(console, made.outputs, stages["labeled-train"].outputs.class_names)
     for line in conservation_lines(stages):
         console.print(line, highlight=False)
 

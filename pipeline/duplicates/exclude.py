@@ -151,7 +151,7 @@ def features_model(this: Run, field: str, settings: Deduplicate) -> Features | N
         return Features(made.uri, made.fingerprint)
     uri = storage.absolute(settings.model)
     try:
-        return Features(uri, read_card(uri).weights.sha256)
+        return Features(uri, read_card(uri).fingerprint)
     except ModelError as error:
         raise ModelError(field, settings.model, error.rule, f"name a model directory, or {RESNET18}") from None
 
@@ -197,7 +197,12 @@ def _embeddings(this: Run, subject: Subject, score: Score) -> Made[Embeddings]:
             return _embed(place, sources, subject.model_uri, score, progress)
 
     without = ("embeddings",) if subject.embeddings is None else ("embeddings", "unlabeled")
-    return this.once(Key("embeddings", {}, subject.of(*without)), Embeddings, work, demand=scoring.demand(score))
+    return this.once(
+        Key("embeddings", {"precision": score.precision}, subject.of(*without)),
+        Embeddings,
+        work,
+        demand=scoring.demand(score),
+    )
 
 
 def _embed(
@@ -348,7 +353,7 @@ def prepare(
     if settings.model != RESNET18:
         model = storage.absolute(settings.model)
         try:
-            inputs["model"] = read_card(model).weights.sha256
+            inputs["model"] = read_card(model).fingerprint
         except ModelError as error:
             raise ModelError("--model", settings.model, error.rule, f"name a model directory, or {RESNET18}") from None
         if scores_uri is not None:

@@ -8,10 +8,12 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from cluster.errors import RecipeError
+from cluster.errors import RecipeError, one_line
 from pipeline.recipe.sections import NETWORK, READY, Deduplicate, Recipe, Score
 
 SHIPPED = Path(__file__).parent / "shipped"
+UNREADABLE = (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError)
+"""What PyYAML raises for a text that is no YAML, or whose dates, numbers or nesting it cannot take."""
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -91,18 +93,34 @@ def shipped() -> dict[str, Path]:
 def _read(path: str) -> dict[str, Any]:
     file = shipped().get(path) or Path(path)
     try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_bytes()
     except FileNotFoundError:
         raise RecipeError(
             "RECIPE", path, "is not a file", f"give a YAML file, or one of {', '.join(shipped())}"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise RecipeError("RECIPE", path, f"cannot be read ({error})", "give a YAML file") from None
-    except yaml.YAMLError as error:
-        raise RecipeError("RECIPE", path, f"is not valid YAML ({error})", "correct that line") from None
+    return _mapping("RECIPE", path, text)
+
+
+def _mapping(field: str, value: str, text: bytes) -> dict[str, Any]:
+    """The mapping that a YAML text is; `field` and `value` name it in messages."""
+    try:
+        document = yaml.safe_load(text.decode())
+    except UNREADABLE as error:
+        raise RecipeError(field, value, f"is not valid YAML ({one_line(str(error))})", "correct that line") from None
     if not isinstance(document, dict):
-        raise RecipeError("RECIPE", path, "must be a mapping of sections", "start from a shipped recipe")
+        raise RecipeError(field, value, "must be a mapping of sections", "start from a shipped recipe")
     return document
+
+
+def load_text(field: str, value: str, text: bytes) -> Recipe:
+    """A recipe from a YAML text; `field` and `value` name it in messages.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    return validate(_mapping(field, value, text))
 
 
 def _override(document: dict[str, Any], override: str) -> None:
@@ -114,7 +132,7 @@ def _override(document: dict[str, Any], override: str) -> None:
         )
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except UNREADABLE:
         raise RecipeError(f"--set {key}", text, "is not a YAML value", "quote it") from None
     if isinstance(value, str):
         value = _number(value)

@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 import yaml
 from pydantic import (
+    AfterValidator,
     Discriminator,
     Field,
     StringConstraints,
@@ -18,7 +19,12 @@ from cluster.section import FREE, Section
 from models.config import CPU_BATCH, GPU_BATCH, ModelConfig, Training, Views
 from tuning.config import Sweep
 
-Uri = Annotated[str, StringConstraints(min_length=1, max_length=2000, strip_whitespace=True)]
+Uri = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=2000, strip_whitespace=True),
+    AfterValidator(lambda uri: uri.rstrip("/") or "/"),
+]
+"""A location, without the slash at its end that changes nothing."""
 SIDECAR = "sidecar"
 """The tags that a source of images has itself, beside them."""
 
@@ -47,7 +53,7 @@ class Labeled(Section):
     """Without `validation`: the share of D that is held out for it (a fixed draw from `seed`)."""
     test: Source
     """Labeled images that every result is measured on; nothing is chosen on them."""
-    classes: tuple[str, ...] | None = None
+    classes: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = None
     """Class names in the order of the network's outputs; by default what D itself says, else sorted."""
 
 
@@ -254,6 +260,8 @@ class Select(Section):
     def _one_way(self) -> Self:
         if self.zipf_exponent is not None and self.class_weights is not None:
             raise ValueError("zipf_exponent and class_weights exclude each other: both say how large each class is")
+        if self.class_weights is not None and not any(self.class_weights):
+            raise ValueError("class_weights must have one above 0")
         if self.tags is not None and (self.min_score is not None or self.classes_per_image is not None):
             raise ValueError("tags have no scores: leave out min_score and classes_per_image")
         return self

@@ -90,7 +90,7 @@ def claim(field: str, scores_uri: str, model_uri: str, source: ImageSource, sett
     from models.card import read_card
 
     wanted = {
-        "model": read_card(model_uri).weights.sha256,
+        "model": read_card(model_uri).fingerprint,
         "source": source.fingerprint(),
         **settings.deciding(),
     }

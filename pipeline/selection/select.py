@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from cluster import storage
-from cluster.errors import InputError, SourceError, StageError, StorageError
+from cluster.errors import InputError, MissingError, SourceError, StageError, StorageError
 from cluster.progress import SILENT, Progress
 from cluster.tasks import parallel_map, run_task
 from pipeline.selection.quotas import quotas
@@ -204,9 +204,19 @@ def _checked_out(scores_uri: str, one: Wanted, tags: bool) -> str:
     return out_uri
 
 
-def listing(uri: str) -> str:
-    """A fingerprint of a Parquet file, or of the names, sizes and etags of those in a folder."""
-    content = storage.read_bytes(uri) if uri.endswith(".parquet") else repr(storage.list_files(uri)).encode()
+def listing(field: str, uri: str) -> str:
+    """A fingerprint of a Parquet file, or of the names, sizes and etags of those in a folder.
+
+    Raises:
+        SourceError: nothing is there; names `field`.
+    """
+    try:
+        files = storage.list_files(uri)
+        content = storage.read_bytes(uri) if uri.endswith(".parquet") else repr(files).encode()
+    except MissingError:
+        files, content = [], b""
+    if not content or not (files or uri.endswith(".parquet")):
+        raise SourceError(field, uri, "holds no Parquet files", "check the path")
     return hashlib.sha256(content).hexdigest()[:16]
 
 

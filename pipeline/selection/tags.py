@@ -254,10 +254,14 @@ def _matched(work: _Work, notes: Sequence[_Note]) -> Matched:
     return Matched(images, tagged, rejected, tuple(map(sum, per_class)))
 
 
-def is_matched(uri: str) -> bool:
-    """Whether a table of tags has numbers of classes, which need no matching."""
-    files = _tag_files("tags", storage.absolute(uri).rstrip("/"))
-    with storage.open_input(files[0][0]) as file, blamed("tags", lambda: files[0][0], "give a Parquet file of tags"):
+def is_matched(field: str, uri: str) -> bool:
+    """Whether a table of tags has numbers of classes, which need no matching.
+
+    Raises:
+        SourceError: it is none; names `field`.
+    """
+    files = _tag_files(field, storage.absolute(uri).rstrip("/"))
+    with storage.open_input(files[0][0]) as file, blamed(field, lambda: files[0][0], TABLE_FIX):
         return "class_ids" in pq.read_schema(file).names
 
 
