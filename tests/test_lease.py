@@ -118,6 +118,17 @@ def test_a_heartbeat_keeps_a_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert taken.is_set()
 
 
+def test_who_lives_is_seen_by_the_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in (("BEAT_SECONDS", 0.2), ("SILENT_SECONDS", 2.0), ("POLL_SECONDS", 0.1)):
+        monkeypatch.setattr(lease, name, seconds)
+    dead, alive = str(tmp_path / "dead"), str(tmp_path / "alive")
+    lease._write(dead, 1, Holder("id", "elsewhere", 1, "another boot", "long ago"))
+    assert lease.holder_of(dead) is not None  # as far as one look tells
+    assert lease.living([dead]) == []
+    with lease.hold(alive):
+        assert [holder.pid for holder in lease.living([dead, alive])] == [os.getpid()]
+
+
 def test_one_that_was_taken_over_publishes_nothing(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "BEAT_SECONDS", 600.0)
     with lease.hold(place) as held:

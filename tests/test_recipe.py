@@ -250,3 +250,25 @@ def test_every_field_is_described() -> None:
     fields = [(t, n, f) for t, d in [("Recipe", schema), *schema["$defs"].items()] for n, f in d["properties"].items()]
     assert len(fields) > 50
     assert [f"{title}.{name}" for title, name, field in fields if not field.get("description")] == []
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("name=2001-99-99", "is not a YAML value"),
+        ("seed=!!int abc", "is not a YAML value"),
+        ("select.class_weights=[.inf, 1]", "finite number"),
+        (
+            "teacher.model.options.width=.nan",
+            "teacher.model.options.width = nan: must be true, false, a finite number or a text",
+        ),
+        ("select.class_weights=[0, 0]", "class_weights must have one above 0"),
+        ("labeled.classes=[]", "at least 1 item"),
+    ],
+)
+def test_values_that_are_none(override: str, said: str) -> None:
+    assert said in message("demo", override)
+
+
+def test_a_slash_at_the_end_changes_nothing() -> None:
+    assert load("demo", ["unlabeled.uri=a/b/"]) == load("demo", ["unlabeled.uri=a/b"])

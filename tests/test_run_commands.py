@@ -1,6 +1,7 @@
 """The commands about a run: run, status, prune, and what they refuse before anything begins."""
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import yaml
 
 import tiny
 from cluster.store import RunStore
+from pipeline.plan import plan
 from pipeline.recipe.reading import validate
 from runs import Finished, execute
 
@@ -119,3 +121,41 @@ def test_until_names_a_stage_of_the_recipe(
     assert "--until = 'dhat': is not a stage; use one of labeled-train" in errors
     assert "round-2/dhat" in errors
     assert not run.exists()
+
+
+def test_status_of_a_run_whose_recipe_cannot_be_read(run_dir: str, tophat: Callable[..., Answer]) -> None:
+    file = Path(run_dir, "recipe.yaml")
+    before = file.read_bytes()
+    try:
+        for text in (b"name: [", b"\xff", b"name: tiny\nsed: 3\n"):
+            file.write_bytes(text)
+            code, output, errors = tophat("status", run_dir)
+            assert (code, errors) == (0, "")
+            assert "what is still to be done cannot be told" in output
+            assert re.search(r"teacher +done", output)
+            code, _, errors = tophat("prune", run_dir, "--yes")
+            assert (code, errors.count("\n")) == (2, 1)
+    finally:
+        file.write_bytes(before)
+
+
+def test_what_the_recipe_has_begun_is_not_pruned(run_dir: str, tophat: Callable[..., Answer], folders: Path) -> None:
+    begun = next(
+        one for one in plan(validate(tiny.recipe(str(folders))), RunStore(run_dir)).planned if one.name == "dhat"
+    )
+    place = Path(run_dir, "store", begun.made.key.folder)
+    (place / "work").mkdir(parents=True)
+    (place / "work" / "piece").write_bytes(b"hours")
+    execute(validate(tiny.recipe(str(folders))), run_dir, "labeled-test")
+    code, _, errors = tophat("prune", run_dir, "--yes")
+    assert code == 0, errors
+    assert (place / "work" / "piece").exists()
+    shutil.rmtree(place)
+
+
+def test_a_run_beside_a_source_is_not_inside_it(
+    folders: Path, recipe: Callable[..., str], tophat: Callable[..., Answer]
+) -> None:
+    beside = folders / "unlabeled-runs"
+    code, _, errors = tophat("run", recipe(), "--run-dir", str(beside), "--until", "unlabeled")
+    assert code == 0, errors

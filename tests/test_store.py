@@ -14,7 +14,7 @@ import pytest
 
 import tiny
 from cluster import storage
-from cluster.errors import RunError, StorageError
+from cluster.errors import RunError, StageError, StorageError
 from cluster.store import Key, Made, RunStore, fingerprint, publish_json, read_json
 from pipeline.recipe.reading import load, validate
 from pipeline.recipe.sections import Score, Select
@@ -228,11 +228,46 @@ def test_a_result_is_named_and_linked(place: str) -> None:
         assert Path(place, "dhat/part-1").exists()
 
 
+def test_links_are_mended_and_those_of_others_stay(tmp_path: Path) -> None:
+    store = RunStore(str(tmp_path / "run"))
+    store.claim("demo", "")
+    made = result(store, 1)
+    store.name_result("", made, {})
+    own = tmp_path / "run" / "mine"
+    own.symlink_to("/etc")
+    (tmp_path / "run" / "score-1").unlink()
+    store.name_result("", made, {})
+    assert (tmp_path / "run" / "score-1" / "part-1").exists()
+    store.name_result("", result(store, 2), {})
+    assert own.is_symlink()
+    assert not (tmp_path / "run" / "score-1").is_symlink()
+    (tmp_path / "run" / "score-3").mkdir()
+    with pytest.raises(RunError, match="is in the way of a link to what the run made; move it away"):
+        store.name_result("", result(store, 3), {})
+
+
+def test_a_holder_that_was_silent_takes_nothing_from_the_next(place: str) -> None:
+    store = RunStore(place)
+
+    def lose(stage: str) -> Outputs:
+        folder = storage.join(place, "leases", KEY.folder)
+        storage.publish(
+            storage.join(folder, "00000009.json"), storage.read_bytes(storage.join(folder, "00000001.json"))
+        )
+        storage.publish(storage.join(stage, "work", "of the next"), b"x")
+        return Outputs()
+
+    with pytest.raises(StageError, match="took this work over"):
+        store.once(KEY, Outputs, lose)
+    assert [f.path for f in storage.list_files(store.find(KEY, Outputs).uri)] == ["work/of the next"]
+
+
 def test_pruning_keeps_what_the_result_names(place: str) -> None:
     store = RunStore(place)
     store.claim("demo", "")
     made = result(store, 1, 2, 3)
     store.name_result("", {"score-2": made["score-2"]}, {})
+    assert set(store.unnamed([made["score-3"].key.folder])) == {made["score-1"].key.folder}
     unnamed = store.unnamed()
     assert set(unnamed) == {made["score-1"].key.folder, made["score-3"].key.folder}
     record = len(storage.read_bytes(storage.join(made["score-1"].uri, "_record.json")))
@@ -290,6 +325,13 @@ def test_a_run_directory_that_cannot_be_written(tmp_path: object) -> None:
     storage.publish(f"{tmp_path}/file", b"")
     with pytest.raises(StorageError, match=r"^--run-dir = "):
         RunStore(f"{tmp_path}/file/run").claim("demo", "")
+
+
+@pytest.mark.parametrize("stages", [None, [1], {"teacher": 1}])
+def test_a_damaged_list_of_stages(place: str, stages: object) -> None:
+    publish_json(storage.join(place, "run.json"), {"recipe": "demo", "format": 2, "stages": stages})
+    with pytest.raises(RunError, match=r"run\.json': is damaged"):
+        RunStore(place).result()
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"])

@@ -21,6 +21,9 @@ from pipeline.data.sources import open_source
 from pipeline.plan import plan
 from pipeline.recipe.reading import validate
 from pipeline.recipe.sections import Source
+from pipeline.selection.weak import weak_training_set
+from pipeline.stages import images_of
+from pipeline.teaching import copy_model
 from runs import Finished, execute, fresh
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -114,6 +117,21 @@ def test_a_ready_teacher_that_lacks_classes_is_refused(
         )
 
 
+def test_the_card_of_a_ready_model_decides_too(ready: str, folders: Path, tmp_path: Path, run_dir: str) -> None:
+    def teacher(card: bytes | None = None) -> str:
+        copy_model(ready, str(tmp_path / "model"))
+        if card is not None:
+            (tmp_path / "model" / "model.json").write_bytes(card)
+        planned = plan(validate(recipe(folders, teacher={"model": str(tmp_path / "model")})), RunStore(run_dir)).planned
+        return next(one.made.fingerprint for one in planned if one.name == "teacher")
+
+    card = Path(ready, "model.json").read_bytes()
+    before = teacher()
+    assert teacher(card.replace(b'"one"', b'"1"')) != before
+    assert teacher(card.replace(b'"padding":2', b'"padding":3').replace(b'"padding": 2', b'"padding": 3')) != before
+    assert teacher(card) == before
+
+
 def test_a_model_that_is_not_there_is_refused_before_anything(folders: Path, tmp_path: Path) -> None:
     other = validate(recipe(folders, teacher={"model": str(tmp_path / "nowhere")}))
     with pytest.raises(ModelError, match=r"^teacher\.model = .* has no model\.json"):
@@ -130,10 +148,15 @@ def test_a_teacher_that_is_pre_trained_on_weak_labels(run_dir: str, folders: Pat
     weak = {"images": {"uri": str(tmp_path)}, "training": QUICK}
     teacher = {**recipe(folders)["teacher"], "weak": weak}
     stages = execute(validate(recipe(folders, teacher=teacher)), run_dir)
-    assert fresh(stages)[:3] == ["tags", "weak-pretrained", "teacher"]
-    matched = stages["tags"].outputs
+    assert fresh(stages)[:3] == ["weak-tags", "weak-pretrained", "teacher"]
+    matched = stages["weak-tags"].outputs
     assert (matched.images, matched.tagged, matched.per_class) == (30, 20, (10, 0, 10))  # one, two, zero
     assert stages["teacher"].key.inputs["start"] == stages["weak-pretrained"].fingerprint
+    # Which image is which stays as it was listed, whatever comes into the folder.
+    training = weak_training_set(f"{stages['weak-tags'].uri}/table", images_of(stages["weak-tags"]), 3)
+    (tmp_path / "a.png").write_bytes(images["two"][0])
+    again = weak_training_set(f"{stages['weak-tags'].uri}/table", images_of(stages["weak-tags"]), 3)
+    assert again.shards == training.shards
     text = closing(stages)
     assert "tags: 20 of 30 images have a class; 1 of 3 classes got none" in text
     assert "Weak labels" in Path(run_dir, "report", "index.html").read_text()

@@ -12,6 +12,7 @@ from cluster.errors import RecipeError, one_line
 from pipeline.recipe.sections import NETWORK, READY, Deduplicate, Recipe, Score
 
 SHIPPED = Path(__file__).parent / "shipped"
+PLAIN = ("bool", "int", "float", "str")
 UNREADABLE = (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError)
 """What PyYAML raises for a text that is no YAML, or whose dates, numbers or nesting it cannot take."""
 
@@ -163,6 +164,8 @@ def _first_error(error: ValidationError, section: type[BaseModel]) -> RecipeErro
     # An unknown key says more than the missing one that it was meant to be.
     first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
     place = [str(part) for part in first["loc"] if part not in (NETWORK, READY)]
+    plain = bool(place) and place[-1] in PLAIN  # which of the kinds of a value pydantic tried first
+    place = place[:-1] if plain else place
     field = ".".join(place) or "recipe"
     if first["type"] == "extra_forbidden":
         known = _fields_at(section, place[:-1])
@@ -171,7 +174,7 @@ def _first_error(error: ValidationError, section: type[BaseModel]) -> RecipeErro
         return RecipeError(field, first["input"], "is not a field of a recipe", fix)
     if first["type"] == "missing":
         return RecipeError(field, "nothing", "must be given", f"add {field} to the recipe, or --set {field}=...")
-    rule = first["msg"].removeprefix("Value error, ")
+    rule = "must be true, false, a finite number or a text" if plain else first["msg"].removeprefix("Value error, ")
     return RecipeError(
         field, first["input"] if place else "(several fields)", rule, f"correct it in the recipe, or --set {field}=..."
     )
