@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.errors import RecipeError
+from cluster.errors import InputError, RecipeError
+from cluster.store import RunStore
 from models.config import ModelConfig
+from pipeline.plan import plan
 from pipeline.recipe.reading import load, shipped, validate
 from pipeline.recipe.sections import Recipe
 
@@ -272,3 +274,12 @@ def test_values_that_are_none(override: str, said: str) -> None:
 
 def test_a_slash_at_the_end_changes_nothing() -> None:
     assert load("demo", ["unlabeled.uri=a/b/"]) == load("demo", ["unlabeled.uri=a/b"])
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nowhere.parquet"])
+def test_lists_that_are_not_there_are_told_by_their_field(name: str, tmp_path: Path) -> None:
+    given = [f'select.exclude=["{tmp_path}/{name}"]', f"select.tags={tmp_path}/{name}"]
+    for override, field in zip(given, ("select.exclude", "select.tags"), strict=True):
+        with pytest.raises(InputError) as error:
+            plan(load("demo", [override]), RunStore(str(tmp_path / "run")))
+        assert str(error.value).startswith(f"{field} = ")

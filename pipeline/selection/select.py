@@ -211,11 +211,10 @@ def listing(field: str, uri: str) -> str:
         SourceError: nothing is there; names `field`.
     """
     try:
-        files = storage.list_files(uri)
-        content = storage.read_bytes(uri) if uri.endswith(".parquet") else repr(files).encode()
+        content = storage.read_bytes(uri) if uri.endswith(".parquet") else repr(storage.list_files(uri)).encode()
     except MissingError:
-        files, content = [], b""
-    if not content or not (files or uri.endswith(".parquet")):
+        content = b""
+    if content in (b"", b"[]"):
         raise SourceError(field, uri, "holds no Parquet files", "check the path")
     return hashlib.sha256(content).hexdigest()[:16]
 
