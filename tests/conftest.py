@@ -1,4 +1,4 @@
-"""Fixtures that stand for the outside world, each started once: a real Ray, a real S3 server, a real browser; and a finished run."""
+"""Fixtures that stand for the outside world: a real Ray and a real S3 server, each started once, a real browser; and a finished run."""
 
 import os
 import secrets
@@ -84,9 +84,12 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return uri
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(private_home: Path) -> "Iterator[Browser]":
-    """A Chromium: one that is installed, or else Playwright's own."""
+    """A Chromium: one that is installed, or else Playwright's own.
+
+    It ends with the module: as long as Playwright runs, this thread has an event loop that runs, and `asyncio.run` refuses.
+    """
     from playwright.sync_api import sync_playwright
 
     names = ("chromium", "chromium-browser", "google-chrome")
