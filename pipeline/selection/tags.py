@@ -15,7 +15,7 @@ from typing import Any
 from snowballstemmer.english_stemmer import EnglishStemmer
 
 from cluster import storage
-from cluster.errors import MissingError, SourceError, StorageError, one_line, shown
+from cluster.errors import SourceError, StorageError, one_line, shown
 from cluster.progress import SILENT, Progress
 from cluster.tasks import scatter
 from pipeline.data.labeled import undecodable
@@ -267,14 +267,13 @@ def is_matched(field: str, uri: str) -> bool:
 
 def _tag_files(field: str, uri: str) -> list[tuple[str, int]]:
     if uri.endswith(".parquet"):
-        try:
-            with storage.open_input(uri) as file:
-                return [(uri, file.size())]
-        except MissingError:
-            raise SourceError(field, uri, "does not exist", "check the path") from None
+        if not storage.exists(uri):
+            raise SourceError(field, uri, "does not exist", "check the path")
+        with storage.open_input(uri) as file:
+            return [(uri, file.size())]
     found = [f for f in storage.list_files(uri, ".parquet") if not f.path.startswith("_")]
     if not found:
-        raise SourceError(field, uri, "holds no Parquet files", "give a Parquet file of tags, or a folder of them")
+        raise SourceError(field, uri, "holds no Parquet files", "give a Parquet file of tags, or a folder")
     return [(storage.join(uri, f.path), f.size) for f in found]
 
 
