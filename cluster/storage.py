@@ -13,7 +13,6 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -33,10 +32,12 @@ from cluster.filesystems import (
     s3,
     split,
 )
+from cluster.listing import FileEntry, Skipped, is_hidden, walk
 
 __all__ = [
     "TIMEOUT",
     "FileEntry",
+    "Skipped",
     "absolute",
     "check_writable",
     "conditional",
@@ -46,6 +47,7 @@ __all__ = [
     "etag",
     "exists",
     "filesystem",
+    "is_hidden",
     "is_remote",
     "join",
     "list_files",
@@ -56,16 +58,8 @@ __all__ = [
     "ray_filesystem",
     "read_bytes",
     "read_end",
+    "walk",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class FileEntry:
-    """One object under a folder: `path` relative to it, `size` in bytes, `etag` that changes when its content does."""
-
-    path: str
-    size: int
-    etag: str
 
 
 def join(uri: str, *parts: str) -> str:
@@ -270,30 +264,7 @@ def list_files(uri: str, suffix: str = "") -> list[FileEntry]:
 
     Hidden files (a name that starts with a dot, temporary names among them) are left out. A folder that does not exist is empty.
     """
-    scheme, path = split(uri)
-    with reported(uri):
-        found = _list_s3(path) if scheme == "s3" else _list_arrow(uri)
-        return sorted(
-            (f for f in found if f.path.endswith(suffix) and not any(p.startswith(".") for p in f.path.split("/"))),
-            key=lambda f: f.path.encode(),
-        )
-
-
-def _list_s3(path: str) -> Iterator[FileEntry]:
-    client, bucket, key = s3(path)
-    prefix = f"{key}/" if key else ""
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-        for item in page.get("Contents", []):
-            relative = item["Key"][len(prefix) :]
-            if relative and not relative.endswith("/"):
-                yield FileEntry(relative, item["Size"], item["ETag"].strip('"'))
-
-
-def _list_arrow(uri: str) -> Iterator[FileEntry]:
-    fs, path = filesystem(uri)
-    for info in fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True)):
-        if info.type == pafs.FileType.File:
-            yield FileEntry(info.path[len(path) :].lstrip("/"), info.size, f"{info.size}-{info.mtime_ns}")
+    return [file for file in walk(uri)[0] if file.path.endswith(suffix) and not is_hidden(file.path)]
 
 
 def list_folders(uri: str) -> list[str]:
@@ -323,7 +294,7 @@ def delete_tree(uri: str) -> None:
     with reported(uri):
         if scheme == "s3":
             client, bucket, key = s3(path)
-            keys = [item.path for item in _list_s3(path)]
+            keys = [item.path for listed in walk(uri) for item in listed]
             for start in range(0, len(keys), 1000):
                 batch = [{"Key": f"{key}/{name}" if key else name} for name in keys[start : start + 1000]]
                 answer = client.delete_objects(Bucket=bucket, Delete={"Objects": batch, "Quiet": True})

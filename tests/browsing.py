@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, Request
 
 NAMES = [
     "<script>window.pwned = 1</script>",
@@ -60,13 +60,18 @@ def opened(browser: Browser, uri: str, width: int = 1280, scheme: str = "light")
     """The page, loaded; afterwards it must have asked for its own files alone, and complained of nothing."""
     requests: list[str] = []
     complaints: list[str] = []
+
+    def failed(request: Request) -> None:
+        if request.failure != "net::ERR_ABORTED":  # a reload gives up what is still on its way
+            complaints.append(f"failed: {request.url} ({request.failure})")
+
     context = browser.new_context(
         viewport={"width": width, "height": 900}, color_scheme="dark" if scheme == "dark" else "light"
     )
     page = context.new_page()
     page.set_default_timeout(10_000)
     page.on("request", lambda request: requests.append(request.url))
-    page.on("requestfailed", lambda request: complaints.append(f"failed: {request.url}"))
+    page.on("requestfailed", failed)
     page.on(
         "console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None
     )

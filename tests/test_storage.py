@@ -282,10 +282,34 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
         storage.check_writable("--out", str(blocked / "run"))
 
 
-def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+def test_a_name_that_is_not_utf8_is_told_in_letters(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe.jpg")).write_bytes(b"x")
-    with pytest.raises(StorageError, match=r"holds a name that is not UTF-8 .*xff.*; rename it"):
-        storage.list_files(str(tmp_path))
+    assert storage.walk(str(tmp_path)) == ([], [storage.Skipped("\\xff\\xfe.jpg", "names that are not UTF-8")])
+
+
+def test_links_are_followed_and_never_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "real" / "deep").mkdir(parents=True)
+    (tmp_path / "real" / "deep" / "x").write_bytes(b"x")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "y").write_bytes(b"yy")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "a").symlink_to(tmp_path / "real")
+    (root / "b").symlink_to(tmp_path / "real" / "deep")
+    (tmp_path / "real" / "back").symlink_to(root)
+    (root / "file").symlink_to(tmp_path / "elsewhere" / "y")
+    (root / "nothing").symlink_to(tmp_path / "gone")
+    (root / "itself").symlink_to(root / "itself")
+    os.mkfifo(root / "pipe")
+    files, skipped = storage.walk(str(root))
+    assert [(file.path, file.size) for file in files] == [("a/deep/x", 1), ("file", 2)]
+    assert [(one.path, one.reason) for one in skipped] == [
+        ("a/back", "links to folders that are listed by another name"),
+        ("b", "links to folders that are listed by another name"),
+        ("itself", "links to nothing"),
+        ("nothing", "links to nothing"),
+        ("pipe", "devices, sockets and pipes"),
+    ]
 
 
 def test_joining() -> None:

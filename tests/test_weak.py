@@ -339,7 +339,7 @@ def test_bad_tables_of_tags_are_told_in_one_line(tmp_path: Path) -> None:
 def test_folders_that_cannot_be_used_are_told_in_one_line(tmp_path: Path) -> None:
     source = write(f"{tmp_path}/w", "webdataset")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SourceError, match="holds no Parquet files; give a Parquet file of tags, or a folder of them"):
+    with pytest.raises(SourceError, match="holds no Parquet files; give a Parquet file of tags, or a folder"):
         match_tags("tags", source, CLASSES, f"{tmp_path}/out", tags_uri=f"{tmp_path}/empty")
     with pytest.raises(InputError, match="does not exist"):
         match_tags("tags", source, CLASSES, f"{tmp_path}/out", tags_uri=f"{tmp_path}/none.parquet")
