@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # decoding runs in many processes, and needs no torch
     import torch
     from torch import Tensor
 
-Reason = Literal["empty", "unreadable", "not_an_image", "too_large", "truncated", "slow", "decode_error"]
+Reason = Literal["empty", "no_image", "unreadable", "not_an_image", "too_large", "truncated", "slow", "decode_error"]
 REASONS: tuple[str, ...] = get_args(Reason)
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
