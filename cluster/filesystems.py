@@ -3,8 +3,10 @@
 Credentials, region and endpoint are boto3's usual ones (`AWS_ACCESS_KEY_ID`, `AWS_PROFILE`, `AWS_ENDPOINT_URL`, instance roles).
 """
 
+import errno
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Final
@@ -200,6 +202,64 @@ def s3(path: str) -> tuple[Any, str, str]:
     """boto3's client, and the bucket and key of `BUCKET/KEY`."""
     bucket, _, key = path.partition("/")
     return _s3_client(tuple(sorted(endpoint_environment().items()))), bucket, key
+
+
+class S3Object(io.RawIOBase):
+    """An object whose key pyarrow's paths cannot express, as it has slashes in a row: read in ranges through boto3's client.
+
+    Args:
+        path: `BUCKET/KEY`.
+
+    Attributes:
+        size: bytes.
+        etag: as a listing has it.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        OSError: the store refuses, or is out of reach.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._client, self._bucket, self._key = s3(path)
+        found = self._ask(self._client.head_object)
+        self._at = 0
+        self.size: int = found["ContentLength"]
+        self.etag: str = found["ETag"].strip('"')
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence])
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        stop = self.size if size < 0 else min(self.size, self._at + size)
+        if stop <= self._at:
+            return b""
+        content: bytes = self._ask(
+            lambda **key: self._client.get_object(Range=f"bytes={self._at}-{stop - 1}", **key)["Body"].read()
+        )
+        self._at += len(content)
+        return content
+
+    def _ask(self, request: Callable[..., Any]) -> Any:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            return request(Bucket=self._bucket, Key=self._key)
+        except ClientError as error:
+            if _code(error) in ABSENT:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._key) from None
+            raise OSError(str(error)) from None
+        except BotoCoreError as error:
+            raise OSError(str(error)) from None
 
 
 @contextmanager

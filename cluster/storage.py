@@ -22,6 +22,7 @@ from cluster.errors import StorageError
 from cluster.filesystems import (
     ABSENT,
     TIMEOUT,
+    S3Object,
     absolute,
     filesystem,
     is_remote,
@@ -47,6 +48,7 @@ __all__ = [
     "etag",
     "exists",
     "filesystem",
+    "inside",
     "is_hidden",
     "is_remote",
     "join",
@@ -54,6 +56,7 @@ __all__ = [
     "list_folders",
     "local_copy",
     "open_input",
+    "open_object",
     "publish",
     "ray_filesystem",
     "read_bytes",
@@ -65,6 +68,11 @@ __all__ = [
 def join(uri: str, *parts: str) -> str:
     """`uri` with `parts` appended, separated by single slashes."""
     return "/".join([uri.rstrip("/") if uri != "/" else "", *(part.strip("/") for part in parts if part)])
+
+
+def inside(uri: str, path: str) -> str:
+    """The URI of what a listing of `uri` calls `path`: keys of an object store may have slashes in a row, or begin with one."""
+    return f"{uri.rstrip('/')}/{path}"
 
 
 def exists(uri: str) -> bool:
@@ -100,20 +108,37 @@ def etag(uri: str, file: pa.NativeFile | None = None) -> str:
     fs, path = filesystem(uri)
     if uri.startswith("s3://"):
         if file is None:
-            with fs.open_input_file(path) as opened:
+            with open_object(uri) as opened:
                 return etag(uri, opened)
-        return str(file.metadata()["ETag"], "utf-8").strip('"')
+        return S3Object(path).etag if "//" in path else str(file.metadata()["ETag"], "utf-8").strip('"')
     info = fs.get_file_info(path)
     if info.type == pafs.FileType.NotFound:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri)
     return f"{info.size}-{info.mtime_ns}"
 
 
-def open_input(uri: str) -> pa.NativeFile:
-    """A readable, seekable file; use it in a `with` block."""
+def open_object(uri: str) -> pa.NativeFile:
+    """A readable, seekable file; use it in a `with` block.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        OSError: as pyarrow raises it; one without a number speaks of the store or the way to it.
+    """
     fs, path = filesystem(uri)
+    if uri.startswith("s3://") and "//" in path:
+        return pa.PythonFile(S3Object(path), mode="r")
+    return fs.open_input_file(path)
+
+
+def open_input(uri: str) -> pa.NativeFile:
+    """`open_object`, whose errors are one line for the user.
+
+    Raises:
+        MissingError: nothing is there.
+        StorageError: the store refuses.
+    """
     with reported(uri):
-        return fs.open_input_file(path)
+        return open_object(uri)
 
 
 def read_bytes(uri: str) -> bytes:

@@ -29,7 +29,8 @@ from cluster.session import Session
 from cluster.store import RunStore
 from models.config import ModelConfig, Transform
 from pipeline.context import Run, Sources
-from pipeline.data.shards import Reader, Shard
+from pipeline.data.reader import Reader
+from pipeline.data.shards import Shard
 from pipeline.data.sources import ImageSource, open_source
 from pipeline.duplicates import exclude as deduplication
 from pipeline.duplicates.copies import find_copies

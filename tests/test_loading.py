@@ -15,7 +15,8 @@ from models.config import Transform
 from models.inputs.image import evaluation_image
 from pipeline.data.labeled import REJECTED, class_ids, class_names, hold_out, training_set
 from pipeline.data.loading import Piece, TrainingSet, ahead, arc, windows
-from pipeline.data.shards import Reader, Shard
+from pipeline.data.reader import Reader
+from pipeline.data.shards import Shard
 from pipeline.data.sources import ImageSource, open_source
 from pipeline.recipe.sections import Source
 

@@ -14,7 +14,8 @@ from playwright.sync_api import Browser
 
 from browsing import BROKEN_IMAGES, NAMES, encoded, opened, text_of
 from cluster.errors import InputError
-from pipeline.data.shards import Reader, Shard
+from pipeline.data.reader import Reader
+from pipeline.data.shards import Shard
 from pipeline.data.sources import ImageSource
 from pipeline.duplicates.nearest import PAIRS
 from pipeline.duplicates.review import TILE, Review, decided, read_decisions, write_review

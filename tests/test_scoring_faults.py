@@ -23,7 +23,7 @@ from faulty_proxy import FAULTS, faulty_proxy
 from models.config import ModelConfig, Transform
 from models.inputs.decoding import Decoder
 from models.inputs.image import UndecodableImage, evaluation_image
-from pipeline.data import shards
+from pipeline.data import reader
 from pipeline.data.rejects import REJECTS
 from pipeline.data.sources import ImageSource, open_source
 from pipeline.recipe.sections import Score, Source
@@ -345,10 +345,10 @@ class Flaky:
 
 
 def test_a_failed_read_goes_on_at_its_byte(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(reader, "RETRY_SECONDS", (0.0, 0.0))
     content = random.Random(0).randbytes(10_000)
     flaky = Flaky(content)
-    with io.BufferedReader(shards._RemoteFile("s3://bucket/a", flaky), 4000) as file:
+    with io.BufferedReader(reader._RemoteFile("s3://bucket/a", flaky), 4000) as file:
         assert b"".join(iter(lambda: file.read(700), b"")) == content
     assert flaky.calls == [0, 0, 4000, 4000, 8000, 8000]
 
@@ -359,9 +359,9 @@ def test_a_failed_read_goes_on_at_its_byte(monkeypatch: pytest.MonkeyPatch) -> N
         raise FileNotFoundError(2, "No such file or directory")
 
     with pytest.raises(StorageError, match=r"^source = 's3://bucket/a': could not be read in 3 attempts \(AWS Error"):
-        shards._asked("s3://bucket/a", outage)
+        reader._asked("s3://bucket/a", outage)
     with pytest.raises(FileNotFoundError):
-        shards._asked("s3://bucket/a", damage)
+        reader._asked("s3://bucket/a", damage)
 
 
 def test_a_timeout_that_cannot_be(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:

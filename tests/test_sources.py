@@ -95,8 +95,16 @@ def test_webdataset_rows_that_are_odd_keep_their_numbers(tmp_path: object) -> No
     ]
     storage.publish(f"{tmp_path}/x.tar", tar(members))
     rows = list(opened(str(tmp_path)).read("x.tar"))
-    assert [row.index for row in rows] == [0, 1, 2, 3, 4, 5]
-    assert [row.data for row in rows] == [b"a", b"", b"c", b"same stem, another folder", b"e", b""]
+    assert [row.index for row in rows] == list(range(8))
+    assert [row.data for row in rows] == [b"a", b"", b"", b"", b"c", b"same stem, another folder", b"e", b""]
+    assert [row.problem for row in rows] == [
+        None,
+        "a hidden file: .DS_Store",
+        "a hidden file: ./._b.jpg",
+        "a sample without an image: b.json",
+        *[None] * 4,
+    ]
+    assert {row.reason for row in rows if row.problem} == {"no_image"}
 
 
 def test_parquet_with_bytes(place: str) -> None:
@@ -116,24 +124,92 @@ def test_parquet_of_hugging_face(place: str) -> None:
     )
     source = opened(place)
     assert source.reader.class_names == ("cat", "dog")
-    assert list(source.read("data/train-0.parquet")) == [Row(0, b"a", "dog"), Row(1, b"", "cat"), Row(2, b"", 5)]
+    assert list(source.read("data/train-0.parquet")) == [
+        Row(0, b"a", "dog", reason="empty"),
+        Row(1, b"", "cat", "no bytes, only the path y.png", "empty"),
+        Row(2, b"", 5, "no bytes", "empty"),
+    ]
 
 
 def test_parquet_columns_by_name(tmp_path: object) -> None:
     columns = {"jpeg": pa.array([b"a", b"b"], pa.large_binary()), "what": ["x", "y"], "url": ["u", "v"]}
     storage.publish(f"{tmp_path}/p.parquet", parquet(columns))
     source = opened(str(tmp_path), image_column="jpeg", label_column="what")
-    assert list(source.read("p.parquet")) == [Row(0, b"a", "x"), Row(1, b"b", "y")]
+    assert [(row.data, row.label) for row in source.read("p.parquet")] == [(b"a", "x"), (b"b", "y")]
     with pytest.raises(SourceError) as error:
-        opened(str(tmp_path))
-    assert str(error.value).startswith("unlabeled.image_column = 'image': is not a column of ")
+        opened(str(tmp_path), image_column="img")
+    assert str(error.value).startswith("unlabeled.image_column = 'img': is not one column of ")
     assert str(error.value).endswith("p.parquet; use one of jpeg, what, url")
 
 
-def test_a_column_that_holds_no_images(tmp_path: object) -> None:
-    storage.publish(f"{tmp_path}/p.parquet", parquet({"image": [1, 2]}))
-    with pytest.raises(ShardError, match=r"holds int64 in p\.parquet; name a column of encoded images"):
-        list(opened(str(tmp_path)).read("p.parquet"))
+def test_the_column_of_images_is_found(tmp_path: object) -> None:
+    storage.publish(f"{tmp_path}/one/p.parquet", parquet({"url": ["u"], "img": [b"a"]}))
+    assert opened(f"{tmp_path}/one").reader.image_column == "img"
+    storage.publish(f"{tmp_path}/usual/p.parquet", parquet({"mask": [b"m"], "image": [b"a"]}))
+    assert opened(f"{tmp_path}/usual").reader.image_column == "image"
+    storage.publish(f"{tmp_path}/two/p.parquet", parquet({"left": [b"a"], "right": [b"b"]}))
+    with pytest.raises(SourceError, match=r"has several columns of encoded images \(left, right\) .*; name one with unl"):
+        opened(f"{tmp_path}/two")
+    storage.publish(f"{tmp_path}/none/p.parquet", parquet({"url": ["u"], "n": [1]}))
+    with pytest.raises(SourceError, match=r"has no column of encoded images \(url string, n int64\) in "):
+        opened(f"{tmp_path}/none")
+
+
+BYTES = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [
+        (pa.array([1]), "int64"),
+        (pa.array(["/data/0.png"]), "string"),
+        (pa.array([[b"a"]], pa.list_(pa.binary())), "list<element: binary>"),
+        (pa.array([[{"bytes": b"a", "path": None}]], pa.list_(BYTES)), "list<element: struct<.*>>"),
+        (pa.array([b"a"], pa.binary_view()), "binary_view"),
+        (pa.array([{"path": "a"}]), "struct<path: string>"),
+    ],
+)
+def test_a_column_that_holds_no_images(tmp_path: object, column: pa.Array, kind: str) -> None:
+    storage.publish(f"{tmp_path}/p.parquet", parquet({"image": column}))
+    with pytest.raises(SourceError, match=rf"^unlabeled.image_column = 'image': holds {kind} in .*write it as binary"):
+        opened(str(tmp_path))
+
+
+def test_a_file_of_other_columns_than_the_first_is_told_as_a_shard(tmp_path: object) -> None:
+    storage.publish(f"{tmp_path}/a.parquet", parquet({"image": [b"a"]}))
+    storage.publish(f"{tmp_path}/b.parquet", parquet({"image": [1]}))
+    storage.publish(f"{tmp_path}/c.parquet", parquet({"image": [b"c"], "label": [0.5]}))
+    source = opened(str(tmp_path))
+    assert [row.data for row in source.read("a.parquet")] == [b"a"]
+    with pytest.raises(ShardError, match=r"holds int64 in b\.parquet, which are no encoded images"):
+        list(source.read("b.parquet"))
+    with pytest.raises(ShardError, match=r"label = 0.5: is no class number, in c\.parquet"):
+        list(source.read("c.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (pa.array([0.0, 10.0, float("nan"), None]), [0, 10, None, None]),
+        (pa.array([1, 2**40]), [1, 2**40]),
+        (pa.array([True, False]), [1, 0]),
+        (pa.array([b"ant", "b\xfc".encode("latin-1")]), ["ant", "b\\xfc"]),
+        (pa.array(["007", "7", "1.0"]), ["007", "7", "1.0"]),
+        (pa.array(["a", "b", "a"]).dictionary_encode(), ["a", "b", "a"]),
+        (pa.array([None, None]), [None, None]),
+        (pa.array([3, 4], pa.decimal128(5, 2)), [3, 4]),
+    ],
+)
+def test_labels_of_every_type(tmp_path: object, labels: pa.Array, expected: list[Label]) -> None:
+    storage.publish(f"{tmp_path}/p.parquet", parquet({"image": [b"a"] * len(labels), "label": labels}))
+    assert [row.label for row in opened(str(tmp_path)).read("p.parquet")] == expected
+
+
+@pytest.mark.parametrize("labels", [[[1]], [{"id": 1}], [__import__("datetime").date(2026, 1, 1)]])
+def test_labels_that_are_none(tmp_path: object, labels: list[object]) -> None:
+    storage.publish(f"{tmp_path}/p.parquet", parquet({"image": [b"a"], "label": labels}))
+    with pytest.raises(SourceError, match=r"^unlabeled.label_column = 'label': holds .* in .*; name a column of class"):
+        opened(str(tmp_path))
 
 
 def test_folder_with_hostile_names(place: str) -> None:
@@ -300,7 +376,8 @@ def test_nothing_there(place: str) -> None:
 
 def test_nothing_of_that_layout(tmp_path: object) -> None:
     storage.publish(f"{tmp_path}/notes.txt", b"")
-    with pytest.raises(SourceError, match="holds no tar shards, Parquet files or images; check uri and layout"):
+    rule = "holds no tar shards, Parquet files or images, only files of the kind .txt; check uri and layout"
+    with pytest.raises(SourceError, match=rule):
         opened(str(tmp_path))
     storage.publish(f"{tmp_path}/x.jpg", b"")
     with pytest.raises(SourceError, match="holds no files of the layout parquet; check uri and layout"):

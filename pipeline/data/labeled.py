@@ -16,8 +16,9 @@ from cluster.progress import Progress
 from cluster.tasks import parallel_map
 from models.config import Transform
 from pipeline.data.loading import Integers, TrainingSet
+from pipeline.data.reader import Reader
 from pipeline.data.rejects import Reject, publish_rejects
-from pipeline.data.shards import Label, Reader, Row, Shard, ShardError
+from pipeline.data.shards import Label, Row, Shard, ShardError
 from pipeline.data.sources import ImageSource
 
 REJECTED = -1
@@ -96,9 +97,7 @@ def undecodable(shard: str, row: Row) -> Reject | None:
     from models.inputs.image import UndecodableImage, evaluation_image
 
     try:
-        if row.problem is not None:
-            raise UndecodableImage("unreadable", row.problem)
-        evaluation_image(row.data, Transform(size=8, resize=8))
+        evaluation_image(row.image, Transform(size=8, resize=8))
     except UndecodableImage as error:
         return Reject(shard, row.index, error.reason, error.detail)
     return None

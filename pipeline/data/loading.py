@@ -20,7 +20,8 @@ import numpy.typing as npt
 from cluster import storage
 from cluster.errors import StageError, one_line
 from models.config import Transform
-from pipeline.data.shards import Label, Reader, Row, Shard, ShardError
+from pipeline.data.reader import Reader
+from pipeline.data.shards import Label, Row, Shard, ShardError
 
 if TYPE_CHECKING:
     import torch
@@ -261,9 +262,7 @@ def _decoded(row: Row, shard: Shard, decode: Callable[[bytes], npt.NDArray[np.ui
     from models.inputs.image import UndecodableImage
 
     try:
-        if row.problem is not None:
-            raise UndecodableImage("unreadable", row.problem)
-        return decode(row.data)
+        return decode(row.image)
     except UndecodableImage as error:
         raise StageError(
             one_line(f"image {row.index} of {shard.name} could be decoded before and cannot now: {error}")

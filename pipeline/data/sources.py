@@ -2,33 +2,79 @@
 
 An image's identity is `(shard, index)`: the shard's path relative to the source's root, and the 0-based row in it. Many small files are
 grouped into virtual shards named `files-000000`, `files-000001`, ..., mixed over folders so that a shard holds many classes.
+
+Every object under a source is read, or a part of what is read, or passed over; what is passed over is counted by its reason:
+
+- One layout is read, by default the one of most bytes: tars, Parquet files with a column of encoded images, or files that are images by their
+  names or whose names say nothing (`0001`), of which reading tells those that are none. Suffixes count in any case.
+- Parts are `classes.json`, `ingest.json`, the `.txt` and `.json` beside an image, and the `.parquet`, `.json`, `_stats.json` beside a tar.
+- Hidden files, and what `cluster.listing` skips, are passed over, like everything else.
 """
 
 import hashlib
+import itertools
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cluster import storage
 from cluster.errors import SourceError, TophatError, one_line
 from cluster.storage import FileEntry
-from pipeline.data.shards import IMAGE_SUFFIXES, Layout, Reader, Row, Shard, ShardError, shard_table, shards_of
+from pipeline.data import kinds
+from pipeline.data.reader import Reader
+from pipeline.data.shards import Layout, Row, Shard, ShardError, shard_table, shards_of
 from pipeline.recipe import sections as recipe
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 FILES_PER_SHARD = 256
 CLASSES_FILE = "classes.json"
 INGEST_FILE = "ingest.json"
+MUCH = 0.1
+"""Share of a source's objects, or bytes, that is much to be passed over."""
+FEW = 10
+"""Objects that are never many."""
+EXAMPLES = 3
+IMAGE_COLUMN = "image"
+REASONS = 8
+"""Reasons that are told one by one; kinds of files beyond them are told together."""
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """Objects of a source that are not read.
+
+    Attributes:
+        reason: what they are, as a plural noun.
+        count: how many.
+        bytes: of all of them.
+        examples: paths of the first ones.
+    """
+
+    reason: str
+    count: int
+    bytes: int
+    examples: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """A source and the list of its shards, sorted by the bytes of their names."""
+    """A source and the list of its shards, sorted by the bytes of their names.
+
+    Attributes:
+        reader: of its shards.
+        listing: every shard.
+        parts: objects that are parts of what is read, such as the text beside an image.
+        passed_over: the objects that are not read, by reason, most of them first.
+    """
 
     reader: Reader
     listing: tuple[Shard, ...]
+    parts: int = 0
+    passed_over: tuple[PassedOver, ...] = ()
 
     def shards(self) -> tuple[Shard, ...]:
         """Every shard."""
@@ -55,7 +101,9 @@ class ImageSource:
 
     def fingerprint(self) -> str:
         """Changes when the content of any shard does."""
-        digest = hashlib.sha256(repr((self.reader.layout, self.reader.class_names)).encode())
+        reader = self.reader
+        columns = (reader.image_column, reader.label_column) if reader.layout == "parquet" else ()
+        digest = hashlib.sha256(repr((reader.layout, reader.class_names, *columns)).encode())
         for shard in self.listing:
             digest.update(f"{shard.name}\0{shard.size}\0{shard.etag}\0".encode())
         return digest.hexdigest()[:16]
@@ -65,9 +113,12 @@ class ImageSource:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        reader = {"tophat.reader": json.dumps(self.reader.__dict__)}
+        metadata = {
+            "tophat.reader": json.dumps(asdict(self.reader)),
+            "tophat.beside": json.dumps([self.parts, [asdict(one) for one in self.passed_over]]),
+        }
         sink = pa.BufferOutputStream()
-        pq.write_table(shard_table(self.listing).replace_schema_metadata(reader), sink)
+        pq.write_table(shard_table(self.listing).replace_schema_metadata(metadata), sink)
         storage.publish(uri, sink.getvalue().to_pybytes())
 
     @classmethod
@@ -79,7 +130,29 @@ class ImageSource:
             table = pq.read_table(file)
         fields = json.loads(table.schema.metadata[b"tophat.reader"])
         fields["class_names"] = tuple(fields["class_names"]) if fields["class_names"] is not None else None
-        return cls(Reader(**fields), tuple(shards_of(table)))
+        parts, passed = json.loads(table.schema.metadata[b"tophat.beside"])
+        passed_over = tuple(PassedOver(**one | {"examples": tuple(one["examples"])}) for one in passed)
+        return cls(Reader(**fields), tuple(shards_of(table)), parts, passed_over)
+
+    def told(self) -> str | None:
+        """What is passed over, in one line; None where nothing is."""
+        if not self.passed_over:
+            return None
+        count = sum(one.count for one in self.passed_over)
+        reasons = ", ".join(f"{one.count:,} {one.reason} ({_few(one)})" for one in self.passed_over)
+        files = sum(len(shard.files) or 1 for shard in self.listing)
+        return f"passed over: {count:,} of {count + self.parts + files:,} objects: {reasons}"
+
+    @property
+    def lacks_much(self) -> bool:
+        """Whether so much is passed over that someone should look before work starts."""
+        count, size = sum(one.count for one in self.passed_over), sum(one.bytes for one in self.passed_over)
+        files = sum(len(shard.files) or 1 for shard in self.listing)
+        return size > MUCH * (size + self.bytes) or count > max(FEW, MUCH * (count + files + self.parts))
+
+
+def _few(one: PassedOver) -> str:
+    return ", ".join(one_line(path)[-60:] for path in one.examples) + (", ..." if one.count > len(one.examples) else "")
 
 
 def open_source(field: str, source: recipe.Source) -> ImageSource:
@@ -95,38 +168,176 @@ def open_source(field: str, source: recipe.Source) -> ImageSource:
     """
     root = storage.absolute(source.uri)
     try:
-        files = storage.list_files(root)
+        files, skipped = storage.walk(root)
     except TophatError as error:
         rule, fix = getattr(error, "rule", str(error)), getattr(error, "fix", "check it")
         raise SourceError(f"{field}.uri", source.uri, rule, fix) from None
     if not files:
-        raise SourceError(
-            f"{field}.uri",
-            source.uri,
-            "does not exist or holds no files",
-            "check the path, or make shards with `tophat ingest`",
-        )
+        rule, fix = "does not exist or holds no files", "check the path, or make shards with `tophat ingest`"
+        if skipped:
+            rule = f"holds no files, only {skipped[0].reason} ({one_line(skipped[0].path)})"
+        raise SourceError(f"{field}.uri", source.uri, rule, fix)
     if any(f.path == INGEST_FILE for f in files) and not _complete(storage.join(root, INGEST_FILE)):
-        raise SourceError(
-            f"{field}.uri", source.uri, "holds an ingest that did not finish", "run the same `tophat ingest` again"
+        rule, fix = "holds an ingest that did not finish", "run the same `tophat ingest` again"
+        raise SourceError(f"{field}.uri", source.uri, rule, fix)
+    content = _Content.of(root, files)
+    layout = content.layout(field, source)
+    names = _names_of_file(field, root, files)
+    image_column = source.image_column or IMAGE_COLUMN
+    if layout == "parquet" and content.schema is not None:
+        from pipeline.data import parquet
+
+        uri = storage.inside(root, content.described)
+        image_column = parquet.image_column(f"{field}.image_column", uri, content.schema, source.image_column)
+        parquet.check_labels(f"{field}.label_column", uri, content.schema, source.label_column)
+        names = names or parquet.class_names(content.schema, source.label_column)
+    read = content.of_layout[layout]
+    if layout == "folder":
+        shards = _virtual_shards(read)
+        # A folder without images is a class without images, which a labeled set must not have.
+        folders = {f.path.partition("/")[0] for f in read if "/" in f.path} | set(storage.list_folders(root))
+        names = names or tuple(sorted(folders)) or None
+    else:
+        shards = [Shard(f.path, f.size, f.etag) for f in read]
+    parts, passed_over = content.beside(layout, skipped)
+    reader = Reader(root, layout, image_column, source.label_column, names)
+    return ImageSource(reader, tuple(shards), parts, passed_over)
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a source holds.
+
+    Attributes:
+        of_layout: the files that each layout would read.
+        others: the files that none would.
+        schema: of the first Parquet file that can be read; None where none can.
+        described: that file's path.
+    """
+
+    of_layout: dict[Layout, list[FileEntry]]
+    others: list[FileEntry]
+    schema: "pa.Schema | None"
+    described: str
+
+    @classmethod
+    def of(cls, root: str, files: Sequence[FileEntry]) -> "_Content":
+        found: dict[Layout, list[FileEntry]] = {"webdataset": [], "parquet": [], "folder": []}
+        others = []
+        for file in files:
+            if storage.is_hidden(file.path):
+                others.append(file)
+            elif kinds.is_tar(file.path):
+                found["webdataset"].append(file)
+            elif kinds.is_parquet(file.path):
+                found["parquet"].append(file)
+            elif kinds.image_suffix(file.path) or kinds.is_bare(file.path):
+                found["folder"].append(file)
+            else:
+                others.append(file)
+        described, schema = _first_schema(root, found["parquet"])
+        return cls(found, others, schema, described)
+
+    def layout(self, field: str, source: recipe.Source) -> Layout:
+        """The layout that is read.
+
+        Raises:
+            SourceError: there is nothing of it.
+        """
+        if source.layout != "auto":
+            if not self.of_layout[source.layout]:
+                rule = f"holds no files of the layout {source.layout}"
+                raise SourceError(f"{field}.uri", source.uri, rule, "check uri and layout")
+            return source.layout
+        sizes: dict[Layout, tuple[bool, int]] = {
+            name: (any(not kinds.is_bare(f.path) for f in found), sum(f.size for f in found))
+            for name, found in self.of_layout.items()
+            if found and not (name == "parquet" and self._is_metadata(source))
+        }
+        if not sizes:
+            if self.of_layout["parquet"]:
+                return "parquet"  # whose columns then tell what is wrong
+            rule = "holds no tar shards, Parquet files or images"
+            if self.others:
+                kinds_there = ", ".join(dict.fromkeys(_kind(f.path) for f in self.others))
+                rule += f", only {one_line(kinds_there)[:200]}"
+            raise SourceError(f"{field}.uri", source.uri, rule, "check uri and layout")
+        # Names that say nothing count only where nothing else is there: a README beside shards may be the larger.
+        return max(sizes, key=lambda name: sizes[name])
+
+    def _is_metadata(self, source: recipe.Source) -> bool:
+        """Whether the Parquet files describe images that are elsewhere."""
+        from pipeline.data import parquet
+
+        if self.schema is None or source.image_column is not None:
+            return False
+        return not parquet.has_images(self.schema)
+
+    def beside(self, layout: Layout, skipped: Iterable[storage.Skipped]) -> tuple[int, tuple[PassedOver, ...]]:
+        """How many objects are parts of what `layout` reads, and the others that are not read."""
+        stems = {kinds.stem(f.path) if layout == "folder" else _tar_stem(f.path) for f in self.of_layout[layout]}
+        found: dict[str, list[tuple[str, int]]] = {}
+        parts = 0
+        for other, files in self.of_layout.items():
+            for file in files if other != layout else ():
+                if layout == "webdataset" and _tar_stem(file.path) in stems:
+                    parts += 1
+                else:
+                    found.setdefault(_of_another(other, file.path), []).append((file.path, file.size))
+        for file in self.others:
+            if file.path in (CLASSES_FILE, INGEST_FILE) or (
+                layout != "parquet" and _is_sidecar(layout, file.path, stems)
+            ):
+                parts += 1
+            else:
+                found.setdefault(_kind(file.path), []).append((file.path, file.size))
+        for one in skipped:
+            found.setdefault(one.reason, []).append((one.path, 0))
+        ordered = sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
+        told, rest = ordered[:REASONS], [file for _, files in ordered[REASONS:] for file in files]
+        if rest:
+            told.append((f"of {len(ordered) - REASONS} more kinds", rest))
+        return parts, tuple(
+            PassedOver(reason, len(files), sum(size for _, size in files), tuple(path for path, _ in files[:EXAMPLES]))
+            for reason, files in told
         )
-    found = {
-        "webdataset": [f for f in files if f.path.endswith(TAR_SUFFIXES)],
-        "parquet": [f for f in files if f.path.endswith(".parquet")],
-        "folder": [f for f in files if f.path.lower().endswith(IMAGE_SUFFIXES)],
-    }
-    layouts: tuple[Layout, ...] = ("webdataset", "parquet", "folder")
-    layout = next((name for name in layouts if found[name]), None) if source.layout == "auto" else source.layout
-    if layout is None or not found[layout]:
-        wanted = "tar shards, Parquet files or images" if layout is None else f"files of the layout {layout}"
-        raise SourceError(f"{field}.uri", source.uri, f"holds no {wanted}", "check uri and layout")
-    shards = (
-        _virtual_shards(found["folder"])
-        if layout == "folder"
-        else [Shard(f.path, f.size, f.etag) for f in found[layout]]
-    )
-    names = _class_names(field, root, layout, files, found[layout], source)
-    return ImageSource(Reader(root, layout, source.image_column, source.label_column, names), tuple(shards))
+
+
+def _of_another(layout: Layout, path: str) -> str:
+    """What a file is that another layout would read."""
+    if layout == "folder":
+        return "images beside shards" if kinds.image_suffix(path) else "files without a suffix"
+    return f"{'tars' if layout == 'webdataset' else 'Parquet files'} beside another layout"
+
+
+def _kind(path: str) -> str:
+    return "hidden files" if storage.is_hidden(path) else f"files of the kind {kinds.suffix(path)}"
+
+
+def _tar_stem(path: str) -> str:
+    """The path up to the suffix, and what img2dataset adds to it."""
+    folder, slash, base = path.rpartition("/")
+    return folder + slash + base.partition(".")[0].removesuffix("_stats")
+
+
+def _is_sidecar(layout: Layout, path: str, stems: Collection[str]) -> bool:
+    if layout == "folder":
+        return path.lower().endswith((".txt", ".json")) and kinds.stem(path) in stems
+    return path.lower().endswith(".json") and _tar_stem(path) in stems
+
+
+def _first_schema(root: str, files: Iterable[FileEntry]) -> "tuple[str, pa.Schema | None]":
+    """The path and schema of the first Parquet file that can be read: others may be corrupt, which reading tells."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for file in itertools.islice(files, EXAMPLES):
+        try:
+            with storage.open_input(storage.inside(root, file.path)) as opened:
+                return file.path, pq.read_schema(opened)
+        except (OSError, TophatError, pa.ArrowException):
+            continue
+    return "", None
 
 
 def _complete(uri: str) -> bool:
@@ -149,48 +360,19 @@ def _virtual_shards(files: Iterable[FileEntry]) -> list[Shard]:
     return shards
 
 
-def _class_names(
-    field: str, root: str, layout: Layout, files: list[FileEntry], shards: list[FileEntry], source: recipe.Source
-) -> tuple[str, ...] | None:
-    if any(f.path == CLASSES_FILE for f in files):
-        uri = storage.join(root, CLASSES_FILE)
-        try:
-            names = json.loads(storage.read_bytes(uri))
-        except ValueError:
-            names = None
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise SourceError(f"{field}.uri", uri, "must be a JSON list of class names", "correct or remove the file")
-        return tuple(names)
-    if layout == "folder":
-        # A folder without images is a class without images, which a labeled set must not have.
-        folders = {f.path.partition("/")[0] for f in files if "/" in f.path} | set(storage.list_folders(root))
-        return tuple(sorted(folders)) or None
-    if layout == "parquet":
-        return _parquet_names(field, storage.join(root, shards[0].path), source)
-    return None
-
-
-def _parquet_names(field: str, uri: str, source: recipe.Source) -> tuple[str, ...] | None:
-    """Names of a `ClassLabel` column, which Hugging Face's `datasets` keeps in the file's metadata.
+def _names_of_file(field: str, root: str, files: Iterable[FileEntry]) -> tuple[str, ...] | None:
+    """The class names in `classes.json`; None where there is none.
 
     Raises:
-        SourceError: the file has no such image column.
+        SourceError: it is no list of names.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with storage.open_input(uri) as file:
-            schema = pq.read_schema(file)
-    except (OSError, pa.ArrowException):
-        return None  # this shard is corrupt, others may be good: reading says so
-    if source.image_column not in schema.names:
-        rule, fix = f"is not a column of {uri}", f"use one of {', '.join(schema.names)}"
-        raise SourceError(f"{field}.image_column", source.image_column, rule, fix)
-    metadata: Mapping[bytes, bytes] = schema.metadata or {}
-    try:
-        features: Any = json.loads(metadata[b"huggingface"])["info"]["features"]
-        names = features[source.label_column]["names"]
-    except (KeyError, TypeError, ValueError):
+    if not any(f.path == CLASSES_FILE for f in files):
         return None
-    return tuple(str(name) for name in names)
+    uri = storage.join(root, CLASSES_FILE)
+    try:
+        names = json.loads(storage.read_bytes(uri))
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise SourceError(f"{field}.uri", uri, "must be a JSON list of class names", "correct or remove the file")
+    return tuple(names)

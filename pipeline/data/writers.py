@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from cluster import storage
 from cluster.errors import RunError, SourceError
-from pipeline.data.shards import IMAGE_SUFFIXES, Label
+from pipeline.data.kinds import IMAGE_SUFFIXES
+from pipeline.data.shards import Label
 from pipeline.data.sources import CLASSES_FILE, INGEST_FILE
 
 ShardLayout = Literal["webdataset", "parquet"]

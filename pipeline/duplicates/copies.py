@@ -14,7 +14,8 @@ from typing import Any
 from cluster import storage
 from cluster.progress import SILENT, Progress
 from cluster.tasks import parallel_map
-from pipeline.data.shards import Reader, Shard, ShardError
+from pipeline.data.reader import Reader
+from pipeline.data.shards import Shard, ShardError
 from pipeline.data.sources import ImageSource
 
 # isort: split

@@ -23,7 +23,8 @@ from cluster.section import Section
 from cluster.tasks import parallel_map
 from models.config import Transform
 from models.inputs.image import UndecodableImage, decode
-from pipeline.data.shards import Reader, Shard, ShardError
+from pipeline.data.reader import Reader
+from pipeline.data.shards import Shard, ShardError
 from pipeline.data.sources import ImageSource
 from pipeline.report import templating as pages
 from pipeline.report.text import short

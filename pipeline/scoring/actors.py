@@ -15,8 +15,8 @@ from cluster import storage
 from cluster.errors import RecipeError, ResourceError, TophatError, one_line
 from cluster.tasks import told_errors
 from models.config import Transform
+from pipeline.data.reader import Reader
 from pipeline.data.rejects import Reject, publish_rejects
-from pipeline.data.shards import Reader
 from pipeline.recipe.sections import Score
 from pipeline.scoring.ledger import Range
 

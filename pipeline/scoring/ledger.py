@@ -20,17 +20,9 @@ import pyarrow as pa
 from cluster import storage
 from cluster.tasks import told_errors
 from models.config import Transform
+from pipeline.data.reader import Reader
 from pipeline.data.rejects import REJECTS
-from pipeline.data.shards import (
-    ChangedShardError,
-    MissingShardError,
-    Reader,
-    Row,
-    Shard,
-    ShardError,
-    shard_table,
-    shards_of,
-)
+from pipeline.data.shards import ChangedShardError, MissingShardError, Row, Shard, ShardError, shard_table, shards_of
 
 if TYPE_CHECKING:
     import ray
@@ -345,9 +337,7 @@ class _Decoded:
 
         self.stop = row.index + 1
         try:
-            if row.problem is not None:
-                raise UndecodableImage("unreadable", row.problem)
-            self.images.append(decoder(row.data))
+            self.images.append(decoder(row.image))
             self.indices.append(row.index)
         except UndecodableImage as error:
             self._reject(row.index, error.reason, error.detail)

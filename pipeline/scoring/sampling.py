@@ -13,8 +13,9 @@ from cluster import storage
 from cluster.errors import StageError
 from cluster.progress import Progress
 from cluster.resources import ClusterShape
+from pipeline.data.reader import Reader
 from pipeline.data.rejects import read_rejects
-from pipeline.data.shards import Reader, Row, Shard, ShardError
+from pipeline.data.shards import Row, Shard, ShardError
 from pipeline.data.sources import ImageSource
 from pipeline.recipe.sections import Score
 from pipeline.scoring.actors import Scoring

@@ -20,8 +20,9 @@ from cluster.progress import SILENT, Progress
 from cluster.tasks import scatter
 from pipeline.data.labeled import undecodable
 from pipeline.data.rejects import REJECTS, Reject, publish_rejects
-from pipeline.data.shards import ShardError, split_tags
+from pipeline.data.shards import ShardError
 from pipeline.data.sources import ImageSource
+from pipeline.data.words import split_tags
 from pipeline.selection.table import BATCH_ROWS, CLASSES_METADATA, Slice, blamed, deal
 
 # isort: split

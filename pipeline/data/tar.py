@@ -1,0 +1,285 @@
+"""Tars of images, as WebDataset writes them and as others do.
+
+Files that follow each other in a tar, in one folder, with the same name up to the first dot, are one sample. Its images, each a row:
+
+- those named `KEY.png`, where there are any: all other files of the sample are parts of it (`KEY.cls`, `KEY.json`, `KEY.mask.png`);
+- else those with more dots in their names (`clip.000001.png`, `clip.000002.png`, ... are images of their own);
+- else the files without any suffix.
+
+A label (`.cls`) or words (`.txt`, `.json`) belong to the image of the same name up to its last suffix, else to all of the sample. A sample
+without an image is a row too, and so is a hidden file: they are told as rejects (`no_image`). Names may repeat: every image is a row.
+"""
+
+import bz2
+import gzip
+import io
+import lzma
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from pipeline.data import kinds
+from pipeline.data.shards import NO_IMAGE, Label, Row
+from pipeline.data.words import MAX_SIDECAR_BYTES, sidecar_words
+
+MAX_IMAGE_BYTES = 256 * 2**20
+MAX_HEADER_BYTES = 2**20
+MAX_LABEL_BYTES = 10_000
+MAX_XZ_MEMORY = 256 * 2**20
+"""Bytes; `xz -9` needs 65 MiB."""
+HELD = 64
+"""Images of one sample that are held until it is known which of them are parts; where there are more, they are images of their own."""
+DAMAGE = (tarfile.TarError, EOFError, ValueError, zlib.error, lzma.LZMAError)
+"""What is raised for a tar whose content is damaged; and an OSError without a number, by gzip and bz2."""
+_LONG_HEADERS = (b"g", b"x", b"X", b"L", b"K")
+
+
+class _Member(tarfile.TarInfo):
+    """A tar header that is not let go by: tarfile takes a damaged or missing one for the end of the archive, and reads
+    whatever a header says is the next one's name, of any size, into memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in _LONG_HEADERS and member.size > MAX_HEADER_BYTES:
+            raise tarfile.InvalidHeaderError(f"a header of {member.size} bytes")  # type: ignore[attr-defined]
+        return member
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
+        try:
+            member = super().fromtarfile(tarfile_)
+        except tarfile.HeaderError as error:
+            if isinstance(error, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
+                tarfile_.is_ended = True  # type: ignore[attr-defined]
+                raise
+            if isinstance(error, tarfile.EmptyHeaderError) and getattr(tarfile_, "is_ended", False):  # type: ignore[attr-defined]
+                raise
+            raise tarfile.ReadError(f"no valid header at byte {tarfile_.offset} ({error})") from None
+        tarfile_.is_ended = False  # type: ignore[attr-defined]
+        return member
+
+
+class _Xz(io.RawIOBase):
+    """What xz streams hold, one after the other, unpacked in limited memory, which `lzma.LZMAFile` does not offer."""
+
+    def __init__(self, packed: Any) -> None:
+        self._packed = packed
+        self._stream: lzma.LZMADecompressor | None = None
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            if self._stream is None or self._stream.eof:
+                rest = self._stream.unused_data if self._stream else b""
+                rest = (rest or self._packed.read(io.DEFAULT_BUFFER_SIZE)).lstrip(b"\0")  # padding between streams
+                if not rest:
+                    return 0
+                self._stream, self._rest = lzma.LZMADecompressor(memlimit=MAX_XZ_MEMORY), rest
+            if self._stream.needs_input and not self._rest:
+                self._rest = self._packed.read(io.DEFAULT_BUFFER_SIZE)
+                if not self._rest:
+                    raise EOFError("the compressed file ends too early")
+            content = self._stream.decompress(self._rest, len(buffer))
+            self._rest = b""
+            if content:
+                buffer[: len(content)] = content
+                return len(content)
+
+
+@dataclass(slots=True)
+class _Image:
+    """An image of a sample.
+
+    Attributes:
+        rank: 0 where its name has one dot, 1 where it has more, 2 where it has no suffix.
+        stem: its name up to the last suffix.
+        data: its bytes; empty where nobody wants them.
+        problem: why there are none.
+        offset: the byte where its row begins.
+    """
+
+    rank: int
+    stem: str
+    data: bytes
+    problem: str | None
+    offset: int
+
+
+@dataclass(slots=True)
+class _Sample:
+    """What is known of a sample so far.
+
+    Attributes:
+        key: the folder, and the name up to the first dot.
+        first: name of its first file.
+        offset: the byte where it begins.
+        images: those that are no rows yet.
+        rank: the best rank of all its images.
+        rows: how many images are rows already.
+        labels: by the name of a file up to its suffix.
+        words: by the same.
+        others: hidden files within it.
+    """
+
+    key: tuple[str, str]
+    first: str
+    offset: int
+    images: list[_Image] = field(default_factory=list)
+    rank: int = 3
+    rows: int = 0
+    labels: dict[str, Label] = field(default_factory=dict)
+    words: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+
+    def take(self, first: int, *, end: bool) -> Iterator[Row]:
+        """The rows of the images so far, from the number `first` on; `end`: of all the sample."""
+        index = first
+        for image in self.images:
+            if image.rank == self.rank:
+                label = self.labels.get(image.stem, self.labels.get(self.key[1]))
+                words = self.words.get(image.stem, self.words.get(self.key[1], ()))
+                offset = image.offset if self.rows else self.offset
+                yield Row(index, image.data, label, image.problem, offset=offset, words=words)
+                index += 1
+                self.rows += 1
+        if end and not self.rows and self.first:
+            yield _no_image(index, f"a sample without an image: {self.first}", self.offset)
+            index += 1
+            self.rows += 1
+        for name in self.others:
+            yield _no_image(index, f"a hidden file: {name}", self.offset)
+            index += 1
+        for stem in {image.stem for image in self.images} - {self.key[1]}:
+            self.words.pop(stem, None)
+        self.images, self.others = [], []
+
+
+def _no_image(index: int, detail: str, offset: int) -> Row:
+    return Row(index, b"", None, detail, NO_IMAGE, offset=offset)
+
+
+def read_tar(name: str, packed: Any, wanted: frozenset[int] | None, tags: bool) -> Iterator[Row]:
+    """The rows of a tar, in order.
+
+    Args:
+        name: of the tar, whose suffix says how it is packed.
+        packed: the file, opened.
+        wanted: indices of the rows that are yielded; None for all.
+        tags: whether `Row.words` is filled.
+
+    Raises:
+        DAMAGE, OSError: the tar is damaged, or breaks off; rows that came before are good.
+    """
+    content = _unpacked(name, packed)
+    with tarfile.open(fileobj=content, mode="r|", tarinfo=_Member, ignore_zeros=True) as archive:
+        index = 0
+        sample: _Sample | None = None
+        unlabeled = False  # samples here have no labels
+
+        def rows(end: bool) -> Iterator[Row]:
+            nonlocal index, unlabeled
+            for row in sample.take(index, end=end) if sample is not None else ():
+                index = row.index + 1
+                if wanted is None or row.index in wanted:
+                    unlabeled = unlabeled or (row.label is None and row.reason != NO_IMAGE)
+                    yield row
+
+        try:
+            for member in archive:
+                folder, _, base = member.name.rpartition("/")
+                if member.isdir():
+                    continue
+                if _is_hidden(folder, base):
+                    sample = sample or _Sample(("", ""), "", member.offset)
+                    sample.others.append(member.name)
+                    if len(sample.others) >= HELD:
+                        yield from rows(end=False)
+                    continue
+                key = folder, base.partition(".")[0]
+                if sample is None or sample.key != key or not sample.first:
+                    yield from rows(end=True)
+                    sample = _Sample(key, member.name, member.offset)
+                rank, stem = _rank(base), kinds.stem(base)
+                if rank is not None and len(sample.images) >= HELD and sample.images[-1].stem != stem:
+                    yield from rows(end=False)
+                is_wanted = wanted is None or not wanted.isdisjoint(range(index, index + len(sample.images) + 1))
+                if rank is not None:
+                    data, problem = _image(archive, member) if is_wanted and rank <= sample.rank else (b"", None)
+                    sample.images.append(_Image(rank, stem, data, problem, member.offset))
+                    sample.rank = min(sample.rank, rank)
+                elif is_wanted and member.isfile():
+                    _add_part(sample, archive, member, base, tags)
+        except (*DAMAGE, OSError):
+            # Nothing of this sample is lost; what a compressed file gives just before damage may be damaged too.
+            if sample is not None and content is packed and _is_whole(sample, unlabeled):
+                yield from rows(end=True)
+            raise
+        yield from rows(end=True)
+
+
+def _unpacked(name: str, packed: Any) -> Any:
+    lower = name.lower()
+    if lower.endswith(".tar"):
+        return packed
+    if lower.endswith(("bz2", "tbz")):
+        return bz2.BZ2File(packed)
+    return io.BufferedReader(_Xz(packed)) if lower.endswith("xz") else gzip.GzipFile(fileobj=packed)
+
+
+def _is_hidden(folder: str, base: str) -> bool:
+    return (
+        base.startswith(".") or not base or any(p.startswith(".") and p not in (".", "..") for p in folder.split("/"))
+    )
+
+
+def _rank(base: str) -> int | None:
+    """Of an image, by its name (see `_Image`); None for another file."""
+    suffix = kinds.image_suffix(base)
+    if suffix is None:
+        return 2 if kinds.is_bare(base) else None
+    return int(base.lower().index(suffix) != base.index("."))
+
+
+def _is_whole(sample: _Sample, unlabeled: bool) -> bool:
+    """Whether all is known of a sample after which the tar is damaged."""
+    if not sample.images or sample.images[-1].problem is not None or not sample.images[-1].data:
+        return False
+    return (sample.rank == 0 or len(sample.images) > 1) and (unlabeled or bool(sample.labels))
+
+
+def _image(archive: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[bytes, str | None]:
+    if not member.isfile():
+        return b"", "a link" if member.islnk() or member.issym() else "a device or a pipe"
+    if member.size > MAX_IMAGE_BYTES:
+        return b"", f"a file of {member.size} bytes"
+    return _content(archive, member), None
+
+
+def _add_part(sample: _Sample, archive: tarfile.TarFile, member: tarfile.TarInfo, base: str, tags: bool) -> None:
+    lower = base.lower()
+    if lower.endswith((".cls", ".cls.txt")):
+        if member.size < MAX_LABEL_BYTES:
+            label = label_of(_content(archive, member).decode("utf-8", "replace"))
+            sample.labels[base[: lower.rindex(".cls")]] = label
+    elif tags and lower.endswith((".txt", ".json")):
+        stem, _, suffix = base.rpartition(".")
+        words = sidecar_words(suffix.lower(), _content(archive, member, MAX_SIDECAR_BYTES))
+        sample.words[stem] = sample.words.get(stem, ()) + words
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, size: int = -1) -> bytes:
+    file = archive.extractfile(member)
+    return b"" if file is None else file.read(size)
+
+
+def label_of(text: str) -> Label:
+    """The label that a text is: a number, where it is one in the usual form, else itself."""
+    text = text.strip()
+    return int(text) if re.fullmatch(r"-?(0|[1-9]\d{0,17})", text, re.ASCII) else text
