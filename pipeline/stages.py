@@ -144,7 +144,7 @@ def survey_labeled(this: Run, recipe: Recipe) -> LabeledData:
 
 def _survey(this: Run, name: str) -> Survey:
     with this.display.task(f"labeled-{name}", None) as progress:
-        return labeled_stage.survey(this.sources[f"labeled.{name}"], progress)
+        return labeled_stage.survey(f"labeled.{name}", this.sources[f"labeled.{name}"], progress)
 
 
 def _surveyed(

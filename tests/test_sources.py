@@ -148,7 +148,9 @@ def test_the_column_of_images_is_found(tmp_path: object) -> None:
     storage.publish(f"{tmp_path}/usual/p.parquet", parquet({"mask": [b"m"], "image": [b"a"]}))
     assert opened(f"{tmp_path}/usual").reader.image_column == "image"
     storage.publish(f"{tmp_path}/two/p.parquet", parquet({"left": [b"a"], "right": [b"b"]}))
-    with pytest.raises(SourceError, match=r"has several columns of encoded images \(left, right\) .*; name one with unl"):
+    with pytest.raises(
+        SourceError, match=r"has several columns of encoded images \(left, right\) .*; name one with unl"
+    ):
         opened(f"{tmp_path}/two")
     storage.publish(f"{tmp_path}/none/p.parquet", parquet({"url": ["u"], "n": [1]}))
     with pytest.raises(SourceError, match=r"has no column of encoded images \(url string, n int64\) in "):

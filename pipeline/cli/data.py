@@ -129,7 +129,7 @@ def evaluate(
         session.start()
         display = Display(out)
         with display.task("reading", None) as progress:
-            found = labeled.survey(images, progress)
+            found = labeled.survey("--source", images, progress)
         labels = labeled.number_labels("--source", found, names, complete=False)
         data = labeled.training_set(images, labels, names)
         if not data.images:

@@ -1,6 +1,6 @@
 """`tophat ingest`: any source of images into shuffled shards, on a disk or in an object store.
 
-Bytes are copied as they are: what cannot be decoded is found, and recorded, by scoring.
+Bytes are copied as they are: what cannot be decoded is found, and recorded, by scoring. What has no bytes is counted here.
 """
 
 import itertools
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluster import storage
-from cluster.errors import RunError
+from cluster.errors import RunError, SourceError, one_line
 from cluster.progress import SILENT, Progress
 from pipeline.data import writers
+from pipeline.data.rejects import counted
 from pipeline.data.shards import Label, Row, Shard, ShardError
 from pipeline.data.sources import ImageSource
 from pipeline.data.writers import Sample, ShardLayout
@@ -22,7 +23,7 @@ from pipeline.data.writers import Sample, ShardLayout
 LANES = 16
 IMAGES_PER_SHARD = 1000
 REPORT_SECONDS = 0.5
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Ingested:
         shards: how many there are.
         bytes: their size.
         labeled: images with a label.
+        left_out: rows of the source that are no image or could not be read, by reason.
         classes: class names, where the source knows them.
         unreadable: shards of the source that broke off, with the reason; their rows before that were copied.
         fresh: whether this call wrote them (False: they were there).
@@ -45,6 +47,7 @@ class Ingested:
     shards: int
     bytes: int
     labeled: int
+    left_out: dict[str, int]
     classes: tuple[str, ...] | None
     unreadable: tuple[tuple[str, str], ...]
     fresh: bool
@@ -75,7 +78,8 @@ def ingest(
 
     Raises:
         RunError: the folder holds something else, or lies inside the source.
-        SourceError, StorageError: the labels or the store refuse.
+        SourceError: the source has no image, or labels that do not fit one column.
+        StorageError: the store refuses.
     """
     out = storage.absolute(out_uri)
     if f"{out}/".startswith(f"{source.reader.root.rstrip('/')}/"):
@@ -98,7 +102,13 @@ def ingest(
         samples = _shuffled(source, images_per_shard, np.random.default_rng(seed), broken, counter)
         done = writers.write_shards(out, samples, layout=layout, images_per_shard=images_per_shard, class_names=classes)
         record = {"images": done.images, "shards": done.shards, "bytes": done.bytes}
-        record |= {"labeled": counter.labeled, "unreadable": broken}
+        if not done.images:
+            writers.abandon(out)
+            told = f"; {counted(counter.left_out)}" if counter.left_out else ""
+            first = f"; {broken[0][0]}: {broken[0][1]}" if broken else ""
+            rule = one_line(f"holds no image that can be copied{told}{first}")
+            raise SourceError("SOURCE", source.reader.root, rule, "look at the files, or name another source")
+        record |= {"labeled": counter.labeled, "left_out": counter.left_out, "unreadable": broken}
         writers.finish(out, identity, record)
     return Ingested(
         out,
@@ -106,6 +116,7 @@ def ingest(
         shards=record["shards"],
         bytes=record["bytes"],
         labeled=record["labeled"],
+        left_out=record["left_out"],
         classes=classes,
         unreadable=tuple((shard, reason) for shard, reason in record["unreadable"]),
         fresh=fresh,
@@ -113,20 +124,24 @@ def ingest(
 
 
 class _Counter:
-    """Counts rows as they are read and tells the progress now and then; `total` is None where nobody knows it."""
+    """Counts rows as they are read, keeps those with an image, and tells the progress now and then; `total` is None where nobody knows it."""
 
     def __init__(self, progress: Progress, total: int | None) -> None:
         self.labeled = 0
+        self.left_out: dict[str, int] = {}
         self._progress = progress
         self._total = total
 
     def count(self, rows: Iterator[tuple[Shard, Row]]) -> Iterator[tuple[Shard, Row]]:
         done, told = 0, 0.0
         for done, (shard, row) in enumerate(rows, 1):
-            self.labeled += row.label is not None
             if time.monotonic() - told > REPORT_SECONDS:
                 self._progress.update(done, total=self._total)
                 told = time.monotonic()
+            if row.problem is not None:
+                self.left_out[row.reason] = self.left_out.get(row.reason, 0) + 1
+                continue
+            self.labeled += row.label is not None
             yield shard, row
         self._progress.update(done, total=done)
 

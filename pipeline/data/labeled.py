@@ -4,6 +4,7 @@ D is small beside U, so it is read whole before anything depends on it: that fin
 start of a run rather than hours into it, and gives training the exact number of usable images of every shard.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,15 +12,16 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster import storage
-from cluster.errors import SourceError
+from cluster.errors import SourceError, shown
 from cluster.progress import Progress
 from cluster.tasks import parallel_map
 from models.config import Transform
 from pipeline.data.loading import Integers, TrainingSet
 from pipeline.data.reader import Reader
-from pipeline.data.rejects import Reject, publish_rejects
-from pipeline.data.shards import Label, Row, Shard, ShardError
+from pipeline.data.rejects import Reject, counted, publish_rejects
+from pipeline.data.shards import Label, Row, Shard, ShardError, UnfitShardError
 from pipeline.data.sources import ImageSource
+from pipeline.data.tar import label_of
 
 REJECTED = -1
 """In a table of labels: an image that cannot be used."""
@@ -47,19 +49,34 @@ class Survey:
         return sum(len(labels) for labels in self.labels)
 
 
-def survey(source: ImageSource, progress: Progress) -> Survey:
-    """Reads every image of a labeled source, in one Ray task per shard."""
+def survey(field: str, source: ImageSource, progress: Progress) -> Survey:
+    """Reads every image of a labeled source, in one Ray task per shard.
+
+    Args:
+        field: the recipe's field or the option that names it, for messages.
+        source: labeled.
+        progress: counts images and rejects.
+
+    Raises:
+        SourceError: an image without a label, columns that hold none, or no image that can be used.
+    """
     found: dict[int, tuple[tuple[Label, ...], list[Reject]]] = {}
-    jobs = [(number, source.reader, shard) for number, shard in enumerate(source.shards())]
+    jobs = [(field, number, source.reader, shard) for number, shard in enumerate(source.shards())]
     for number, labels, rejects in parallel_map(_survey_shard, jobs, num_cpus=1):
         found[number] = (labels, rejects)
         progress.add(len(labels) - len(rejects), len(rejects))
     ordered = [found[number] for number in range(len(jobs))]
-    return Survey(source, tuple(labels for labels, _ in ordered), tuple(r for _, rejects in ordered for r in rejects))
+    made = Survey(source, tuple(labels for labels, _ in ordered), tuple(r for _, rejects in ordered for r in rejects))
+    if made.images == len([one for one in made.rejects if one.index is not None]):
+        reasons = Counter(one.reason for one in made.rejects)
+        first = f", such as {made.rejects[0].error}" if made.rejects else ""
+        rule = f"holds no image that can be used ({made.images:,} images; rejects: {counted(reasons)}{first})"
+        raise SourceError(f"{field}.uri", source.reader.root, rule, "look at the files, and at the columns of Parquet")
+    return made
 
 
-def _survey_shard(job: tuple[int, Reader, Shard]) -> tuple[int, tuple[Label, ...], list[Reject]]:
-    number, reader, shard = job
+def _survey_shard(job: tuple[str, int, Reader, Shard]) -> tuple[int, tuple[Label, ...], list[Reject]]:
+    field, number, reader, shard = job
     labels: list[Label] = []
     rejects: list[Reject] = []
     for row, reject in _checked(reader, shard):
@@ -68,17 +85,14 @@ def _survey_shard(job: tuple[int, Reader, Shard]) -> tuple[int, tuple[Label, ...
         if row is not None:
             labels.append(None if reject is not None else row.label)
             if reject is None and row.label is None:
-                raise SourceError(
-                    "labeled source",
-                    reader.root,
-                    f"has no label for image {row.index} of {shard.name}",
-                    _LABELS_FIX[reader.layout],
-                )
+                where = shown(shard.files[row.index] if shard.files else shard.name)
+                rule = f"has no label for {where}" if shard.files else f"has no label for image {row.index} of {where}"
+                raise SourceError(f"{field}.uri", reader.root, rule, _LABELS_FIX[reader.layout])
     return number, tuple(labels), rejects
 
 
 _LABELS_FIX = {
-    "webdataset": "add a .cls file to every sample",
+    "webdataset": "put a .cls file next to every image, with its name",
     "parquet": "set label_column to the column of labels",
     "folder": "put the images into one folder per class",
 }
@@ -88,8 +102,10 @@ def _checked(reader: Reader, shard: Shard) -> Iterator[tuple[Row | None, Reject 
     try:
         for row in reader.read(shard):
             yield row, undecodable(shard.name, row)
+    except UnfitShardError as error:  # the user's mistake, where of U it is one of many shards
+        raise error.problem from None
     except ShardError as error:
-        yield None, Reject(shard.name, None, "unreadable_shard", str(error))
+        yield None, Reject(shard.name, None, error.reason, str(error))
 
 
 def undecodable(shard: str, row: Row) -> Reject | None:
@@ -110,16 +126,23 @@ def class_names(train: Survey, given: Sequence[str] | None) -> tuple[str, ...]:
     if train.source.reader.class_names is not None:
         return train.source.reader.class_names
     labels = {label for shard in train.labels for label in shard if label is not None}
-    numbers = sorted(label for label in labels if isinstance(label, int))
-    return tuple(str(n) for n in numbers) + tuple(sorted(str(label) for label in labels if not isinstance(label, int)))
+    numbers = [str(number) for number in sorted(label for label in labels if isinstance(label, int))]
+    texts = sorted(label for label in labels if isinstance(label, str))
+    if twice := sorted(set(numbers) & set(texts)):
+        rule = f"has labels that are numbers, and the same as texts ({', '.join(twice[:5])})"
+        raise SourceError("labeled.train.uri", train.source.reader.root, rule, "write all of them in one way")
+    return (*numbers, *texts)
 
 
 def class_ids(names: Sequence[str], reader: Reader) -> dict[Label, int]:
-    """The output for each label of a source: by name; by number where neither the source nor the class list has other names for it."""
+    """The output for each label of a source: by name, also where a number is the name; where no name is a number, and the source has no
+    names of its own, a number is the place in `names`."""
     ids: dict[Label, int] = {name: number for number, name in enumerate(names)}
     if reader.class_names is None:
-        numeric = all(name.isdecimal() for name in names)
-        ids |= {int(name) if numeric else number: number for number, name in enumerate(names)}
+        numeric: dict[Label, int] = {
+            label: number for number, name in enumerate(names) if isinstance(label := label_of(name), int)
+        }
+        ids |= numeric or {number: number for number in range(len(names))}
     return ids
 
 

@@ -1,7 +1,7 @@
 """Rejects: one row per image, or whole shard, that could not be used. Nothing is dropped silently."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,13 @@ class Reject:
     index: int | None
     reason: str
     error: str
+
+
+def counted(reasons: Mapping[str, int]) -> str:
+    """Reasons and how many there are of each, most of them first: `truncated 3, empty 1`."""
+    return ", ".join(
+        f"{name} {count:,}" for name, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+    )
 
 
 def publish_rejects(uri: str, rejects: Sequence[Reject]) -> None:

@@ -10,13 +10,15 @@ from typing import Any, Literal
 
 from cluster import storage
 from cluster.errors import RunError, SourceError
-from pipeline.data.kinds import IMAGE_SUFFIXES
+from pipeline.data import kinds
 from pipeline.data.shards import Label
 from pipeline.data.sources import CLASSES_FILE, INGEST_FILE
 
 ShardLayout = Literal["webdataset", "parquet"]
 
 SIGNATURES = {
+    b"\xff\x0a": "jxl",
+    b"\0\0\0\x0cJXL ": "jxl",
     b"\xff\xd8\xff": "jpg",
     b"\x89PNG": "png",
     b"GIF8": "gif",
@@ -119,8 +121,7 @@ def _members(sample: Sample) -> dict[str, bytes]:
 def _suffix(sample: Sample) -> str:
     """By content, else by the file's old name; content that is no image gets one too, so that it is scored and recorded."""
     found = next((suffix for signature, suffix in SIGNATURES.items() if sample.data.startswith(signature)), None)
-    old = (sample.path or "").rpartition(".")[2].lower()
-    return found or (old if f".{old}" in IMAGE_SUFFIXES else "jpg")
+    return found or (kinds.image_suffix(sample.path or "") or ".jpg")[1:]
 
 
 def parquet_schema(samples: Sequence[Sample], class_names: Sequence[str] | None) -> Any:
@@ -199,6 +200,12 @@ def begin(field: str, uri: str, identity: Mapping[str, Any]) -> None:
     """
     storage.check_writable(field, uri)
     _publish_record(storage.join(uri, INGEST_FILE), {"complete": False, "identity": dict(identity)})
+
+
+def abandon(uri: str) -> None:
+    """Removes what `begin` and a writing of no samples have left."""
+    for name in (CLASSES_FILE, INGEST_FILE):
+        storage.delete_file(storage.join(uri, name))
 
 
 def finish(uri: str, identity: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
