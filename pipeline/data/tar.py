@@ -218,7 +218,8 @@ def read_tar(name: str, packed: Any, wanted: frozenset[int] | None, tags: bool) 
                     _add_part(sample, archive, member, base, tags)
         except (*DAMAGE, OSError):
             # Nothing of this sample is lost; what a compressed file gives just before damage may be damaged too.
-            if sample is not None and content is packed and _is_whole(sample, unlabeled):
+            is_ended = getattr(archive, "is_ended", False)
+            if sample is not None and content is packed and (is_ended or _is_whole(sample, unlabeled)):
                 yield from rows(end=True)
             raise
         yield from rows(end=True)
