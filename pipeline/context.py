@@ -55,6 +55,10 @@ class Sources:
             self._found[field] = open_source(field, self._given[field])
         return self._found[field]
 
+    def listed(self) -> Mapping[str, ImageSource]:
+        """The sources that were asked for so far, by field."""
+        return self._found
+
     def check(self, store: RunStore) -> None:
         """Lists every source, before any work depends on one.
 

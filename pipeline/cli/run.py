@@ -62,6 +62,7 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
 
     store, sources = RunStore(storage.absolute(run_dir)), sources_of(recipe)
     sources.check(store)
+    tables.print_warnings(out, sources.listed())
     whole = plan(recipe, store)
     planned = until_stage(whole.planned, until)
     check_networks(recipe, whole.planned, sources)
@@ -89,6 +90,7 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
         )
     tables.print_stages(out, stages)
     tables.print_closing(out, everything)
+    tables.print_passed_over(out, sources.listed())
     for name in (*(f"{prefix}gallery" for prefix in rounds_of(everything)), "report"):
         if name in this.stages():
             folder = this.stages()[name].uri if storage.is_remote(store.uri) else storage.join(store.uri, name)

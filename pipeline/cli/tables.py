@@ -1,6 +1,6 @@
 """Tables on the terminal: what a run came to, what was selected, what scoring will take."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich import box, filesize
 from rich.console import Console
@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.context import Stages, rounds_of, teacher_of
+from pipeline.data.sources import ImageSource
 from pipeline.evaluation import Measured, Trained
 from pipeline.report import text
 from pipeline.scoring.forecast import Forecast
@@ -73,6 +74,21 @@ def print_tags(console: Console, matched: Matched, names: Sequence[str]) -> None
         f"tags: {matched.tagged:,} of {matched.images:,} images have a class; {none:,} of {len(names):,} classes got none",
         highlight=False,
     )
+
+
+def print_warnings(console: Console, sources: Mapping[str, ImageSource]) -> None:
+    """Says before any work of which sources much is passed over."""
+    for field, source in sources.items():
+        if source.lacks_much:
+            fix = "if those are images that you want, name the layout, or mend the source"
+            console.print(f"warning: {field}: {source.told()}; {fix}", markup=False)
+
+
+def print_passed_over(console: Console, sources: Mapping[str, ImageSource]) -> None:
+    """A line for each source of which something is passed over."""
+    for field, source in sources.items():
+        if (told := source.told()) is not None:
+            console.print(f"{field}: {told}", markup=False, highlight=False)
 
 
 def conservation_lines(stages: Stages) -> list[str]:

@@ -162,6 +162,7 @@ def number_labels(field: str, found: Survey, names: Sequence[str], *, complete: 
         SourceError: a label that is no class, or a class without images.
     """
     ids = class_ids(names, found.source.reader)
+    few = ", ".join(shown(name, 40) for name in names[:5]) + (", ..." if len(names) > 5 else "")
     numbered = []
     for shard, labels in zip(found.source.shards(), found.labels, strict=True):
         unknown = next((label for label in labels if label is not None and label not in ids), None)
@@ -169,7 +170,7 @@ def number_labels(field: str, found: Survey, names: Sequence[str], *, complete: 
             raise SourceError(
                 f"{field}.uri",
                 found.source.reader.root,
-                f"has the label {unknown!r} in {shard.name}, which is none of the {len(names)} classes",
+                f"has the label {shown(unknown)} in {shown(shard.name)}, which is none of the {len(names)} classes ({few})",
                 "correct labeled.classes or the labels",
             )
         numbered.append(np.array([REJECTED if label is None else ids[label] for label in labels], np.int64))
