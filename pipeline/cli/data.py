@@ -5,7 +5,23 @@ from typing import Annotated, Any
 import typer
 
 from cluster.errors import InputError, SourceError, one_line
-from pipeline.cli.app import Address, ClassesPerImage, Model, Sets, Verbose, app, listed, out, pairs, ray_session
+from pipeline.cli.app import (
+    Address,
+    ClassesPerImage,
+    ImageColumn,
+    LabelColumn,
+    Layout,
+    Model,
+    Sets,
+    Verbose,
+    app,
+    in_options,
+    listed,
+    out,
+    pairs,
+    ray_session,
+    source_of,
+)
 
 
 @app.command()
@@ -17,8 +33,13 @@ def ingest(
         ),
     ],
     to: Annotated[str, typer.Option("--out", metavar="URI", help="An empty or new folder.")],
-    layout: Annotated[str, typer.Option(help="Of the shards: webdataset or parquet.")] = "webdataset",
+    written_as: Annotated[
+        str, typer.Option("--as", metavar="LAYOUT", help="What is written: webdataset or parquet.")
+    ] = "webdataset",
     images_per_shard: Annotated[int, typer.Option(min=1, help="Images in one shard.")] = 1000,
+    layout: Layout = "auto",
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = "label",
     origin: Annotated[
         str | None, typer.Option("--from", metavar="DIR", help="Where a known data set's files are.")
     ] = None,
@@ -41,14 +62,14 @@ def ingest(
             )
         table = pairs(f"{'Made' if made.fresh else 'Found'} {made.uri}", made.counts)
     else:
-        if layout not in ("webdataset", "parquet"):
-            raise InputError("--layout", layout, "is not a layout of shards", "use webdataset or parquet")
-        found = listed("SOURCE", source)
-        with display.task("ingest", None) as progress:
+        if written_as not in ("webdataset", "parquet"):
+            raise InputError("--as", written_as, "is not a layout of shards", "use webdataset or parquet")
+        found = listed("SOURCE", source_of("SOURCE", source, layout, image_column, label_column))
+        with in_options("SOURCE"), display.task("ingest", None) as progress:
             written = ingest_source(
                 found,
                 to,
-                layout=layout,  # type: ignore[arg-type]
+                layout=written_as,  # type: ignore[arg-type]
                 images_per_shard=images_per_shard,
                 seed=seed,
                 progress=progress,
@@ -74,6 +95,8 @@ def score(
         str, typer.Option("--out", metavar="URI", help="Folder of the score table; rejects go to its _rejects.")
     ],
     classes_per_image: ClassesPerImage = None,
+    layout: Layout = "auto",
+    image_column: ImageColumn = None,
     sets: Sets = None,
     address: Address = "local",
     verbose: Verbose = False,
@@ -86,12 +109,14 @@ def score(
     from pipeline.recipe.reading import score_settings
     from pipeline.scoring import score as scoring
 
-    classes = len(read_card(model).class_names)
+    with in_options("--source"):
+        classes = len(read_card(model).class_names)
     settings = score_settings(sets or [], classes_per_image, classes)
-    images = listed("--source", source)
+    images = listed("--source", source_of("--source", source, layout, image_column))
     target = storage.absolute(to)
     scoring.claim("--out", target, storage.absolute(model), images, settings)
-    with ray_session(address, verbose, on_start=lambda: scoring.check_cluster(settings)) as session:
+    session = ray_session(address, verbose, on_start=lambda: scoring.check_cluster(settings))
+    with in_options("--source"), session:
         session.start()
         with Display(out).task("scores", None) as progress:
             rejects = storage.join(target, REJECTS)
@@ -111,6 +136,9 @@ def score(
 def evaluate(
     model: Model,
     source: Annotated[str, typer.Option("--source", metavar="URI", help="Labeled images.")],
+    layout: Layout = "auto",
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = "label",
     address: Address = "local",
     verbose: Verbose = False,
 ) -> None:
@@ -123,9 +151,10 @@ def evaluate(
     from pipeline.evaluation import Candidate, measure
     from pipeline.report import text
 
-    names = read_card(model).class_names
-    images = listed("--source", source)
-    with ray_session(address, verbose) as session:
+    with in_options("--source"):
+        names = read_card(model).class_names
+    images = listed("--source", source_of("--source", source, layout, image_column, label_column))
+    with in_options("--source"), ray_session(address, verbose) as session:
         session.start()
         display = Display(out)
         with display.task("reading", None) as progress:

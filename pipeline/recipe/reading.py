@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from cluster.errors import RecipeError, shown
 from pipeline.recipe.document import MOST_BYTES, Unreadable, parse
-from pipeline.recipe.sections import NETWORK, READY, Deduplicate, Recipe, Score, Select
+from pipeline.recipe.sections import NETWORK, READY, Deduplicate, Recipe, Score, Select, Source
 
 SHIPPED = Path(__file__).parent / "shipped"
 PLAIN = ("bool", "int", "float", "str")
@@ -98,6 +98,26 @@ def select_settings(**options: Any) -> Select:
     """
     given = {name: value for name, value in options.items() if value is not None}
     return _of_options(Select, given, *given)
+
+
+def source_settings(uri_option: str, uri: str, **options: Any) -> Source:
+    """A source without a recipe.
+
+    Args:
+        uri_option: what gives its URI.
+        uri: of the source.
+        options: its other fields; None leaves the default.
+
+    Raises:
+        RecipeError: a field is wrong.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        return _of_options(Source, {"uri": uri, **given}, "uri", *given)
+    except RecipeError as error:
+        if error.field != "--uri":
+            raise
+        raise RecipeError(uri_option, error.value, error.rule, error.fix) from None
 
 
 def _of_options(section: type[S], document: Mapping[str, Any], *options: str) -> S:

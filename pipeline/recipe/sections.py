@@ -45,8 +45,8 @@ class Source(Section):
     """The root: a local path, `s3://bucket/prefix` or `gs://bucket/prefix`."""
     layout: Literal["auto", "webdataset", "parquet", "folder"] = "auto"
     """`webdataset`: tar shards; `parquet`: files with a column of encoded images; `folder`: image files, one folder per class when labeled; `auto`: by what is found."""
-    image_column: str = Field(default="image", min_length=1, max_length=200)
-    """Parquet: the column of image bytes, or of structs with a `bytes` field."""
+    image_column: str | None = Field(default=None, min_length=1, max_length=200)
+    """Parquet: the column of image bytes, or of structs with a `bytes` field; by default `image` where there is one, else the only column of encoded images."""
     label_column: str = Field(default="label", min_length=1, max_length=200)
     """Parquet: the column of class numbers or names."""
 
