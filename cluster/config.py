@@ -8,7 +8,7 @@ from cluster.section import Section
 class Cluster(Section):
     """Which Ray a run uses, and how much of this machine a local one takes."""
 
-    address: str = "local"
+    address: str = Field(default="local", min_length=1, max_length=2000)
     """`local` starts a Ray of its own and stops it at the end; else the address of a running cluster (`auto`, `ray://host:10001`). Inside a submitted job the job's cluster is used."""
     cpus: int | None = Field(default=None, ge=1, le=4096)
     """CPUs of a local Ray; by default every core that this process may use."""

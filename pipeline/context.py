@@ -52,7 +52,7 @@ class Sources:
             SourceError: it is missing or holds no images.
         """
         if field not in self._found:
-            self._found[field] = open_source(field, self._given[field])
+            self._found[field] = open_source(field, self._given[field], labeled=field.startswith("labeled."))
         return self._found[field]
 
     def listed(self) -> Mapping[str, ImageSource]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -160,6 +161,76 @@ def test_no_model_and_no_run(tophat: Callable[..., Answer], folders: Path, tmp_p
     refused(tophat("status", f"{tmp_path}[/red]"), "is not a run directory")
 
 
+@pytest.fixture
+def columns(tmp_path: Path) -> str:
+    """Parquet with labeled images in the column `img`, and beside them other binary columns; and a stray tar that is none."""
+    names, images = zip(*((name, files[0]) for name, files in tiny.digits().items()), strict=True)
+    folder = tmp_path / "columns"
+    folder.mkdir()
+    columns = {"img": images, "thumb": images, "what": names, "label": [7, 7, 7], "tokens": [b"", b"x", b"y"]}
+    pq.write_table(pa.table({name: list(values) for name, values in columns.items()}), folder / "a.parquet")
+    return str(folder)
+
+
+def test_sources_of_other_columns(tophat: Callable[..., Answer], columns: str, tmp_path: Path, ray_local: None) -> None:
+    """ingest, score and evaluate are told of a source what a recipe is told; what they ask for is what they take."""
+    model, shards = tiny.save_teacher(str(tmp_path / "model")), str(tmp_path / "shards")
+    ingest = ("ingest", columns, "--out", shards)
+    score = ("score", "--model", model, "--source", columns, "--out", str(tmp_path / "scores"))
+    evaluate = ("evaluate", "--model", model, "--source", columns)
+    for command in (ingest, score, evaluate):
+        refused(tophat(*command, "--image-column", "picture"), "--image-column = 'picture': ", "img, thumb")
+        refused(tophat(*command, "--image-column", ""), "--image-column = '': ")
+        refused(tophat(*command, "--layout", "zip"), "--layout = 'zip': Input should be 'auto', 'webdataset', ")
+        option = command[1] if command is ingest else columns
+        refused(
+            tophat(*command, "--layout", "folder"), f"{'SOURCE' if command is ingest else '--source'} = {option!r}: "
+        )
+    refused(tophat(*ingest, "--as", "zip"), "--as = 'zip': is not a layout of shards; use webdataset or parquet")
+    told = ("--layout", "parquet", "--image-column", "img")
+    code, output, _ = tophat(*ingest, *told, "--label-column", "what", "--as", "parquet")
+    assert code == 0, output
+    assert pq.read_table(f"{shards}/shard-000000.parquet")["label"].to_pylist() != [7, 7, 7]
+    code, output, _ = tophat(*score, *told, "--classes-per-image", "1")
+    assert code == 0, output
+    assert "images: 3 listed = 3 scored + 0 rejected" in output
+    code, output, _ = tophat(*evaluate, *told, "--label-column", "what")
+    assert code == 0, output
+    refused(tophat(*evaluate, *told), "--source = ", "has the label 7")
+
+
+def test_values_of_options_that_are_none(tophat: Callable[..., Answer], folders: Path, tmp_path: Path) -> None:
+    """Each is told before any work, by the option that gave it."""
+    select = ("select", "--scores", str(tmp_path / "scores"), "--out", str(tmp_path / "out"), "--images-per-class", "5")
+    for option, value in (
+        ("--min-score", "nan"),
+        ("--min-score", "inf"),
+        ("--zipf-exponent", "nan"),
+        ("--zipf-exponent", "inf"),
+        ("--zipf-exponent", "11.0"),
+        ("--memory-mib", "9999999999"),
+        ("--images-per-class", "99999999999999999999"),
+        ("--classes-per-image", "99999999999999999999"),
+    ):
+        refused(tophat(*select, option, value), f"{option} = {value}: Input should be ")
+    refused(tophat(*select, "--exclude", ""), "--exclude.0 = ''")
+    refused(tophat(*select, "--tags", "--min-score", "0.5"), "the options = ", "tags have no scores")
+    duplicates = ("duplicates", "--source", str(folders / "unlabeled"), "--out", str(tmp_path / "out"))
+    for option, value in (("--within", "nan"), ("--within", "3.0"), ("--nearest", "0")):
+        refused(tophat(*duplicates, option, value), f"{option} = {value}: Input should be ")
+    refused(tophat(*duplicates, "--copies", "--set", "probes=0"), "--set probes = 0: Input should be ")
+    refused(tophat(*duplicates, "--copies", "--set", "score.batch_size=0"), "--set batch_size = 0: ")
+    refused(
+        tophat(*duplicates, "--copies", "--set", "prob=1"), "--set prob = 1: is not a field", "did you mean probes?"
+    )
+    refused(tophat("ingest", " ", "--out", str(tmp_path / "out")), "SOURCE = ' ': ")
+    near = ("--nearest", "1", "--set", "model=teacher", "--against", str(tmp_path / "nowhere"))
+    refused(tophat(*duplicates, *near), "--model = 'teacher': is known to a recipe's run only")
+    plain = ("--nearest", "1", "--against", str(tmp_path / "nowhere"))
+    refused(tophat(*duplicates, *plain), "--against = ", "does not exist")
+    assert not (tmp_path / "out").exists()
+
+
 def test_ingest_score_select_evaluate_and_status(
     tophat: Callable[..., Answer], folders: Path, recipe: Callable[..., str], tmp_path: Path, ray_local: None
 ) -> None:
@@ -188,7 +259,7 @@ def test_ingest_score_select_evaluate_and_status(
 
     refused(
         tophat("select", "--scores", scores, "--out", picked, "--images-per-class", "5", "--classes-per-image", "3"),
-        "classes_per_image = 3",
+        "--classes-per-image = 3",
     )
     code, output, _ = tophat(
         "select", "--scores", scores, "--out", picked, "--images-per-class", "5", "--classes-per-image", "1"

@@ -401,7 +401,7 @@ def found(planted: Path, model: str, tmp_path_factory: pytest.TempPathFactory, r
     )
     unlabeled = open_source("U", Source(uri=str(planted / "u")))
     store = RunStore(out)
-    subject = deduplication.prepare(store, unlabeled, [str(planted / "test")], chosen, None)
+    subject = deduplication.prepare(store, unlabeled, [Source(uri=str(planted / "test"))], chosen, None)
     deduplication.find(in_folder(out), subject, chosen, score)
     return out
 

@@ -157,7 +157,7 @@ def test_labels_without_a_list_of_classes(tmp_path: Path, layout: ShardLayout, l
 
 def test_labels_of_two_types_do_not_fit_one_column(tmp_path: Path) -> None:
     storage.publish(f"{tmp_path}/in/x.tar", tar_bytes([Sample(b"a", 1), Sample(b"b", "bee")]))
-    with pytest.raises(SourceError, match="is of another type than the labels before it; use --layout webdataset"):
+    with pytest.raises(SourceError, match="is of another type than the labels before it; use --as webdataset"):
         ingest(opened(f"{tmp_path}/in"), f"{tmp_path}/out", layout="parquet")
 
 

@@ -1,16 +1,21 @@
 """Recipes: the shipped ones, the paper's numbers, and what a user reads about a mistake."""
 
+import time
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cluster.errors import InputError, RecipeError
 from cluster.store import RunStore
 from models.config import ModelConfig
 from pipeline.plan import plan
-from pipeline.recipe.reading import load, shipped, validate
+from pipeline.recipe.document import parse
+from pipeline.recipe.reading import load, load_text, shipped, validate
 from pipeline.recipe.sections import Recipe
 
 
@@ -153,10 +158,13 @@ def test_images_seen_and_epochs_take_each_others_place() -> None:
             "fine_tune.sweep.learning_rates.1 = -1: Input should be greater than 0",
         ),
         ("fine_tune.sweep.learning_rates=[]", "fine_tune.sweep.learning_rates"),
-        ("labeled.train=x", "labeled.train = 'x': "),
         ("unlabeled.layout=zip", "'webdataset', 'parquet' or 'folder'"),
         ("name=../x", "name = '../x': "),
-        ("labeled.classes=[a, a]", "labeled = "),
+        (
+            "labeled.classes=[b, a, a]",
+            "labeled.classes = ['b', 'a', 'a']: must be distinct names: those at 1 and 2 are the same text",
+        ),
+        ('labeled.classes=["\\u00e9", "e\\u0301"]', "those at 0 and 1 are the same text"),
         (
             "select.classes_per_image=4",
             "select.classes_per_image = 4 must be at most score.classes_per_image = 3: only the stored classes",
@@ -171,7 +179,13 @@ def test_images_seen_and_epochs_take_each_others_place() -> None:
         ("=5", "must have the form section.field=value"),
         ("select..x=5", "must have the form section.field=value"),
         ("seed.x=5", "--set seed.x = '5': goes into seed, which is no section; check the field's name"),
-        ("labeled.classes=[a", "--set labeled.classes = '[a': is not a YAML value; quote it"),
+        (
+            "labeled.classes=[a",
+            "--set labeled.classes = '[a': is not valid YAML (expected ',' or ']', but got '<stream end>', line 1, column 3); "
+            "correct it, or quote a text as YAML does",
+        ),
+        ("labeled.train=x", "labeled.train = 'x': must be a section; "),
+        ("select.exclude=x", "select.exclude = 'x': must be a list, as [a, b]; "),
         ("student.model.architecture=null", "student.model.architecture = None: Input should be a valid string"),
     ],
 )
@@ -202,13 +216,191 @@ def test_an_unknown_key_says_more_than_the_missing_one() -> None:
         (b"a: [", "is not valid YAML"),
         (b"- a", "must be a mapping of sections"),
         (b"", "must be a mapping of sections"),
-        (b"\xff\xfe\xfa", "is not valid YAML"),
+        (b"\xff\xfe\xfa", "is not a text in UTF-8; give a YAML file, saved as UTF-8"),
+        ("name: demo".encode("utf-16"), "is not a text in UTF-8"),
+        (b"\x7fELF\x02\x01\x01\x00", "is not valid YAML (it has the character '\\x7f')"),
+        (
+            b"name: demo\nseed:\n\t- 1",
+            "is not valid YAML (found character '\\t' that cannot start any token, line 3, column 1)",
+        ),
+        (b"a: " + b"[" * 500, "is nested too deeply"),
+        (b"a: &a [*a]", "is nested too deeply, or in itself"),
+        (b"a: &a\n  <<: *a", "is nested too deeply, or in itself"),
+        (b"name: demo\n---\nname: demo", "is not valid YAML (but found another document, line 2, column 1)"),
+        (
+            b"name: !!python/object/apply:os.system [ls]",
+            "has the tag 'tag:yaml.org,2002:python/object/apply:os.system'",
+        ),
+        (b"name: !!binary aGk=", "which no recipe has (line 1, column 7)"),
+        (b"seed: 1\nname: demo\nseed: 2", "has 'seed' twice, in line 1, column 1, and in line 3, column 1; correct it"),
+        (b"select:\n  tags: x\n  'tags': y", "has 'tags' twice, in line 2, column 3, and in line 3, column 3"),
+        (b"select: {<<: {a: 1}, <<: {a: 2}}", "has '<<' twice"),
+        (b"select: {<<: [1]}", "merges with << what is no mapping (line 1, column 14)"),
+        (b"{a: 1}: 2", "has a key that is no text (line 1, column 1)"),
+        (b'name: "a\\0b"', "has a character that no text has (line 1, column 7)"),
+        (b'"\\ud800": 1', "has a character that no text has (line 1, column 1)"),
+        (b'name: "\\U00110000"', "is not valid YAML (it has the number of a character that there is not)"),
+        (b"#" * 5 * 2**20, "has over 2 MiB, as no recipe has"),
+        (b"k" * 500 + b": 1", "k…"),
     ],
 )
 def test_a_file_that_is_no_recipe(tmp_path: Path, content: bytes, expected: str) -> None:
     file = tmp_path / "r.yaml"
     file.write_bytes(content)
     assert expected in message(str(file))
+    assert len(message(str(file))) < 500 + len(str(file))
+
+
+def test_aliases_that_repeat_billions_of_values_end_at_once(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
+    merges = ["b0: &b0 {x: 1}", *(f"b{n}: &b{n} {{<<: [{', '.join([f'*b{n - 1}'] * 10)}]}}" for n in range(1, 12))]
+    for number, text in enumerate((lines, merges)):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text("\n".join(text))
+        began = time.monotonic()
+        assert "has over 500,000 values, with what its aliases repeat" in message(str(file))
+        assert time.monotonic() - began < 60
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    assert message(str(tmp_path)) == f"RECIPE = '{tmp_path}': cannot be read (Is a directory); give a YAML file"
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark_and_merge_sections(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_bytes(b"\xef\xbb\xbf" + shipped()["demo"].read_bytes())
+    assert load(str(file)) == load("demo")
+    text = "a: &a {x: 1, y: 2}\nb: {<<: [*a, {y: 3, z: 4}], x: 5}\nc: *a"
+    assert parse(text) == {"a": {"x": "1", "y": "2"}, "b": {"x": "5", "y": "2", "z": "4"}, "c": {"x": "1", "y": "2"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("007", 7),
+        ("-010", -10),
+        ("1_000", 1000),
+        ("0x1F", 31),
+        ("0o17", 15),
+        ("1e3", 1000.0),
+        ("1e-3", 0.001),
+        ("-.5", -0.5),
+        ("2.", 2.0),
+        ("yes", True),
+        ("Off", False),
+        ("TRUE", True),
+        ("yEs", "yEs"),
+        ("1:30", "1:30"),
+        ("2024-01-31", "2024-01-31"),
+        ("nan", "nan"),
+        ("=", "="),
+        ("<<", "<<"),
+        ("\u0661", "\u0661"),
+        ("9" * 5000, "9" * 5000),
+        ('"1e3"', "1e3"),
+        ("'yes'", "yes"),
+        ("!!str 7", "7"),
+    ],
+)
+def test_a_value_without_quotes_is_what_its_field_is(text: str, said: object) -> None:
+    """A text where the field is a text; else, and where the field may be anything, what it says."""
+    quoted = text[0] in "\"'!"
+    found = load("demo", [f"labeled.classes=[{text}]", f"student.model.options={{x: {text}}}"])
+    assert found.labeled.classes == (said if quoted else text,)
+    option = found.student.model.options["x"]
+    assert (option, type(option)) == (said, type(said))
+    assert load_text("RUN", "recipe.yaml", found.to_yaml().encode()) == found
+
+
+@pytest.mark.parametrize("text", ["007", '"007"', "7", "7.0", "0x7", "7e0"])
+def test_a_number_is_read_as_people_write_it(text: str) -> None:
+    assert load("demo", [f"seed={text}"]).seed == 7
+
+
+def test_a_name_may_look_like_a_number() -> None:
+    assert load("demo", ["name=007"]).name == "007"
+    assert load("demo", ["unlabeled.uri=2024-01-31"]).unlabeled.uri == "2024-01-31"
+    assert load("demo", ["teacher.model=010", "teacher.training=null"]).teacher.ready == "010"
+
+
+TEXTS = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20
+) | st.from_regex(r"[-+]?[0-9_.:oxeE]{1,6}|(yes|no|null|true|\.nan|~|<<)", fullmatch=True)
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(TEXTS, min_size=1, unique_by=lambda name: normalize("NFC", name)),
+    st.dictionaries(
+        TEXTS, st.one_of(TEXTS, st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False))
+    ),
+)
+def test_a_resolved_recipe_is_read_as_the_same(classes: list[str], options: dict[str, Any]) -> None:
+    document = load("demo").model_dump(mode="json")
+    document["labeled"]["classes"] = classes
+    document["student"]["model"]["options"] = options
+    recipe = validate(document)
+    again = load_text("RUN", "recipe.yaml", recipe.to_yaml().encode())
+    assert again == recipe
+    kinds = [(name, type(value)) for name, value in recipe.student.model.options.items()]
+    assert [(name, type(value)) for name, value in again.student.model.options.items()] == kinds
+
+
+def test_parts_of_lists_are_set_by_their_place() -> None:
+    recipe = load(
+        "demo",
+        [
+            "labeled.classes=[a, b]",
+            "labeled.classes.1=007",
+            "fine_tune.sweep.learning_rates.2=1",
+            "student.model.transform.mean.0=0",
+        ],
+    )
+    assert recipe.labeled.classes == ("a", "007")
+    assert recipe.fine_tune.sweep.learning_rates == (0.1, 0.5, 1.0)
+    assert recipe.student.model.transform.mean == (0.0, 0.5, 0.5)
+    assert load("demo").fine_tune.sweep.learning_rates == (0.1, 0.5, 2.0)
+    for place in ("3", "-1", "01", "x", "\u0661"):
+        said = message("demo", f"fine_tune.sweep.learning_rates.{place}=1")
+        assert f"has {place!r} for the place in a list; use a number from 0 to 2" in said
+    assert "set the whole list" in message("demo", "select.exclude=[]", "select.exclude.0=x")
+
+
+def test_a_message_names_what_set_takes() -> None:
+    """The field that a message names, into a list or a mapping, is one that --set can correct."""
+    wrong = {
+        "fine_tune.sweep.learning_rates": ("[0.1, -1]", "0.2"),
+        "select.class_weights": ("[1, .inf]", "2"),
+        "labeled.classes": ("[a, '']", "b"),
+        "student.model.options": ("{width: .nan}", "3"),
+        "student.model.transform.mean": ("[0, 0, 7]", "1"),
+    }
+    for field, (bad, good) in wrong.items():
+        named = message("demo", f"{field}={bad}").partition(" = ")[0]
+        assert named.startswith(f"{field}.")
+        load("demo", [f"{field}={bad}", f"{named}={good}"])
+
+
+def test_one_path_is_one_however_it_is_spelled() -> None:
+    for one, other in (
+        ("a/b", ".//a/./b//"),
+        ("/a", "//a/"),
+        ("s3://b/a//c", "s3://b/a//c/"),
+        (".", "./"),
+        ("/", "//"),
+    ):
+        assert load("demo", [f"unlabeled.uri={one}"]) == load("demo", [f"unlabeled.uri={other}"])
+    assert load("demo", ["unlabeled.uri=s3://b/a//c"]) != load("demo", ["unlabeled.uri=s3://b/a/c"])
+    assert load("demo", ["unlabeled.uri=a/../b"]).unlabeled.uri == "a/../b"  # a may be a link
+
+
+def test_weights_are_held_against_the_classes_of_d() -> None:
+    with pytest.raises(RecipeError) as error:
+        load("demo", ["select.class_weights=[1, 2]"]).check_class_count(10)
+    assert str(error.value) == (
+        "select.class_weights = [1.0, 2.0]: has 2 weights for the 10 classes of D; give one for each, in the order of the classes"
+    )
 
 
 def test_no_file() -> None:
@@ -257,8 +449,29 @@ def test_every_field_is_described() -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("name=2001-99-99", "is not a YAML value"),
-        ("seed=!!int abc", "is not a YAML value"),
+        ("seed=!!int abc", "seed = 'abc': Input should be a valid integer"),
+        ("seed=2024-01-31", "seed = '2024-01-31': Input should be a valid integer"),
+        ("seed=1:30", "seed = '1:30': Input should be a valid integer"),
+        ("seed=yes", "seed = 'yes': Input should be a valid integer"),
+        ("seed=1e999", "seed = inf: Input should be a finite number"),
+        ("seed=99999999999999999999999", "Input should be less than or equal to 2147483647"),
+        ("pretrain.learning_rate=true", "pretrain.learning_rate = 'true': Input should be a valid number"),
+        ("pretrain.learning_rate=1e999", "pretrain.learning_rate = inf: Input should be a finite number"),
+        ("pretrain.learning_rate=nan", "Input should be a finite number"),
+        ("pretrain.learning_rate=-0.0", "Input should be greater than 0"),
+        ("pretrain.images_seen=1e30", "pretrain.images_seen = 1e+30: "),
+        ("select.class_weights=[1, [.nan]]", "select.class_weights.1 = [nan]: "),
+        (
+            "select.class_weights=[1e308, 1e308]",
+            "select.class_weights.0 = 1e+308: Input should be less than or equal to ",
+        ),
+        ("teacher.model.options.x={y: .inf}", "must be true, false, a finite number or a text"),
+        (
+            "teacher.model.options.x=1e999",
+            "teacher.model.options.x = inf: must be true, false, a finite number or a text",
+        ),
+        ("student.model.options={a: 1, a: 2}", "has 'a' twice, in line 1, column 2, and in line 1, column 8"),
+        ('cluster.address=""', "cluster.address = '': "),
         ("select.class_weights=[.inf, 1]", "finite number"),
         (
             "teacher.model.options.width=.nan",

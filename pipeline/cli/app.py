@@ -2,7 +2,8 @@
 option answer at once."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ from cluster.errors import InputError, Interrupted, TophatError, one_line
 if TYPE_CHECKING:
     from cluster.session import Session
     from pipeline.data.sources import ImageSource
+    from pipeline.recipe.sections import Source
 
 app = typer.Typer(
     name="tophat",
@@ -39,6 +41,14 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Ray's own m
 ClassesPerImage = Annotated[int | None, typer.Option("--classes-per-image", metavar="P", min=1)]
 Address = Annotated[str, typer.Option("--address", help="`local`, or a running Ray cluster's address.")]
 Model = Annotated[str, typer.Option("--model", metavar="DIR", help="A model directory.")]
+Layout = Annotated[
+    str, typer.Option("--layout", help="Of the source: webdataset, parquet or folder; by default what is found.")
+]
+ImageColumn = Annotated[
+    str | None,
+    typer.Option("--image-column", metavar="NAME", help="Parquet: the column of images; by default what is found."),
+]
+LabelColumn = Annotated[str, typer.Option("--label-column", metavar="NAME", help="Parquet: the column of labels.")]
 
 
 def pairs(title: str, values: Mapping[str, int]) -> Any:
@@ -51,12 +61,51 @@ def pairs(title: str, values: Mapping[str, int]) -> Any:
     return made
 
 
-def listed(field: str, uri: str) -> "ImageSource":
-    """A source of any layout, listed."""
-    from pipeline.data.sources import open_source
-    from pipeline.recipe import sections as recipe
+def source_of(
+    option: str, uri: str, layout: str = "auto", image_column: str | None = None, label_column: str = "label"
+) -> "Source":
+    """A source, as the options of a command describe it; `option` gives its URI."""
+    from pipeline.recipe.reading import source_settings
 
-    return open_source(field, recipe.Source(uri=uri))
+    return source_settings(option, uri, layout=layout, image_column=image_column, label_column=label_column)
+
+
+def listed(option: str, source: "Source", *, labeled: bool = False) -> "ImageSource":
+    """A source, listed, with a warning where much of it is passed over; `option` gives its URI."""
+    from pipeline.cli.tables import print_warnings
+    from pipeline.data.sources import open_source
+
+    with in_options(option):
+        found = open_source(option, source, labeled=labeled)
+    print_warnings(out, {option: found})
+    return found
+
+
+OPTIONS = ("layout", "image_column", "label_column", "model", "scores", "exclude", "out")
+"""Fields that have an option of their name in each command that knows them."""
+
+
+@contextmanager
+def in_options(source: str, *others: str) -> Iterator[None]:
+    """Has mistakes that the block tells by the fields of a recipe, or of a function, told by the options of a command.
+
+    Args:
+        source: the option that gives the source's URI.
+        others: fields that have an option of their name in this command.
+    """
+    try:
+        yield
+    except InputError as error:
+        field = error.field.removeprefix(f"{source}.").removeprefix("deduplicate.")
+        if field == "uri":
+            option = source
+        elif field in (*OPTIONS, *others):
+            option = f"--{field.replace('_', '-')}"
+        elif field.startswith("score."):
+            option = f"--set {field}"
+        else:
+            raise
+        raise type(error)(option, error.value, error.rule, error.fix) from None
 
 
 def ray_session(address: str, verbose: bool, on_start: Callable[[], None] | None = None) -> "Session":

@@ -1,11 +1,31 @@
 """Commands about images: ingest, score, evaluate."""
 
-from typing import Annotated, Any
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cluster.errors import InputError, SourceError, one_line
-from pipeline.cli.app import Address, ClassesPerImage, Model, Sets, Verbose, app, listed, out, pairs, ray_session
+from pipeline.cli.app import (
+    Address,
+    ClassesPerImage,
+    ImageColumn,
+    LabelColumn,
+    Layout,
+    Model,
+    Sets,
+    Verbose,
+    app,
+    in_options,
+    listed,
+    out,
+    pairs,
+    ray_session,
+    source_of,
+)
+
+if TYPE_CHECKING:
+    from pipeline.data.sources import ImageSource
 
 
 @app.command()
@@ -17,8 +37,13 @@ def ingest(
         ),
     ],
     to: Annotated[str, typer.Option("--out", metavar="URI", help="An empty or new folder.")],
-    layout: Annotated[str, typer.Option(help="Of the shards: webdataset or parquet.")] = "webdataset",
+    written_as: Annotated[
+        str, typer.Option("--as", metavar="LAYOUT", help="What is written: webdataset or parquet.")
+    ] = "webdataset",
     images_per_shard: Annotated[int, typer.Option(min=1, help="Images in one shard.")] = 1000,
+    layout: Layout = "auto",
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = "label",
     origin: Annotated[
         str | None, typer.Option("--from", metavar="DIR", help="Where a known data set's files are.")
     ] = None,
@@ -29,10 +54,12 @@ def ingest(
 ) -> None:
     """Turn images into shards, so that plain files can be used as a source."""
     from cluster.progress import Display
+    from pipeline.cli.tables import print_passed_over
     from pipeline.data import known as datasets
     from pipeline.data.ingest import ingest as ingest_source
 
     lost: tuple[tuple[str, str], ...] = ()
+    sources: dict[str, ImageSource] = {}
     display = Display(out, here=True)
     if source in datasets.NAMES:
         with display.task("ingest", None) as progress:
@@ -41,14 +68,14 @@ def ingest(
             )
         table = pairs(f"{'Made' if made.fresh else 'Found'} {made.uri}", made.counts)
     else:
-        if layout not in ("webdataset", "parquet"):
-            raise InputError("--layout", layout, "is not a layout of shards", "use webdataset or parquet")
-        found = listed("SOURCE", source)
-        with display.task("ingest", None) as progress:
+        if written_as not in ("webdataset", "parquet"):
+            raise InputError("--as", written_as, "is not a layout of shards", "use webdataset or parquet")
+        found = listed("SOURCE", source_of("SOURCE", source, layout, image_column, label_column), labeled=True)
+        with in_options("SOURCE"), display.task("ingest", None) as progress:
             written = ingest_source(
                 found,
                 to,
-                layout=layout,  # type: ignore[arg-type]
+                layout=written_as,  # type: ignore[arg-type]
                 images_per_shard=images_per_shard,
                 seed=seed,
                 progress=progress,
@@ -56,14 +83,17 @@ def ingest(
         counts: dict[str, Any] = {
             "images": written.images,
             "labeled": written.labeled,
+            **{f"left out: {reason}": count for reason, count in written.left_out.items()},
             "shards": written.shards,
             "bytes": written.bytes,
         }
         table = pairs(f"{'Made' if written.fresh else 'Found'} {written.uri}", counts)
         lost = written.unreadable
+        sources["SOURCE"] = found
     out.print(table)
     for shard, reason in lost:
         out.print(one_line(f"not read to its end: {shard}: {reason}"), markup=False)
+    print_passed_over(out, sources)
 
 
 @app.command()
@@ -74,6 +104,9 @@ def score(
         str, typer.Option("--out", metavar="URI", help="Folder of the score table; rejects go to its _rejects.")
     ],
     classes_per_image: ClassesPerImage = None,
+    layout: Layout = "auto",
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = "label",
     sets: Sets = None,
     address: Address = "local",
     verbose: Verbose = False,
@@ -82,16 +115,19 @@ def score(
     from cluster import storage
     from cluster.progress import Display
     from models.card import read_card
+    from pipeline.cli.tables import print_passed_over
     from pipeline.data.rejects import REJECTS
     from pipeline.recipe.reading import score_settings
     from pipeline.scoring import score as scoring
 
-    classes = len(read_card(model).class_names)
+    with in_options("--source"):
+        classes = len(read_card(model).class_names)
     settings = score_settings(sets or [], classes_per_image, classes)
-    images = listed("--source", source)
+    images = listed("--source", source_of("--source", source, layout, image_column, label_column))
     target = storage.absolute(to)
     scoring.claim("--out", target, storage.absolute(model), images, settings)
-    with ray_session(address, verbose, on_start=lambda: scoring.check_cluster(settings)) as session:
+    session = ray_session(address, verbose, on_start=lambda: scoring.check_cluster(settings))
+    with in_options("--source"), session:
         session.start()
         with Display(out).task("scores", None) as progress:
             rejects = storage.join(target, REJECTS)
@@ -104,6 +140,7 @@ def score(
     }
     counts |= {f"  {reason}": count for reason, count in scored.rejects.items()}
     out.print(pairs(f"Score table {scored.uri}", counts))
+    print_passed_over(out, {"--source": images})
     out.print(f"images: {scored.listed:,} listed = {scored.scored:,} scored + {scored.rejected:,} rejected")
 
 
@@ -111,6 +148,9 @@ def score(
 def evaluate(
     model: Model,
     source: Annotated[str, typer.Option("--source", metavar="URI", help="Labeled images.")],
+    layout: Layout = "auto",
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = "label",
     address: Address = "local",
     verbose: Verbose = False,
 ) -> None:
@@ -120,12 +160,14 @@ def evaluate(
     from models.card import read_card
     from pipeline.cli import tables
     from pipeline.data import labeled
+    from pipeline.data.rejects import counted
     from pipeline.evaluation import Candidate, measure
     from pipeline.report import text
 
-    names = read_card(model).class_names
-    images = listed("--source", source)
-    with ray_session(address, verbose) as session:
+    with in_options("--source"):
+        names = read_card(model).class_names
+    images = listed("--source", source_of("--source", source, layout, image_column, label_column), labeled=True)
+    with in_options("--source"), ray_session(address, verbose) as session:
         session.start()
         display = Display(out)
         with display.task("reading", None) as progress:
@@ -140,3 +182,6 @@ def evaluate(
     top = [text.percent(share) for share in (found_by.top1, found_by.top5)]
     table.add_row(f"{data.images:,}", f"{len(found.rejects):,}", *top, f"{found_by.loss:.4f}")
     out.print(table)
+    if found.rejects:
+        out.print(f"rejected: {counted(Counter(one.reason for one in found.rejects))}")
+    tables.print_passed_over(out, {"--source": images})

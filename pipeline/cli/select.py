@@ -5,7 +5,19 @@ from typing import Annotated
 import typer
 
 from cluster.errors import InputError
-from pipeline.cli.app import Address, Verbose, app, listed, out, pairs, ray_session
+from pipeline.cli.app import (
+    Address,
+    ImageColumn,
+    Layout,
+    Verbose,
+    app,
+    in_options,
+    listed,
+    out,
+    pairs,
+    ray_session,
+    source_of,
+)
 
 
 @app.command()
@@ -22,7 +34,7 @@ def select(
         float | None, typer.Option("--min-score", help="Candidates below it are never selected.")
     ] = None,
     zipf_exponent: Annotated[
-        float | None, typer.Option("--zipf-exponent", metavar="S", min=0.0, help="Quotas by Zipf's law, K their mean.")
+        float | None, typer.Option("--zipf-exponent", metavar="S", help="Quotas by Zipf's law, K their mean.")
     ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", metavar="URI", help="Parquet: shard, index of images to leave out.")
@@ -30,7 +42,7 @@ def select(
     tags: Annotated[
         bool, typer.Option("--tags", help="The table has tags and no scores: select at random among them.")
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of --tags and --zipf-exponent.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Of --tags and --zipf-exponent.")] = 0,
     memory_mib: Annotated[int, typer.Option("--memory-mib", min=64, help="For each scanning task.")] = 2048,
     address: Address = "local",
     verbose: Verbose = False,
@@ -42,12 +54,23 @@ def select(
     from cluster import storage
     from cluster.progress import Display
     from pipeline.cli import tables
+    from pipeline.recipe.reading import select_settings
     from pipeline.selection import select as selection
 
     ps: list[int | None] = list(classes_per_image) if classes_per_image else [None]
     pairs = [(p, k) for p in dict.fromkeys(ps) for k in dict.fromkeys(images_per_class)]
+    for p, k in pairs:
+        settings = select_settings(
+            images_per_class=k,
+            classes_per_image=p,
+            zipf_exponent=zipf_exponent,
+            min_score=min_score,
+            exclude=exclude,
+            tags=scores if tags else None,
+            memory_mib=memory_mib,
+        )
     wanted = [selection.Wanted(to if len(pairs) == 1 else storage.join(to, f"P{p or ''}-K{k}"), k, p) for p, k in pairs]
-    with ray_session(address, verbose) as session:
+    with in_options("--scores", "classes_per_image"), ray_session(address, verbose) as session:
         session.start()
         with Display(out).task("selection", None) as progress:
             selected = selection.select_several(
@@ -55,7 +78,7 @@ def select(
                 wanted,
                 zipf_exponent=zipf_exponent,
                 min_score=min_score,
-                exclude=exclude or (),
+                exclude=settings.exclude,
                 tags=tags,
                 seed=seed,
                 memory_mib=memory_mib,
@@ -97,6 +120,8 @@ def duplicates(
     decisions: Annotated[
         str | None, typer.Option("--decisions", metavar="FILE", help="What the review page saved.")
     ] = None,
+    layout: Layout = "auto",
+    image_column: ImageColumn = None,
     sets: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A field of deduplicate, or score.FIELD. Repeatable."),
@@ -129,8 +154,11 @@ def duplicates(
         else:
             options = {"nearest": nearest, "within": within, "copies": copies, "decisions": decisions, "model": model}
             settings, score = deduplicate_settings(sets or [], **options)
-            subject = deduplication.prepare(store, listed("--source", source), against or [], settings, scores)
-            excluded = deduplication.find(this, subject, settings, score)
+            with in_options("--against"), in_options("--source", "within"):
+                unlabeled = listed("--source", source_of("--source", source, layout, image_column))
+                labeled = [source_of("--against", uri, layout, image_column) for uri in against or ()]
+                subject = deduplication.prepare(store, unlabeled, labeled, settings, scores)
+                excluded = deduplication.find(this, subject, settings, score)
     counts = {"near-duplicates": excluded.outputs.near, "copies": excluded.outputs.copies}
     out.print(pairs(f"Left out of U: {excluded.uri}", counts | {"decided in the review": excluded.outputs.decided}))
     if "pairs" in this.made:

@@ -76,7 +76,7 @@ def read_parquet(
     tags: bool,
     *,
     images: str,
-    labels: str,
+    labels: str | None,
     buffer_size: int,
 ) -> Iterator[Row]:
     """The rows of a file, in order.
@@ -87,7 +87,7 @@ def read_parquet(
         wanted: indices of the rows that are yielded; None for all.
         tags: whether `Row.words` is filled.
         images: the column of encoded images.
-        labels: the column of labels, which a file may lack.
+        labels: the column of labels, which a file may lack; None where nobody wants them.
         buffer_size: bytes of one read.
 
     Raises:
@@ -97,9 +97,11 @@ def read_parquet(
     with pq.ParquetFile(file, buffer_size=buffer_size) as parquet:
         schema = parquet.schema_arrow
         image_column("image_column", name, schema, images)
-        check_labels("label_column", name, schema, labels)
+        labels = labels if labels in schema.names else None
+        if labels is not None:
+            check_labels("label_column", name, schema, labels)
         words = [field for field in TAG_FIELDS if tags and field in schema.names]
-        columns = list(dict.fromkeys([images, *([labels] if labels in schema.names else []), *words]))
+        columns = list(dict.fromkeys([images, *([labels] if labels else []), *words]))
         start = 0
         for batch in parquet.iter_batches(batch_size=READ_ROWS, columns=columns):
             column = batch.column(images)
@@ -107,7 +109,7 @@ def read_parquet(
             if pa.types.is_struct(column.type):
                 fields = {column.type.field(i).name: values for i, values in enumerate(column.flatten())}
                 column, paths = fields["bytes"], fields.get("path")
-            classes = _labels(name, labels, batch.column(labels)) if labels in schema.names else None
+            classes = _labels(name, labels, batch.column(labels)) if labels else None
             for offset in range(batch.num_rows):
                 if wanted is None or start + offset in wanted:
                     data = column[offset].as_py()

@@ -43,7 +43,7 @@ class Reader:
         root: the source's URI.
         layout: of its shards.
         image_column: Parquet: the column of encoded images.
-        label_column: Parquet: the column of labels, which a file may lack.
+        label_column: Parquet: the column of labels, which a file may lack; None where nobody wants them.
         class_names: names of numeric labels, where the source knows them.
         tags: whether `Row.words` is filled: in a tar from the sample's `.txt` and `.json`, in a folder from the `.txt` beside the image,
             in Parquet from the columns of `TAG_FIELDS`. An image without any of these has no words.
@@ -52,7 +52,7 @@ class Reader:
     root: str
     layout: Layout
     image_column: str = "image"
-    label_column: str = "label"
+    label_column: str | None = "label"
     class_names: tuple[str, ...] | None = None
     tags: bool = False
 

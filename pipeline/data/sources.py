@@ -155,12 +155,13 @@ def _few(one: PassedOver) -> str:
     return ", ".join(one_line(path)[-60:] for path in one.examples) + (", ..." if one.count > len(one.examples) else "")
 
 
-def open_source(field: str, source: recipe.Source) -> ImageSource:
+def open_source(field: str, source: recipe.Source, *, labeled: bool = True) -> ImageSource:
     """Lists a source once.
 
     Args:
         field: the recipe's field or the option that names it, for messages.
         source: where and of what layout.
+        labeled: whether its labels are read; else a Parquet column of that name may hold anything.
 
     Raises:
         SourceError: nothing is there, or nothing of that layout.
@@ -189,7 +190,8 @@ def open_source(field: str, source: recipe.Source) -> ImageSource:
 
         uri = storage.inside(root, content.described)
         image_column = parquet.image_column(f"{field}.image_column", uri, content.schema, source.image_column)
-        parquet.check_labels(f"{field}.label_column", uri, content.schema, source.label_column)
+        if labeled:
+            parquet.check_labels(f"{field}.label_column", uri, content.schema, source.label_column)
         names = names or parquet.class_names(content.schema, source.label_column)
     read = content.of_layout[layout]
     if layout == "folder":
@@ -200,7 +202,7 @@ def open_source(field: str, source: recipe.Source) -> ImageSource:
     else:
         shards = [Shard(f.path, f.size, f.etag) for f in read]
     parts, passed_over = content.beside(layout, skipped)
-    reader = Reader(root, layout, image_column, source.label_column, names)
+    reader = Reader(root, layout, image_column, source.label_column if labeled else None, names)
     return ImageSource(reader, tuple(shards), parts, passed_over)
 
 

@@ -160,7 +160,7 @@ def parquet_bytes(samples: Sequence[Sample], schema: Any) -> bytes:
                 s.label for s in samples if isinstance(s.label, str) != pa.types.is_string(schema.field(1).type)
             )
             raise SourceError(
-                "label", mixed, "is of another type than the labels before it", "use --layout webdataset"
+                "label", mixed, "is of another type than the labels before it", "use --as webdataset"
             ) from None
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_arrays(columns, schema=schema), sink, row_group_size=256, compression="none")

@@ -314,14 +314,14 @@ def _publish_excluded(uri: str, images: pa.Table, reason: str) -> None:
 
 
 def prepare(
-    store: RunStore, unlabeled: ImageSource, against: Sequence[str], settings: Deduplicate, scores_uri: str | None
+    store: RunStore, unlabeled: ImageSource, against: Sequence[Source], settings: Deduplicate, scores_uri: str | None
 ) -> Subject:
     """Claims the folder of `tophat duplicates`, once nothing is wrong with what it compares.
 
     Args:
         store: the folder.
         unlabeled: U.
-        against: URIs of labeled images.
+        against: labeled images.
         settings: with the model.
         scores_uri: a score table with U's embeddings by that model.
 
@@ -347,7 +347,7 @@ def prepare(
         raise InputError("--model", TEACHER, "is known to a recipe's run only", "give the teacher's model directory")
     if settings.model == RESNET18 and scores_uri is not None:
         raise InputError("--scores", scores_uri, "are of a model that is not named", "add --model DIR, the model")
-    sets = tuple(LabeledSet(uri, open_source("--against", Source(uri=uri))) for uri in dict.fromkeys(against))
+    sets = tuple(LabeledSet(one.uri, open_source("--against", one, labeled=False)) for one in dict.fromkeys(against))
     inputs["labeled"] = fingerprint([[labeled.name, labeled.source.fingerprint()] for labeled in sets])
     model = ""
     if settings.model != RESNET18:

@@ -1,8 +1,9 @@
 """The sections of a recipe: everything that decides a run's result, in one validated, immutable object. Imports nothing heavy."""
 
+from pathlib import PurePosixPath
 from typing import Annotated, Literal, Self
+from unicodedata import normalize
 
-import yaml
 from pydantic import (
     AfterValidator,
     Discriminator,
@@ -17,14 +18,22 @@ from cluster.config import Cluster
 from cluster.errors import RecipeError
 from cluster.section import FREE, Section
 from models.config import CPU_BATCH, GPU_BATCH, ModelConfig, Training, Views
+from pipeline.recipe.document import dump
 from tuning.config import Sweep
 
+
+def _one_spelling(uri: str) -> str:
+    scheme, slashes, path = uri.partition("://")
+    if slashes:
+        return f"{scheme}://{path.rstrip('/')}"  # what else has two slashes in an object store is another key
+    plain = str(PurePosixPath(uri))
+    return plain[1:] if plain.startswith("//") else plain
+
+
 Uri = Annotated[
-    str,
-    StringConstraints(min_length=1, max_length=2000, strip_whitespace=True),
-    AfterValidator(lambda uri: uri.rstrip("/") or "/"),
+    str, StringConstraints(min_length=1, max_length=2000, strip_whitespace=True), AfterValidator(_one_spelling)
 ]
-"""A location, without the slash at its end that changes nothing."""
+"""A location, in one of its spellings: `a//b/`, `./a/b` and `a/b` are the same local path."""
 SIDECAR = "sidecar"
 """The tags that a source of images has itself, beside them."""
 
@@ -37,7 +46,7 @@ class Source(Section):
     layout: Literal["auto", "webdataset", "parquet", "folder"] = "auto"
     """`webdataset`: tar shards; `parquet`: files with a column of encoded images; `folder`: image files, one folder per class when labeled; `auto`: by what is found."""
     image_column: str | None = Field(default=None, min_length=1, max_length=200)
-    """Parquet: the column of image bytes, or of structs with a `bytes` field."""
+    """Parquet: the column of image bytes, or of structs with a `bytes` field; by default `image` where there is one, else the only column of encoded images."""
     label_column: str = Field(default="label", min_length=1, max_length=200)
     """Parquet: the column of class numbers or names."""
 
@@ -55,6 +64,16 @@ class Labeled(Section):
     """Labeled images that every result is measured on; nothing is chosen on them."""
     classes: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = None
     """Class names in the order of the network's outputs; by default what D itself says, else sorted."""
+
+    @field_validator("classes")
+    @classmethod
+    def _distinct(cls, classes: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        numbers: dict[str, int] = {}
+        for number, name in enumerate(classes or ()):
+            first = numbers.setdefault(normalize("NFC", name), number)
+            if first != number:
+                raise ValueError(f"must be distinct names: those at {first} and {number} are the same text")
+        return classes
 
 
 class Weak(Section):
@@ -243,7 +262,7 @@ class Select(Section):
     """K; with a class distribution, its mean: the total stays K x the number of classes."""
     zipf_exponent: float | None = Field(default=None, ge=0.0, le=10.0)
     """Unbalanced: classes in a seeded order get images in proportion to 1, 1/2^s, 1/3^s, and so on (section 4.4)."""
-    class_weights: tuple[Annotated[float, Field(ge=0.0)], ...] | None = None
+    class_weights: tuple[Annotated[float, Field(ge=0.0, le=1e12)], ...] | None = None
     """Unbalanced: classes get images in proportion to these, one for each class in the order of the classes."""
     classes_per_image: int | None = Field(default=None, ge=1, le=1000)
     """P to select with, at most the P that was stored; by default that one."""
@@ -346,13 +365,6 @@ class Recipe(Section):
     report: Annotated[Report, FREE] = Report()
     """The report."""
 
-    @field_validator("labeled")
-    @classmethod
-    def _distinct_classes(cls, labeled: Labeled) -> Labeled:
-        if labeled.classes is not None and len(set(labeled.classes)) != len(labeled.classes):
-            raise ValueError("classes must be distinct names")
-        return labeled
-
     @model_validator(mode="after")
     def _selectable(self) -> Self:
         wanted, stored = self.select.classes_per_image, self.score.classes_per_image
@@ -379,10 +391,10 @@ class Recipe(Section):
         return self.seed if own is None else own
 
     def check_class_count(self, classes: int) -> None:
-        """Holds P against the number of classes, once D has told it.
+        """Holds P and the classes' weights against the number of classes, once D has told it.
 
         Raises:
-            RecipeError: P is above the class count.
+            RecipeError: P is above the class count, or there are not as many weights.
         """
         if self.score.classes_per_image > classes:
             raise RecipeError(
@@ -391,7 +403,13 @@ class Recipe(Section):
                 f"must be at most {classes}, the number of classes of D",
                 f"set it to {classes} or less",
             )
+        weights = self.select.class_weights
+        if weights is not None and len(weights) != classes:
+            rule = f"has {len(weights)} weights for the {classes} classes of D"
+            raise RecipeError(
+                "select.class_weights", list(weights), rule, "give one for each, in the order of the classes"
+            )
 
     def to_yaml(self) -> str:
         """The resolved recipe: every field, defaults included."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+        return dump(self.model_dump(mode="json"))

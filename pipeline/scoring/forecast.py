@@ -191,7 +191,7 @@ def forecast(
         raise InputError("--deadline", deadline, "must be a finite number of hours", "leave it out for no deadline")
     if recipe.labeled.classes:
         recipe.check_class_count(len(recipe.labeled.classes))
-    source = open_source("unlabeled", recipe.unlabeled)
+    source = open_source("unlabeled", recipe.unlabeled, labeled=False)
     given = [*node_types(ClusterShape(()), cluster_file), NodeType(HERE, "", NodeShape({}, 0))]
     costs = read_prices(prices, given)
     place = f"{storage.absolute(run_dir)}-estimate-{secrets.token_hex(4)}"

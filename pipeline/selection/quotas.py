@@ -34,9 +34,12 @@ def quotas(
         weights: NDArray[np.float64] = np.asarray(class_weights, np.float64)
         if len(weights) != num_classes:
             rule = f"has {len(weights)} weights, and there are {num_classes} classes"
-            raise InputError("class_weights", "", rule, "give one for each class, in the order of the classes")
+            raise InputError(
+                "class_weights", list(class_weights), rule, "give one for each class, in the order of the classes"
+            )
         if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
-            raise InputError("class_weights", "", "must be finite, not negative, and not all zero", "correct them")
+            rule = "must be finite, not negative, and not all zero"
+            raise InputError("class_weights", list(class_weights), rule, "correct them")
     elif zipf_exponent is not None:
         places = np.argsort(np.argsort([_draw(seed, c) for c in range(num_classes)]))
         weights = np.power(places + 1.0, -zipf_exponent)
