@@ -47,6 +47,9 @@ TIFF_TAGS |= {*range(512, 522), *range(529, 533)}
 """The tags of a TIFF that say where its pixels are and how they are stored."""
 
 
+EXIF_STARTS = (b"II*\0", b"MM\0*")
+
+
 class Needed(NamedTuple):
     """What a decoder gets.
 
@@ -76,7 +79,7 @@ def exif_orientation(exif: bytes) -> int | None:
     for _ in range(2):
         exif = exif.removeprefix(b"Exif\0\0")
     found = None
-    if exif[:4] in (b"II*\0", b"MM\0*"):
+    if exif[:4] in EXIF_STARTS:
         directory = Directory(exif)
         for entry in directory.entries:
             if directory.tag(entry) == 274:
@@ -303,7 +306,8 @@ def _jxl(data: bytes) -> Needed:
             elif kind == b"jxlp":
                 found.append(data[body + 4 : end])
             elif kind == b"Exif":
-                exif = exif or data[body + 4 : end]
+                block = data[body:end]  # which begins with a number of 4 bytes, as the standard says, or does not
+                exif = exif or (block if block[:4] in EXIF_STARTS else block[4:])
             at = end
     codestream = b"".join(found)
     size, turned = _jxl_header(codestream)
