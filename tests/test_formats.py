@@ -621,3 +621,12 @@ def test_plugins_are_imported_by_the_first_image_that_needs_them() -> None:
         cwd=Path(__file__).parent.parent,
     )
     assert done.stdout == b"[]\n"
+
+
+def test_decoders_say_nothing_on_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    damaged = bytearray(FILES["TIFF, LZW"](UPRIGHT, b""))
+    damaged[100:900] = random.Random(0).randbytes(800)
+    decoder = Decoder(partial(evaluation_image, transform=SMALL), 2.0)
+    with pytest.raises(UndecodableImage, match=r"^decode_error"):
+        decoder(bytes(damaged))
+    assert capfd.readouterr() == ("", "")

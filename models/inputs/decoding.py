@@ -114,6 +114,10 @@ def serve() -> None:
             decode, seconds = pipe.recv()
             Image.init()
             pipe.send(None)
+            with open(
+                os.devnull, "wb"
+            ) as nowhere:  # what C libraries print about hostile bytes is no news for a terminal
+                os.dup2(nowhere.fileno(), 2)
             while True:
                 data = pipe.recv_bytes()
                 signal.setitimer(signal.ITIMER_PROF, seconds)
