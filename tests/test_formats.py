@@ -4,6 +4,7 @@ import random
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +20,7 @@ from models.config import Transform
 from models.inputs.decoding import Decoder
 from models.inputs.formats import known, ready
 from models.inputs.image import REASONS, UndecodableImage, decode, evaluation_image, training_image
+from models.inputs.needed import needed
 
 SMALL = Transform(size=28, resize=32)
 WIDTH, HEIGHT = 90, 60
@@ -114,6 +116,9 @@ def test_a_jpeg_inside_jpeg_xl_is_turned_once(tmp_path: Path) -> None:
     with Image.open(tmp_path / "a.jpg") as image:
         data = encoded(image, "JXL", lossless_jpeg=True)
     assert away(decode(data, SMALL), COLORS) <= 6
+    block = bytes(4) + turned(6)[6:]
+    box = struct.pack(">I", len(block) + 8) + b"Exif" + block
+    assert away(decode(data[:32] + box + data[32:], SMALL), COLORS) <= 6  # the codestream is turned by itself
 
 
 SHORT = struct.pack("<HH", 6, 0)
@@ -254,7 +259,7 @@ def in_webp(kind: bytes, body: bytes) -> bytes:
 
 
 SIDE = {
-    "JPEG: no more than the word JFIF": with_segment(JPEG, 0xE0, b"JFIF"),
+    "JPEG: no more than the word JFIF": with_segment(JPEG, 0xE0, b"JFIF\0"),
     "JPEG: resolution cut": with_segment(JPEG, 0xE0, b"JFIF\0\1\1\1"),
     "JPEG: profile cut": with_segment(JPEG, 0xE2, b"ICC_PROFILE\0"),
     "JPEG: profile 3 of 2": with_segment(JPEG, 0xE2, b"ICC_PROFILE\0\3\2rest"),
@@ -349,6 +354,15 @@ def test_an_odd_extension_does_not_cost_a_gif(extension: bytes) -> None:
     expected = np.asarray(UPRIGHT.quantize(64).convert("RGB"))
     assert away(decode(data, SMALL), expected) == 0
     assert away(decode(GIF + b"\0" * 99, SMALL), expected) == 0
+
+
+def test_text_that_could_hold_exif_is_unpacked_up_to_a_limit() -> None:
+    tracemalloc.start()
+    try:
+        assert needed(SIDE["PNG: a bomb where EXIF could be"], "PNG").orientation == 1
+        assert tracemalloc.get_traced_memory()[1] < 2**21
+    finally:
+        tracemalloc.stop()
 
 
 def test_metadata_costs_no_time() -> None:
