@@ -11,6 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from models.inputs.formats import ready
+
+PLUGINS = ready("HEIF"), ready("JXL")
+"""Encoders of HEIC and JPEG XL are brought in with their decoders."""
+
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     """An image file."""
@@ -92,6 +97,22 @@ def turned(rng: random.Random) -> bytes:
     return encoded(picture(rng), "JPEG", quality=95, exif=exif)
 
 
+ODD_EXIF = b"Exif\0\0II*\0" + struct.pack("<IHHHIHHHHI4sI", 8, 2, 0x112, 3, 1, 6, 0, 0x11A, 2, 3, b"72", 0)
+"""An orientation, and a resolution in words."""
+
+
+def segment(data: bytes, marker: int, body: bytes) -> bytes:
+    """A JPEG with one more segment at its beginning."""
+    return data[:2] + struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body + data[2:]
+
+
+def floats(rng: random.Random, most: float) -> bytes:
+    """A gray TIFF of floats from 0 to 1, and one other."""
+    values = np.asarray(picture(rng).convert("L")).astype(np.float32) / 255
+    values[3, 5] = most
+    return encoded(Image.fromarray(values), "TIFF")
+
+
 def sixteen_bits(rng: random.Random) -> bytes:
     """A gray PNG of 16 bits."""
     gray = np.asarray(picture(rng).convert("L")).astype(np.uint16)
@@ -126,6 +147,16 @@ ODD: dict[str, Callable[[random.Random], bytes]] = {
     "TIFF": lambda rng: encoded(picture(rng), "TIFF", compression="tiff_lzw"),
     "AVIF": lambda rng: encoded(picture(rng), "AVIF"),
     "one pixel": lambda rng: encoded(picture(rng, 1, 1), "PNG"),
+    "HEIC": lambda rng: encoded(picture(rng), "HEIF"),
+    "JPEG XL": lambda rng: encoded(picture(rng), "JXL"),
+    "floats": lambda rng: floats(rng, 1.0),
+    "odd EXIF": lambda rng: segment(jpeg(rng), 0xE1, ODD_EXIF),
+    "EXIF that is noise": lambda rng: segment(jpeg(rng), 0xE1, b"Exif\0\0" + rng.randbytes(60)),
+    "profile cut": lambda rng: segment(jpeg(rng), 0xE2, b"ICC_PROFILE\0"),
+    "resolution cut": lambda rng: segment(jpeg(rng), 0xE0, b"JFIF\0"),
+    "bomb of text": lambda rng: text_bomb(),
+    "bomb of color": lambda rng: profile_bomb(),
+    "animation that is none": lambda rng: png(8, 8, png_chunk(b"fcTL", b"\0"), pixels(8, 8)),
     "much text": lambda rng: png(8, 8, png_chunk(b"tEXt", b"Comment\0" + bytes(2**20)), pixels(8, 8)),
 }
 """Unusual, and to be scored like any other."""
@@ -145,8 +176,11 @@ BROKEN: dict[str, tuple[str, Callable[[random.Random], bytes]]] = {
     "cut AVIF": ("truncated", lambda rng: encoded(picture(rng), "AVIF")[:400]),
     "damaged PNG": ("decode_error", lambda rng: png(8, 8, png_chunk(b"IDAT", b"\xff" * 90))),
     "bomb of pixels": ("too_large", lambda rng: png(60_000, 60_000, png_chunk(b"IDAT", zlib.compress(b"\0")))),
-    "bomb of text": ("too_large", lambda rng: text_bomb()),
-    "bomb of color": ("too_large", lambda rng: profile_bomb()),
+    "floats out of range": ("decode_error", lambda rng: floats(rng, 1000.0)),
+    "no number": ("decode_error", lambda rng: floats(rng, float("nan"))),
+    "cut HEIC": ("decode_error", lambda rng: encoded(picture(rng), "HEIF")[:500]),
+    "cut JPEG XL": ("decode_error", lambda rng: encoded(picture(rng), "JXL")[:90]),
+    "bomb of JPEG XL": ("too_large", lambda rng: b"\xff\x0a" + bytes.fromhex("febf4efafffb02000000000000")),
     "many scans": ("slow", lambda rng: many_scans(4000, 6000)),
     "hidden tiles": ("slow", lambda rng: hidden_tiles(4000, 2**20)),
 }

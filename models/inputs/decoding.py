@@ -1,9 +1,9 @@
 """Decoding under a time limit that holds whatever the bytes are.
 
 Most decoders ask for their bytes piece by piece, and `models.inputs.image` looks at the clock whenever one does: that costs a few
-microseconds an image. Those of TIFF and AVIF are one call into C, which a few hostile bytes can keep busy for hours and which nothing in
-Python can interrupt. They run in a process of their own, started for the first such image, which the operating system ends when its time
-is up; that process also keeps a decoder's crash, and its hunger for memory, away from everything else.
+microseconds an image. Those of TIFF, AVIF, HEIC and JPEG XL are one call into C, which a few hostile bytes can keep busy for hours
+and which nothing in Python can interrupt. They run in a process of their own, started for the first such image, which the operating
+system ends when its time is up; that process also keeps a decoder's crash, and its hunger for memory, away from everything else.
 """
 
 import os
@@ -20,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.inputs.image import UndecodableImage, known
+from models.inputs.formats import known
+from models.inputs.image import UndecodableImage
 
 Decode = Callable[[bytes], NDArray[np.uint8]]
 
-APART = ("TIFF", "AVIF")
+APART = ("TIFF", "AVIF", "HEIF", "JXL")
 """Formats whose decoders do not come back before they are done."""
 
 MEMORY = 4 * 2**30
@@ -113,6 +114,10 @@ def serve() -> None:
             decode, seconds = pipe.recv()
             Image.init()
             pipe.send(None)
+            with open(
+                os.devnull, "wb"
+            ) as nowhere:  # what C libraries print about hostile bytes is no news for a terminal
+                os.dup2(nowhere.fileno(), 2)
             while True:
                 data = pipe.recv_bytes()
                 signal.setitimer(signal.ITIMER_PROF, seconds)

@@ -1,10 +1,10 @@
 """From hostile bytes to the square uint8 image that enters a network.
 
-Nothing here trusts the bytes: the format is one of a closed list, the size is checked in the header before any pixel is
-decoded, and no crop allocates more than its output, whatever the aspect ratio. Whatever goes wrong is one
-`UndecodableImage` with a reason of a small closed set. Decoding has a time limit, which is checked whenever a decoder asks for
-more bytes; `models.inputs.decoding` holds to it those that never ask. Decoded images stay uint8; `normalize` makes floats of whole batches
-on the device, and alone needs torch.
+Nothing here trusts the bytes: the format is one of a closed list, a decoder sees only what the pixels need
+(`models.inputs.needed`), the size is checked in the header before any pixel is decoded, and no crop allocates more than its
+output, whatever the aspect ratio. Whatever goes wrong is one `UndecodableImage` with a reason of a small closed set. Decoding
+has a time limit, which is checked whenever a decoder asks for more bytes; `models.inputs.decoding` holds to it those that never
+ask. Decoded images stay uint8; `normalize` makes floats of whole batches on the device, and alone needs torch.
 """
 
 import io
@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.JpegImagePlugin import JpegImageFile
+from PIL import Image, UnidentifiedImageError
 
 from cluster.errors import TophatError, one_line
 from models.config import Transform
+from models.inputs.formats import FORMATS, PLUGINS, known, ready
+from models.inputs.needed import exif_orientation, needed
 
 if TYPE_CHECKING:  # decoding runs in many processes, and needs no torch
     import torch
@@ -33,22 +34,25 @@ if TYPE_CHECKING:  # decoding runs in many processes, and needs no torch
 Reason = Literal["empty", "no_image", "unreadable", "not_an_image", "too_large", "truncated", "slow", "decode_error"]
 REASONS: tuple[str, ...] = get_args(Reason)
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-"""What is decoded. PIL's other formats run programs, read other files or are no images of the web."""
-
-SIGNATURES = {
-    "JPEG": (b"\xff\xd8\xff",),
-    "PNG": (b"\x89PNG\r\n\x1a\n",),
-    "GIF": (b"GIF87a", b"GIF89a"),
-    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
-}
-"""What files of these formats begin with."""
-
 DETAIL = 200
 """Longest detail, in characters."""
 
 DECODE_SECONDS = 10.0
 """CPU time that decoding one image may take, unless the caller says otherwise."""
+
+UNSIGNED = ("BMP", "PPM")
+"""Formats of which a signature tells too little to be `known` by it."""
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image of each EXIF orientation upright; one of 1 is."""
 
 JPEG_BLOCK = 1024
 """Bytes of a JPEG that are decoded between two looks at the clock. Ten bytes of a progressive JPEG (an empty scan) make the decoder go
@@ -91,16 +95,26 @@ def decode(data: bytes, transform: Transform) -> NDArray[np.uint8]:
     """The whole image, upright: uint8 [height, width, 3], RGB.
 
     A JPEG much larger than needed is decoded at 1/2, 1/4 or 1/8 of its size, with the shorter side still at least
-    `transform.resize`. Of an animation, the first frame. Transparent pixels are shown on white. 16-bit channels lose their
-    lower byte.
+    `transform.resize`. Of an animation, the first frame. Transparent pixels are shown on white. Color profiles are not applied.
+
+    What becomes of values, by Pillow's mode:
+
+    - 1, L, P, RGB, RGBX, YCbCr, CMYK, LAB, HSV, and LA, PA, La, RGBA, RGBa with transparency: converted to RGB of 8 bits. Colors of
+      16 bits lose their lower byte.
+    - I;16, I;16B, I;16L, I;16N (gray of 16 bits): lose their lower byte; gray of 12 bits in a TIFF loses its lower 4 bits.
+    - I (gray of 32 bits, or 16 with a sign): taken as they are if all are from 0 to 255; as 16 bits if all are from 0 to 65535.
+      Those of a PPM always are 16 bits.
+    - F (gray of floats): 255 times the value if all are from 0 to 1; taken as they are if all are from 0 to 255. JPEG XL defines its own
+      to be from 0 to 1: what lossy coding puts outside, by up to 0.1, is cut off.
+    - Any other value (infinite, no number, out of these ranges) is not guessed at: the image is rejected.
+
+    Gray of 16 bits or floats in a TIFF whose zero is white is inverted, as Pillow leaves it to others.
 
     Raises:
         UndecodableImage: whatever the bytes are.
     """
-    with _opened(data, transform) as image:
-        width, height = _upright_size(image)
-        pixels = _pixels(image, transform.resize / min(width, height))
-        return np.asarray(pixels)
+    with _opened(data, transform) as encoded:
+        return np.asarray(encoded.pixels(transform.resize / min(encoded.size)))
 
 
 def evaluation_image(data: bytes, transform: Transform, seconds: float = DECODE_SECONDS) -> NDArray[np.uint8]:
@@ -117,8 +131,8 @@ def evaluation_image(data: bytes, transform: Transform, seconds: float = DECODE_
     Raises:
         UndecodableImage: whatever the bytes are.
     """
-    with _opened(data, transform, seconds) as image:
-        return _channels_first(_crop(image, center_box(*_upright_size(image), transform), transform.size))
+    with _opened(data, transform, seconds) as encoded:
+        return _channels_first(_crop(encoded, center_box(*encoded.size, transform), transform.size))
 
 
 def training_image(data: bytes, transform: Transform, rng: random.Random) -> NDArray[np.uint8]:
@@ -132,10 +146,10 @@ def training_image(data: bytes, transform: Transform, rng: random.Random) -> NDA
     Raises:
         UndecodableImage: whatever the bytes are.
     """
-    with _opened(data, transform) as image:
-        size = _upright_size(image)
+    with _opened(data, transform) as encoded:
+        size = encoded.size
         box = random_box(*size, transform, rng) if transform.crop == "random_resized" else center_box(*size, transform)
-        pixels = _crop(image, box, transform.size)
+        pixels = _crop(encoded, box, transform.size)
     if transform.crop == "pad":
         pixels = _shifted(pixels, transform.padding, rng)
     if transform.flip and rng.random() < 0.5:
@@ -213,47 +227,73 @@ class _Watched(io.BytesIO):
         return super().read(size)
 
 
+class _Encoded:
+    """An image whose header was read: its size, and its pixels once they are asked for.
+
+    Args:
+        image: as Pillow opened it, without metadata.
+        orientation: as in EXIF; what Pillow decodes is to be turned so.
+    """
+
+    def __init__(self, image: Image.Image, orientation: int) -> None:
+        self._image = image
+        self._turn = TURNS.get(orientation)
+        self.size = (image.height, image.width) if orientation > 4 else image.size
+        """Width and height, upright."""
+
+    def pixels(self, scale: float) -> Image.Image:
+        """Decodes: upright, RGB, and of a JPEG at least `scale` times the size in the header."""
+        image = self._image
+        if scale < 1:
+            image.draft("RGB", (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+        image.load()
+        rgb = image if image.mode == "RGB" and "transparency" not in image.info else _rgb(image)
+        return rgb if self._turn is None else rgb.transpose(self._turn)
+
+
 @contextmanager
-def _opened(data: bytes, transform: Transform, seconds: float = DECODE_SECONDS) -> Iterator[Image.Image]:
+def _opened(data: bytes, transform: Transform, seconds: float = DECODE_SECONDS) -> Iterator[_Encoded]:
     """The image of hostile bytes, header read and checked; every error in the block becomes an `UndecodableImage`."""
     if not data:
         raise UndecodableImage("empty", "no bytes")
+    name = known(data)
+    if name in PLUGINS and not ready(name):
+        raise UndecodableImage("not_an_image", f"{PLUGINS[name]}, which needs a plug-in: pip install 'tophat[formats]'")
     try:
-        image = Image.open(_Watched(data, seconds), formats=FORMATS)
-        if image.width * image.height > transform.max_pixels:
-            detail = f"{image.width} x {image.height} pixels, at most {transform.max_pixels} are allowed"
-            raise UndecodableImage("too_large", detail)
-        if isinstance(image, JpegImageFile):
+        only = needed(data, name)
+        if only.size:
+            _check_size(*only.size, transform)
+        image = Image.open(_Watched(only.data, seconds), formats=(name,) if name else UNSIGNED)
+        _check_size(*image.size, transform)
+        if name == "JPEG":
             image.decodermaxblock = JPEG_BLOCK
-        yield image
+        turned = (
+            exif_orientation(image.info.get("exif", b"")) if name == "AVIF" else None
+        )  # made by Pillow from the file's own boxes
+        yield _Encoded(image, turned or only.orientation)
     except UndecodableImage:
         raise
     except Exception as error:  # a decoder may raise anything on hostile bytes
         raise _undecodable(error, data) from error
 
 
+def _check_size(width: int, height: int, transform: Transform) -> None:
+    if width * height > transform.max_pixels:
+        raise UndecodableImage("too_large", f"{width} x {height} pixels, at most {transform.max_pixels} are allowed")
+
+
 def _undecodable(error: Exception, data: bytes) -> UndecodableImage:
     text = str(error) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
         if not known(data):
-            return UndecodableImage("not_an_image", f"not in one of the formats {', '.join(FORMATS)}")
+            return UndecodableImage("not_an_image", f"not in one of the formats {', '.join((*FORMATS, *PLUGINS))}")
         text = "begins like an image, and its header is damaged or cut off"
     reason: Reason = "decode_error"
-    if (
-        isinstance(error, MemoryError) or "too large" in text.lower()
-    ):  # text or a color profile inside that unpacks to too much
+    if isinstance(error, MemoryError):
         reason = "too_large"
     elif "truncated" in text.lower() or isinstance(error, EOFError) or _cut_short(data):
         reason = "truncated"
     return UndecodableImage(reason, text)
-
-
-def known(data: bytes) -> str | None:
-    """The format whose signature the bytes begin with, as far as a signature alone tells one."""
-    found = next((name for name, starts in SIGNATURES.items() if data.startswith(starts)), None)
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        found = "WEBP"
-    return "AVIF" if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis", b"mif1", b"msf1") else found
 
 
 def _cut_short(data: bytes) -> bool:
@@ -261,40 +301,48 @@ def _cut_short(data: bytes) -> bool:
     return known(data) == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data)
 
 
-def _turned(image: Image.Image) -> bool:
-    """Whether the EXIF orientation swaps width and height."""
-    return image.format in ("JPEG", "MPO", "WEBP", "AVIF", "TIFF") and image.getexif().get(0x0112) in (5, 6, 7, 8)
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    return (image.height, image.width) if _turned(image) else image.size
-
-
-def _pixels(image: Image.Image, scale: float) -> Image.Image:
-    """Decodes: upright, RGB, and of a JPEG at least `scale` times the size in the header."""
-    if scale < 1:
-        image.draft("RGB", (math.ceil(image.width * scale), math.ceil(image.height * scale)))
-    image.load()
-    if image.format in ("JPEG", "MPO", "WEBP", "AVIF", "TIFF") or "exif" in image.info:
-        image = ImageOps.exif_transpose(image)
-    return image if image.mode == "RGB" else _rgb(image)
-
-
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel, or 32 with values of 16
-        values = np.clip(np.asarray(image), 0, 0xFFFF).astype(np.uint16)
-        image = Image.fromarray((values >> 8).astype(np.uint8))
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _gray(image).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
 
-def _crop(image: Image.Image, box: Box, size: int) -> NDArray[np.uint8]:
+def _gray(image: Image.Image) -> Image.Image:
+    """Gray of more than 8 bits, by the rule that `decode` states."""
+    values = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    least, most = values.min(), values.max()
+    if image.mode == "F":
+        slack = 0.1 if image.format == "JXL" else 0.0
+        top = 1 if most <= 1 + slack else 255
+    else:
+        slack, sixteen = 0.0, image.mode != "I" or image.format == "PPM" or most > 255
+        top = 0xFFFF if sixteen else 255
+        if tags.get(258) == (12,):
+            top = 0xFFF
+    if not (least >= -slack and most <= top + slack):  # also where a value is no number
+        ranges = "0 to 1 or 0 to 255" if image.mode == "F" else "0 to 255 or 0 to 65535"
+        raise UndecodableImage("decode_error", f"gray values from {least:g} to {most:g}, where {ranges} are understood")
+    if image.mode == "F":
+        gray = np.rint(np.clip(values, 0, top) * (255 // top)).astype(np.uint8)
+    else:
+        gray = (values >> (top.bit_length() - 8)).astype(np.uint8)
+    if tags.get(262) == 0:  # zero is white
+        gray = 255 - gray
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        gray = np.where(values == clear, np.uint8(255), gray)
+    return Image.fromarray(gray)
+
+
+def _crop(encoded: _Encoded, box: Box, size: int) -> NDArray[np.uint8]:
     """Decodes and resizes `box`, given in the upright header's pixels, to uint8 [size, size, 3]."""
-    width, height = _upright_size(image)
+    width, height = encoded.size
     scale = max(size / (box.right - box.left), size / (box.bottom - box.top))
-    pixels = _pixels(image, scale)
+    pixels = encoded.pixels(scale)
     if pixels.size == (size, size) and box == (0, 0, size, size):
         return np.asarray(pixels)
     across, down = pixels.width / width, pixels.height / height
