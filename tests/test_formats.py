@@ -446,8 +446,15 @@ def test_floats_out_of_range_are_rejected_and_the_range_is_said(value: float, sa
     values = (GRAY / 255 * whole).astype(np.float32)
     values[3, 5] = value
     with pytest.raises(
-        UndecodableImage, match=rf"^decode_error: gray values from .*{said}.*, where 0 to 1 or 0 to 255 are"
+        UndecodableImage, match=rf"^decode_error: gray values from .*{said}.*, where 0 to 1, or 0 to over 2"
     ):
+        decode(raw_tiff(values), SMALL)
+
+
+def test_floats_a_little_over_1_are_not_taken_for_a_dark_image() -> None:
+    values = (GRAY / 255).astype(np.float32)
+    values[3, 5] = 1.02
+    with pytest.raises(UndecodableImage, match=r"^decode_error: gray values from .* to 1\.02, where 0 to 1, or"):
         decode(raw_tiff(values), SMALL)
 
 

@@ -104,8 +104,9 @@ def decode(data: bytes, transform: Transform) -> NDArray[np.uint8]:
     - I;16, I;16B, I;16L, I;16N (gray of 16 bits): lose their lower byte; gray of 12 bits in a TIFF loses its lower 4 bits.
     - I (gray of 32 bits, or 16 with a sign): taken as they are if all are from 0 to 255; as 16 bits if all are from 0 to 65535.
       Those of a PPM always are 16 bits.
-    - F (gray of floats): 255 times the value if all are from 0 to 1; taken as they are if all are from 0 to 255. JPEG XL defines its own
-      to be from 0 to 1: what lossy coding puts outside, by up to 0.1, is cut off.
+    - F (gray of floats): 255 times the value if all are from 0 to 1; taken as they are if all are from 0 to 255 and the greatest is over
+      2, as one that is a little over 1 may be meant either way. JPEG XL defines its own to be from 0 to 1: what lossy coding puts
+      outside, by up to 0.1, is cut off.
     - Any other value (infinite, no number, out of these ranges) is not guessed at: the image is rejected.
 
     Gray of 16 bits or floats in a TIFF whose zero is white is inverted, as Pillow leaves it to others.
@@ -323,8 +324,9 @@ def _gray(image: Image.Image) -> Image.Image:
         top = 0xFFFF if sixteen else 255
         if tags.get(258) == (12,):
             top = 0xFFF
-    if not (least >= -slack and most <= top + slack):  # also where a value is no number
-        ranges = "0 to 1 or 0 to 255" if image.mode == "F" else "0 to 255 or 0 to 65535"
+    unclear = image.mode == "F" and top == 255 and most <= 2
+    if unclear or not (least >= -slack and most <= top + slack):  # also where a value is no number
+        ranges = "0 to 1, or 0 to over 2 and at most 255" if image.mode == "F" else "0 to 255 or 0 to 65535"
         raise UndecodableImage("decode_error", f"gray values from {least:g} to {most:g}, where {ranges} are understood")
     if image.mode == "F":
         gray = np.rint(np.clip(values, 0, top) * (255 // top)).astype(np.uint8)

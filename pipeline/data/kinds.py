@@ -23,6 +23,8 @@ IMAGE_SUFFIXES = (
     ".heic",
     ".heif",
     ".hif",
+    ".heics",
+    ".heifs",
     ".jxl",
 )
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz")

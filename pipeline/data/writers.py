@@ -10,25 +10,24 @@ from typing import Any, Literal
 
 from cluster import storage
 from cluster.errors import RunError, SourceError
+from models.inputs.formats import known
 from pipeline.data import kinds
 from pipeline.data.shards import Label
 from pipeline.data.sources import CLASSES_FILE, INGEST_FILE
 
 ShardLayout = Literal["webdataset", "parquet"]
 
-SIGNATURES = {
-    b"\xff\x0a": "jxl",
-    b"\0\0\0\x0cJXL ": "jxl",
-    b"\xff\xd8\xff": "jpg",
-    b"\x89PNG": "png",
-    b"GIF8": "gif",
-    b"BM": "bmp",
-    b"II*\0": "tif",
-    b"MM\0*": "tif",
-    b"RIFF": "webp",
-    b"P5": "pgm",
-    b"P6": "ppm",
+SUFFIXES = {
+    "JPEG": "jpg",
+    "PNG": "png",
+    "GIF": "gif",
+    "TIFF": "tif",
+    "WEBP": "webp",
+    "AVIF": "avif",
+    "HEIF": "heic",
+    "JXL": "jxl",
 }
+"""By the format that a file's first bytes tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +119,7 @@ def _members(sample: Sample) -> dict[str, bytes]:
 
 def _suffix(sample: Sample) -> str:
     """By content, else by the file's old name; content that is no image gets one too, so that it is scored and recorded."""
-    found = next((suffix for signature, suffix in SIGNATURES.items() if sample.data.startswith(signature)), None)
+    found = SUFFIXES.get(known(sample.data) or "")
     return found or (kinds.image_suffix(sample.path or "") or ".jpg")[1:]
 
 
