@@ -238,13 +238,17 @@ def estimate(
     """Score a small sample of U, and say what scoring all of it takes: images/s, hours, bytes, nodes, cost."""
     from cluster.progress import Display
     from pipeline.cli import tables
+    from pipeline.context import Sources
     from pipeline.recipe.reading import load
     from pipeline.scoring.forecast import forecast
 
     loaded = load(recipe, sets or [])
     where = run_dir or f"runs/{loaded.name}"
+    source = Sources({"unlabeled": loaded.unlabeled})["unlabeled"]
+    tables.print_warnings(out, {"unlabeled": source})
     found = forecast(
         loaded,
+        source,
         where,
         Display(out),
         images=images,

@@ -17,7 +17,7 @@ from cluster.progress import Display
 from cluster.resources import ClusterShape, NodeShape, cluster_shape
 from cluster.session import Session
 from cluster.tasks import run_task
-from pipeline.data.sources import open_source
+from pipeline.data.sources import ImageSource
 from pipeline.recipe.sections import Recipe, Score
 from pipeline.scoring.sampling import Cost, Sample, actors_on, count_images, score_sample
 from pipeline.scoring.score import check_cluster
@@ -158,6 +158,7 @@ class Forecast:
 
 def forecast(
     recipe: Recipe,
+    source: ImageSource,
     run_dir: str,
     display: Display,
     *,
@@ -172,7 +173,8 @@ def forecast(
     """Scores a sample of a recipe's U with its teacher; with a network of random weights where that is not trained, which is as fast.
 
     Args:
-        recipe: whose `unlabeled`, `score`, `cluster` and `teacher` count.
+        recipe: whose `score`, `cluster` and `teacher` count.
+        source: U.
         run_dir: beside it, a folder is made and removed.
         display: shows how the sample goes.
         images: in the sample, about.
@@ -191,7 +193,6 @@ def forecast(
         raise InputError("--deadline", deadline, "must be a finite number of hours", "leave it out for no deadline")
     if recipe.labeled.classes:
         recipe.check_class_count(len(recipe.labeled.classes))
-    source = open_source("unlabeled", recipe.unlabeled, labeled=False)
     given = [*node_types(ClusterShape(()), cluster_file), NodeType(HERE, "", NodeShape({}, 0))]
     costs = read_prices(prices, given)
     place = f"{storage.absolute(run_dir)}-estimate-{secrets.token_hex(4)}"
