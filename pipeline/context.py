@@ -11,7 +11,7 @@ from cluster.lease import Holder
 from cluster.progress import Display
 from cluster.resources import Demand
 from cluster.session import Session
-from cluster.storage import absolute, is_remote, join
+from cluster.storage import absolute, is_remote, join, list_files
 from cluster.store import Key, Made, RunStore
 from pipeline.data.sources import ImageSource, open_source
 from pipeline.recipe.sections import Source
@@ -69,6 +69,32 @@ class Sources:
                 raise RunError("--run-dir", store.uri, f"lies inside {name}", "put it elsewhere")
         for name in self._given:
             self[name]
+
+
+@dataclass(frozen=True)
+class ListedFiles:
+    """The files of a source, as they were listed: what a stage that reads them watches.
+
+    Attributes:
+        name: the source's field, for messages.
+        listed: gives the listing.
+    """
+
+    name: str
+    listed: Callable[[], ImageSource]
+    fix = "put it back as it was, or give a new --run-dir to take what is there now"
+
+    def changed(self) -> str | None:
+        """The first file that is not what it was; files that came later are none of the source."""
+        source = self.listed()
+        root = source.reader.root
+        now = {file.path: file.etag for file in list_files(root)}
+        for shard in source.listing:
+            files = zip(shard.files, shard.etags, strict=True) if shard.etags else [(shard.name, shard.etag)]
+            for path, etag in files:
+                if now.get(path) != etag:
+                    return join(root, path)
+        return None
 
 
 @dataclass(frozen=True)

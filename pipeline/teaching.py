@@ -8,8 +8,8 @@ from cluster import storage
 from cluster.errors import ModelError, StageError, shown
 from cluster.progress import Progress
 from cluster.resources import Bundle, Demand
-from cluster.store import WORK, Key, Made, RunStore
-from models.card import CARD, WEIGHTS, read_card
+from cluster.store import WORK, Key, Made, Outside, RunStore, Watched
+from models.card import CARD, WEIGHTS, read_card, read_weights
 from models.config import ModelConfig, Training
 from models.training.job import TrainingJob
 from models.training.launch import fit
@@ -40,7 +40,7 @@ class Network:
     model: ModelConfig
     seed: int
     start: str | None = None
-    start_fingerprint: str = ""
+    start_fingerprint: str | Outside = ""
     fresh_head: bool = False
 
     @classmethod
@@ -52,9 +52,8 @@ class Network:
         """
         if not isinstance(teacher.model, str):
             return cls(teacher.model, seed)
-        card = _card(teacher.model)
-        uri = storage.absolute(teacher.model)
-        return cls(card.model, seed, uri, card.fingerprint, teacher.head == "fresh")
+        uri, found = storage.absolute(teacher.model), _given_model(teacher.model)
+        return cls(_card(teacher.model).model, seed, uri, found, teacher.head == "fresh")
 
     def afresh(self) -> "Network":
         """The same, with random weights."""
@@ -76,6 +75,11 @@ class Examples(Protocol):
     @property
     def inputs(self) -> Mapping[str, str]:
         """Fingerprints of what they depend on."""
+        ...
+
+    @property
+    def watched(self) -> tuple[Watched, ...]:
+        """What is read of them outside of the store."""
         ...
 
     def load(self) -> TrainingSet:
@@ -101,6 +105,10 @@ def _card(uri: str) -> Any:
         raise ModelError("teacher.model", uri, error.rule, error.fix) from None
 
 
+def _given_model(uri: str) -> Outside:
+    return Outside.at("teacher.model", uri, lambda: str(_card(uri).fingerprint))
+
+
 def train(
     this: Run, name: str, network: Network, training: Training, examples: Examples, data: LabeledData
 ) -> Made[Trained]:
@@ -123,14 +131,17 @@ def train(
             job = _job(this, name, network, training, images, data, progress)
             return _fit(replace(job, out=place), storage.join(place, WORK))
 
-    return this.once(
-        _key(name, network, training, examples.inputs, data), Trained, work, demand=_demand(this, name, training)
-    )
+    return this.once(_key(name, network, training, examples, data), Trained, work, demand=_demand(this, name, training))
 
 
-def _key(name: str, network: Network, training: Training, inputs: Mapping[str, str], data: LabeledData) -> Key:
+def _key(name: str, network: Network, training: Training, examples: Examples, data: LabeledData) -> Key:
     start = {"start": network.start_fingerprint} if network.start is not None else {}
-    return Key(name, {**network.sections, "training": training}, {**start, **inputs, **data.validation.inputs})
+    return Key(
+        name,
+        {**network.sections, "training": training},
+        {**start, **examples.inputs, **data.validation.inputs},
+        watched=(*examples.watched, *data.validation.watched),
+    )
 
 
 def _job(
@@ -196,7 +207,7 @@ def fine_tune(
     name, network = "student", network.starting_from(start)
     rates = list(dict.fromkeys(settings.sweep.learning_rates))
     trainings = {rate: settings.training.model_copy(update={"learning_rate": rate}) for rate in rates}
-    keys = {rate: _key("trial", network, each, data.train.inputs, data) for rate, each in trainings.items()}
+    keys = {rate: _key("trial", network, each, data.train, data) for rate, each in trainings.items()}
 
     def work(place: str) -> Trained:
         images = data.train.load()
@@ -266,17 +277,19 @@ def ready_model(this: Run, uri: str, data: LabeledData) -> Made[Trained]:
         ModelError: it is no model directory, or does not know every class of D.
     """
     card, source = _card(uri), storage.absolute(uri)
+    given = _given_model(uri)
 
     def work(place: str) -> Trained:
         outputs = class_outputs(uri, card.class_names, data.class_names)
         copy_model(source, place)
+        read_weights(place, read_card(place))  # the copy is whole, and of one model
         same = outputs == tuple(range(len(card.class_names)))
         metrics = dict(card.metrics)
         return Trained(
             0, card.model.architecture, card.parameters, metrics, [], class_outputs=None if same else outputs
         )
 
-    key = Key("teacher", {}, {"model": card.fingerprint, "labeled.train": data.train.made.fingerprint})
+    key = Key("teacher", {}, {"model": given, "labeled.train": data.train.made.fingerprint})
     return this.once(key, Trained, work, needs_ray=False)
 
 
@@ -317,6 +330,7 @@ class _WeakImages:
 
     made: Made[Matched]
     classes: LabeledData
+    watched: tuple[Watched, ...] = ()  # W may be as large as U, which nobody lists twice
 
     @property
     def inputs(self) -> Mapping[str, str]:

@@ -226,8 +226,7 @@ def test_values_of_options_that_are_none(tophat: Callable[..., Answer], folders:
     refused(tophat("ingest", " ", "--out", str(tmp_path / "out")), "SOURCE = ' ': ")
     near = ("--nearest", "1", "--set", "model=teacher", "--against", str(tmp_path / "nowhere"))
     refused(tophat(*duplicates, *near), "--model = 'teacher': is known to a recipe's run only")
-    near = ("--nearest", "1", "--against", str(tmp_path / "nowhere"))
-    refused(tophat(*duplicates, *near), "--against = ", "does not exist")
+    refused(tophat(*duplicates, *near[:2], *near[4:]), "--against = ", "does not exist")
     assert not (tmp_path / "out").exists()
 
 
