@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any, Protocol
 
 from cluster import storage
-from cluster.errors import ModelError, StageError, shown
+from cluster.errors import LastingError, ModelError, StageError, shown
 from cluster.progress import Progress
 from cluster.resources import Bundle, Demand
 from cluster.store import WORK, Key, Made, Outside, RunStore, Watched
@@ -22,7 +23,7 @@ from pipeline.selection.select import Selected
 from pipeline.selection.tags import Matched
 from pipeline.selection.weak import weak_training_set
 from pipeline.stages import TABLE, DhatImages, LabeledData, Tagged, images_of, match_tags
-from tuning.sweep import best, sweep
+from tuning.sweep import Trial, best, sweep
 
 
 @dataclass(frozen=True)
@@ -224,11 +225,8 @@ def fine_tune(
                 concurrent=settings.sweep.concurrent,
                 work=storage.join(place, WORK),
             )
-        for trial in tried:
-            if trial.error is None and this.store.find(keys[trial.learning_rate], Trained).record is None:
-                raise StageError(
-                    f"the trial {_trial(trial.learning_rate)} ended without a model: run the same command again"
-                )
+        tried = [_as_made(trial, this.store.find(keys[trial.learning_rate], Trained)) for trial in tried]
+        _check_trials(tried)
         chosen = best(tried)
         made = this.store.find(keys[chosen.learning_rate], Trained)
         copy_model(made.uri, place)
@@ -248,6 +246,30 @@ def fine_tune(
 
 def _trial(rate: float) -> str:
     return f"lr-{rate!r}"
+
+
+def _as_made(trial: Trial, made: Made[Trained]) -> Trial:
+    """What is known of a trial: its record has the last word, and one that has none did not end well."""
+    if made.record is None:
+        return trial if trial.error else replace(trial, metrics={}, error="ended without a model")
+    metrics = {name: value for name, value in made.outputs.metrics.items() if value is not None and isfinite(value)}
+    return Trial(trial.learning_rate, metrics)
+
+
+def _check_trials(tried: Sequence[Trial]) -> None:
+    """Makes sure that of each trial there is a result, before one is chosen.
+
+    Raises:
+        StageError: one failed that may go well another time, or none did.
+    """
+    failed = [trial for trial in tried if trial.error and not trial.lasting]
+    why = "; ".join(f"{_trial(trial.learning_rate)}: {trial.error}" for trial in failed or tried)
+    if failed:
+        raise StageError(
+            f"{len(failed)} of {len(tried)} trials failed: run the same command to try them again; the others are kept ({why})"
+        )
+    if all(trial.error for trial in tried):
+        raise LastingError(f"every trial failed, and would again ({why})")
 
 
 @dataclass(frozen=True)

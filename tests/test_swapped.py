@@ -12,8 +12,8 @@ import tiny
 from cluster import storage
 from cluster.errors import StageError
 from cluster.store import Key, Outside, RunStore
-from pipeline import stages as stages_module
 from pipeline import teaching
+from pipeline.data import labeled
 from pipeline.recipe.reading import validate
 from pipeline.selection import select as selection
 from runs import Finished, execute, fresh
@@ -61,7 +61,7 @@ def run_dir(finished: Finished, tmp_path: Path) -> str:
 
 def during(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, swap: Callable[[], object]) -> None:
     """Has `swap` done, once, after a function of a stage's has begun with its inputs and before the stage ends."""
-    real, done = getattr(module, name), []
+    real, done = getattr(module, name), list[object]()
 
     def swapped(*args: Any, **kwargs: Any) -> Any:
         made = real(*args, **kwargs)
@@ -79,7 +79,7 @@ def test_an_exclusion_list_is_swapped_under_a_selection(
     file = tmp_path / "exclude.parquet"
     pq.write_table(best.slice(0, 3), file)
     recipe = validate(tiny.recipe(str(folders), select={"images_per_class": 30, "exclude": [str(file)]}))
-    during(monkeypatch, stages_module.selection, "select", lambda: pq.write_table(best.slice(0, 9), file))
+    during(monkeypatch, selection, "select", lambda: pq.write_table(best.slice(0, 9), file))
     with pytest.raises(StageError, match=rf"^select\.exclude = '{file}': has changed since selection began with it"):
         execute(recipe, run_dir, until="selection")
     again = execute(recipe, run_dir, until="selection")
@@ -147,7 +147,7 @@ def test_labeled_images_are_swapped_while_they_are_surveyed(
     file = data / "test" / "one" / "20.png"
     recipe = tiny.recipe(str(folders))
     recipe["labeled"]["test"] = {"uri": str(data / "test")}
-    during(monkeypatch, stages_module.labeled_stage, "survey", file.unlink)
+    during(monkeypatch, labeled, "survey", file.unlink)
     with pytest.raises(StageError, match=rf"^labeled\.test = '{file}': has changed since labeled-test began"):
         execute(validate(recipe), run_dir, until="labeled-test")
     assert execute(validate(recipe), run_dir, until="labeled-test")["labeled-test"].outputs.images == 59

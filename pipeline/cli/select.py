@@ -88,10 +88,10 @@ def select(
                 memory_mib=memory_mib,
                 progress=progress,
             )
-    for one in read:
-        if (uri := one.changed()) is not None:
+    for each in read:
+        if (uri := each.changed()) is not None:
             rule = "has changed while images were selected: run the same command again"
-            raise StageError(f"{one.name} = {shown(uri)}: {rule}")
+            raise StageError(f"{each.name} = {shown(uri)}: {rule}")
     if len(selected) == 1:
         tables.print_selection(out, selected[0])
     else:
