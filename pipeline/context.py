@@ -1,5 +1,6 @@
 """A run under way: what every stage gets, and how it is done once."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,11 @@ def teacher_of(stages: Stages) -> Made[Any] | None:
     return stages.get("self-training/student" if "self-training/teacher" in stages else "teacher")
 
 
+def _real(uri: str) -> str:
+    """A local path without links, of which its absolute form may have some; another URI as it is."""
+    return uri if is_remote(uri) else os.path.realpath(uri)
+
+
 class Reached(Exception):  # noqa: N818 - no error
     """The stage that a run was to end with is made."""
 
@@ -65,7 +71,7 @@ class Sources:
         if not is_remote(store.uri) and Path(store.uri).is_file():
             raise RunError("--run-dir", store.uri, "is a file", "give a folder")
         for name, source in self._given.items():
-            if f"{store.uri}/".startswith(f"{join(absolute(source.uri))}/"):
+            if f"{_real(store.uri)}/".startswith(f"{join(_real(absolute(source.uri)))}/"):
                 raise RunError("--run-dir", store.uri, f"lies inside {name}", "put it elsewhere")
         for name in self._given:
             self[name]

@@ -353,7 +353,7 @@ def select_top_k(
             )
         return selected
 
-    lists = {uri: _outside("select.exclude", uri) for uri in settings.exclude}
+    lists = {f"select.exclude {uri}": _outside("select.exclude", uri) for uri in settings.exclude}
     key = Key("selection", {"select": settings, "seed": seed}, {**inputs, **lists}, version=2)
     return this.once(key, Selected, work)
 

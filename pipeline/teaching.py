@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any, Protocol
+from unicodedata import normalize
 
 from cluster import storage
 from cluster.errors import LastingError, ModelError, StageError, shown
@@ -319,10 +320,17 @@ def class_outputs(uri: str, known: list[str], wanted: tuple[str, ...]) -> tuple[
     """The model's output for each class of D, found by name.
 
     Raises:
-        ModelError: it has none for some of them.
+        ModelError: it has none for some of them, or several for one.
     """
-    places = {name: number for number, name in enumerate(known)}
-    missing = [name for name in wanted if name not in places]
+    places: dict[str, list[int]] = {}
+    for number, name in enumerate(known):
+        places.setdefault(normalize("NFC", name), []).append(number)
+    found = [places.get(normalize("NFC", name), []) for name in wanted]
+    missing = [name for name, numbers in zip(wanted, found, strict=True) if not numbers]
+    for name, numbers in zip(wanted, found, strict=True):
+        if len(numbers) > 1:
+            rule = f"has {len(numbers)} outputs of the name {shown(name, 60)}, a class of D"
+            raise ModelError("teacher.model", uri, rule, "give its outputs names that differ, in its model.json")
     if missing:
         raise ModelError(
             "teacher.model",
@@ -331,7 +339,7 @@ def class_outputs(uri: str, known: list[str], wanted: tuple[str, ...]) -> tuple[
             f"its own {len(known)} are {_few(known)}",
             "rename the classes of D, or train a new last layer with teacher.head: fresh and teacher.training",
         )
-    return tuple(places[name] for name in wanted)
+    return tuple(number for numbers in found for number in numbers)
 
 
 def _few(names: Sequence[str]) -> str:
