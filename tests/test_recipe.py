@@ -8,7 +8,7 @@ from unicodedata import normalize
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import InputError, RecipeError
@@ -331,6 +331,7 @@ TEXTS = st.text(
 
 
 @settings(max_examples=50)
+@example(["\x85", "\u2028", "a\nb", "1_0"], {"\x85": "0o17", "yes": "1e5"})
 @given(
     st.lists(TEXTS, min_size=1, unique_by=lambda name: normalize("NFC", name)),
     st.dictionaries(
