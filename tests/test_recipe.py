@@ -349,6 +349,13 @@ def test_a_resolved_recipe_is_read_as_the_same(classes: list[str], options: dict
     assert [(name, type(value)) for name, value in again.student.model.options.items()] == kinds
 
 
+def test_json_is_a_recipe() -> None:
+    name = "\U0001f426 \u00e9 \ufeff"
+    recipe = load("demo", [f"labeled.classes={json.dumps([name])}"])
+    assert recipe.labeled.classes == (name,)
+    assert load_text("RUN", "recipe.yaml", json.dumps(recipe.model_dump(mode="json")).encode()) == recipe
+
+
 def test_parts_of_lists_are_set_by_their_place() -> None:
     recipe = load(
         "demo",
