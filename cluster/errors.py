@@ -11,6 +11,7 @@ TophatError                   anything this project raises on purpose
 │   ├── ClusterError          a cluster that cannot be reached, refuses the token, or does not have the job
 │   └── RunError              a run directory that cannot be used (it belongs to another recipe, ...)
 ├── StageError                a stage that failed for a reason which is not the user's input
+│   └── LastingError          the same stage would fail so again: a loss that is no number
 └── Interrupted               Ctrl-C
 """
 
@@ -85,6 +86,10 @@ class StageError(TophatError):
 
     def __reduce__(self) -> tuple[type["StageError"], tuple[str]]:
         return type(self), (self.message,)  # whatever Ray adds to the text on the way
+
+
+class LastingError(StageError):
+    """A stage that would fail in the same way again: among the settings that are tried, that is a result."""
 
 
 class Interrupted(TophatError):  # noqa: N818 - no fault of anybody's

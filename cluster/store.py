@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from pydantic import TypeAdapter
 
 from cluster import lease, storage
-from cluster.errors import MissingError, RunError, StorageError, one_line
+from cluster.errors import InputError, MissingError, RunError, StageError, StorageError, one_line, shown
 from cluster.lease import Holder
 from cluster.section import Section
 
@@ -37,6 +37,54 @@ WORK = "work"
 """Folder, in a stage's, of what it needs only while it is under way."""
 
 
+class Watched(Protocol):
+    """Something outside of the store that a stage is made from, and that others may change meanwhile."""
+
+    @property
+    def name(self) -> str:
+        """The field or option that gives it, for messages."""
+        ...
+
+    @property
+    def fix(self) -> str:
+        """What to do where it has changed."""
+        ...
+
+    def changed(self) -> str | None:
+        """What of it is not what it was, as a URI; None where all is."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outside:
+    """An input outside of the store, in `Key.inputs`: a stage whose input has changed at its end is not published.
+
+    Attributes:
+        name: the field or option that gives it, for messages.
+        uri: where it is.
+        fingerprint: what it was when the key was made.
+        read: gives its fingerprint now.
+    """
+
+    name: str
+    uri: str
+    fingerprint: str
+    read: Callable[[], str] = field(compare=False, repr=False)
+    fix = "run the same command again to take what is there now"
+
+    @classmethod
+    def at(cls, name: str, uri: str, read: Callable[[], str]) -> "Outside":
+        """What is there now."""
+        return cls(name, uri, read(), read)
+
+    def changed(self) -> str | None:
+        """`uri`, where it is not what it was."""
+        try:
+            return None if self.read() == self.fingerprint else self.uri
+        except InputError:  # it is gone, or no longer what it is to be
+            return self.uri
+
+
 @dataclass(frozen=True)
 class Key:
     """What a stage is: its name, and everything that decides what it makes.
@@ -46,17 +94,33 @@ class Key:
         sections: parts of the recipe, by name; of a section, the fields that decide something.
         inputs: fingerprints of what it is made from, by name.
         version: of its code's meaning; raised when the same inputs would give other outputs.
+        watched: what it reads outside of the store and does not name among its inputs.
     """
 
     stage: str
     sections: Mapping[str, Section | Any] = field(default_factory=dict)
-    inputs: Mapping[str, str] = field(default_factory=dict)
+    inputs: Mapping[str, str | Outside] = field(default_factory=dict)
     version: int = 1
+    watched: tuple[Watched, ...] = field(default=(), compare=False, repr=False)
 
     def plain(self) -> dict[str, Any]:
         """All of it as plain JSON data."""
         sections = {k: v.deciding() if isinstance(v, Section) else v for k, v in self.sections.items()}
-        return {"stage": self.stage, "version": self.version, "sections": sections, "inputs": dict(self.inputs)}
+        inputs = {k: v.fingerprint if isinstance(v, Outside) else v for k, v in self.inputs.items()}
+        return {"stage": self.stage, "version": self.version, "sections": sections, "inputs": inputs}
+
+    def check_watched(self) -> None:
+        """Makes sure that nothing was swapped under the stage.
+
+        Raises:
+            StageError: something was; says what.
+        """
+        outside = [one for one in self.inputs.values() if isinstance(one, Outside)]
+        for one in (*outside, *self.watched):
+            if (uri := one.changed()) is not None:
+                raise StageError(
+                    f"{one.name} = {shown(uri)}: has changed since {self.stage} began with it, so that nothing of it is kept; {one.fix}"
+                )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -132,7 +196,7 @@ class RunStore:
             waits: told whom this process waits for.
 
         Raises:
-            StageError: another process took the stage over while this one was silent.
+            StageError: another process took the stage over while this one was silent, or what it is made from has changed meanwhile.
         """
         if (found := self.find(key, kind)).record is not None:
             return found
@@ -140,9 +204,16 @@ class RunStore:
             if (found := self.find(key, kind)).record is not None:
                 return found
             begin = time.monotonic()
+            key.check_watched()
             outputs = work(found.uri)
             held.check()  # what lies in the folder may be another process's now
+            try:
+                key.check_watched()
+            except StageError:
+                storage.delete_tree(found.uri)  # or a later attempt would go on with it
+                raise
             storage.delete_tree(storage.join(found.uri, WORK))
+            held.check()
             record = {
                 **key.plain(),
                 "fingerprint": key.fingerprint,

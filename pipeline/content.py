@@ -1,6 +1,7 @@
 """The content of a run's report, out of what its stages say."""
 
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
@@ -131,9 +132,10 @@ def _sweep(stages: Stages, last: str) -> list[report.Trial]:
         return []
     student: Trained = stages[f"{last}student"].outputs
     return [
-        report.Trial(trial.learning_rate, trial.metrics["val_top1"], trial.learning_rate == student.learning_rate)
+        report.Trial(
+            trial.learning_rate, trial.metrics.get("val_top1", math.nan), trial.learning_rate == student.learning_rate
+        )
         for trial in student.trials
-        if "val_top1" in trial.metrics
     ]
 
 

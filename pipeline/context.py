@@ -1,5 +1,6 @@
 """A run under way: what every stage gets, and how it is done once."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from cluster.lease import Holder
 from cluster.progress import Display
 from cluster.resources import Demand
 from cluster.session import Session
-from cluster.storage import absolute, is_remote, join
+from cluster.storage import absolute, is_remote, join, list_files
 from cluster.store import Key, Made, RunStore
 from pipeline.data.sources import ImageSource, open_source
 from pipeline.recipe.sections import Source
@@ -32,6 +33,11 @@ def rounds_of(stages: Stages) -> list[str]:
 def teacher_of(stages: Stages) -> Made[Any] | None:
     """The teacher of the first round; None where it is not made yet. One that is taught by itself is the student of that."""
     return stages.get("self-training/student" if "self-training/teacher" in stages else "teacher")
+
+
+def _real(uri: str) -> str:
+    """A local path without links, of which its absolute form may have some; another URI as it is."""
+    return uri if is_remote(uri) else os.path.realpath(uri)
 
 
 class Reached(Exception):  # noqa: N818 - no error
@@ -69,10 +75,36 @@ class Sources:
         if not is_remote(store.uri) and Path(store.uri).is_file():
             raise RunError("--run-dir", store.uri, "is a file", "give a folder")
         for name, source in self._given.items():
-            if f"{store.uri}/".startswith(f"{join(absolute(source.uri))}/"):
+            if f"{_real(store.uri)}/".startswith(f"{join(_real(absolute(source.uri)))}/"):
                 raise RunError("--run-dir", store.uri, f"lies inside {name}", "put it elsewhere")
         for name in self._given:
             self[name]
+
+
+@dataclass(frozen=True)
+class ListedFiles:
+    """The files of a source, as they were listed: what a stage that reads them watches.
+
+    Attributes:
+        name: the source's field, for messages.
+        listed: gives the listing.
+    """
+
+    name: str
+    listed: Callable[[], ImageSource]
+    fix = "put it back as it was, or give a new --run-dir to take what is there now"
+
+    def changed(self) -> str | None:
+        """The first file that is not what it was; files that came later are none of the source."""
+        source = self.listed()
+        root = source.reader.root
+        now = {file.path: file.etag for file in list_files(root)}
+        for shard in source.listing:
+            files = zip(shard.files, shard.etags, strict=True) if shard.etags else [(shard.name, shard.etag)]
+            for path, etag in files:
+                if now.get(path) != etag:
+                    return join(root, path)
+        return None
 
 
 @dataclass(frozen=True)

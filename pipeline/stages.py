@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from cluster import storage
 from cluster.errors import RecipeError, SourceError, StageError
 from cluster.resources import Bundle, Demand
-from cluster.store import Key, Made
-from pipeline.context import Run
+from cluster.store import Key, Made, Outside, Watched
+from pipeline.context import ListedFiles, Run
 from pipeline.data import labeled as labeled_stage
 from pipeline.data.labeled import Survey
 from pipeline.data.loading import TrainingSet, dhat_training_set
@@ -78,6 +78,12 @@ class LabeledSet:
         """Where their listing and labels are."""
         return storage.join(self.made.uri, self.folder)
 
+    @property
+    def watched(self) -> tuple[Watched, ...]:
+        """What a stage that uses them reads outside of the store."""
+        name, uri = self.made.key.stage.replace("-", ".", 1), self.uri  # and no more: a trial travels with it
+        return (ListedFiles(name, lambda: labeled_stage.load_labels(uri)[0]),)
+
     def load(self) -> TrainingSet:
         """The images."""
         source, labels = labeled_stage.load_labels(self.uri)
@@ -130,16 +136,22 @@ def survey_labeled(this: Run, recipe: Recipe) -> LabeledData:
         return _surveyed(place, name, found, labels, names)
 
     def other(name: str, source: Source) -> LabeledSet:
-        key = Key(f"labeled-{name}", {name: source}, {"labeled.train": train.fingerprint})
+        inputs = {"labeled.train": train.fingerprint}
+        key = Key(f"labeled-{name}", {name: source}, inputs, watched=_listing(this, f"labeled.{name}"))
         return LabeledSet(this.once(key, Surveyed, lambda place: survey_other(name, place), demand=_ONE_CPU), name)
 
-    key = Key("labeled-train", {"train": settings.train, "classes": settings.classes, **draw})
+    sections = {"train": settings.train, "classes": settings.classes, **draw}
+    key = Key("labeled-train", sections, watched=_listing(this, "labeled.train"))
     train = this.once(key, Surveyed, survey_train, demand=_ONE_CPU)
     if train.record is not None:
         recipe.check_class_count(len(train.outputs.class_names))
     given = settings.validation
     validation = LabeledSet(train, "validation") if given is None else other("validation", given)
     return LabeledData(LabeledSet(train, "train"), validation, other("test", settings.test))
+
+
+def _listing(this: Run, field: str) -> tuple[Watched, ...]:
+    return (ListedFiles(field, lambda: this.sources[field]),)
 
 
 def _survey(this: Run, name: str) -> Survey:
@@ -272,6 +284,11 @@ class Tagged:
     inputs: Mapping[str, str]
 
 
+def _outside(field: str, uri: str) -> Outside:
+    """Parquet files that the user gives."""
+    return Outside.at(field, uri, lambda: selection.listing(field, uri))
+
+
 def match_tags(this: Run, name: str, tagged: Tagged, data: LabeledData) -> Made[Matched]:
     """The classes of images, by their tags (supplement 4.1); beside them the listing of the images, by which they are found again."""
 
@@ -284,7 +301,7 @@ def match_tags(this: Run, name: str, tagged: Tagged, data: LabeledData) -> Made[
                 tagged.field, source, data.class_names, table, tags_uri=where, progress=progress
             )
 
-    listing = "" if tagged.tags == SIDECAR else selection.listing(tagged.field, tagged.tags)
+    listing = "" if tagged.tags == SIDECAR else _outside(tagged.field, tagged.tags)
     inputs = {**tagged.inputs, "tags": listing, "labeled.train": data.train.made.fingerprint}
     key = Key(name, {"images": tagged.images, "tags": tagged.tags}, inputs)
     return this.once(key, Matched, work, demand=_ONE_CPU, parts={name: TABLE})
@@ -301,7 +318,7 @@ def select_top_k(
     """(2) For each class the K best-scored images; or, with tags, K at random among those tagged with it; without the excluded."""
     settings, seed = recipe.select, recipe.seed_of("data")
     left_out = () if excluded is None else (excluded.uri,)
-    inputs = {"scores": scores.fingerprint, "labeled.train": data.train.made.fingerprint}
+    inputs: dict[str, str | Outside] = {"labeled.train": data.train.made.fingerprint, "scores": scores.fingerprint}
     tags = settings.tags
     if tags is not None and (tags == SIDECAR or not tags_stage.is_matched("select.tags", tags)):
         own = {"unlabeled": pool.fingerprint}
@@ -309,7 +326,7 @@ def select_top_k(
         matched = match_tags(this, "tags", tagged, data)
         tags, inputs["tags"] = storage.join(matched.uri, TABLE), matched.fingerprint
     elif tags is not None:
-        inputs["tags"] = selection.listing("select.tags", tags)
+        inputs["tags"] = _outside("select.tags", tags)
     if excluded is not None:
         inputs["excluded"] = excluded.fingerprint
 
@@ -336,17 +353,18 @@ def select_top_k(
             )
         return selected
 
-    lists = {uri: selection.listing("select.exclude", uri) for uri in settings.exclude}
+    lists = {f"select.exclude {uri}": _outside("select.exclude", uri) for uri in settings.exclude}
     key = Key("selection", {"select": settings, "seed": seed}, {**inputs, **lists}, version=2)
     return this.once(key, Selected, work)
 
 
 @dataclass(frozen=True)
 class DhatImages:
-    """D-hat, to train on."""
+    """D-hat, to train on; its images are its own."""
 
     made: Made[Dhat]
     data: LabeledData
+    watched: tuple[Watched, ...] = ()
 
     @property
     def inputs(self) -> Mapping[str, str]:
@@ -425,4 +443,5 @@ def evaluate(this: Run, test: LabeledSet, models: Mapping[str, Made[Trained]]) -
             return Evaluated(images.images, measure(candidates, images, progress))
 
     inputs = {name: made.fingerprint for name, made in models.items()}
-    return this.once(Key("evaluation", {}, {**inputs, **test.inputs}), Evaluated, work, demand=_ONE_CPU)
+    key = Key("evaluation", {}, {**inputs, **test.inputs}, watched=test.watched)
+    return this.once(key, Evaluated, work, demand=_ONE_CPU)

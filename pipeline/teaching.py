@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any, Protocol
+from unicodedata import normalize
 
 from cluster import storage
-from cluster.errors import ModelError, StageError, shown
+from cluster.errors import LastingError, ModelError, StageError, shown
 from cluster.progress import Progress
 from cluster.resources import Bundle, Demand
-from cluster.store import WORK, Key, Made, RunStore
-from models.card import CARD, WEIGHTS, read_card
+from cluster.store import WORK, Key, Made, Outside, RunStore, Watched
+from models.card import CARD, WEIGHTS, read_card, read_weights
 from models.config import ModelConfig, Training
 from models.training.job import TrainingJob
 from models.training.launch import fit
@@ -22,7 +24,7 @@ from pipeline.selection.select import Selected
 from pipeline.selection.tags import Matched
 from pipeline.selection.weak import weak_training_set
 from pipeline.stages import TABLE, DhatImages, LabeledData, Tagged, images_of, match_tags
-from tuning.sweep import best, sweep
+from tuning.sweep import Trial, best, sweep
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Network:
     model: ModelConfig
     seed: int
     start: str | None = None
-    start_fingerprint: str = ""
+    start_fingerprint: str | Outside = ""
     fresh_head: bool = False
 
     @classmethod
@@ -52,9 +54,8 @@ class Network:
         """
         if not isinstance(teacher.model, str):
             return cls(teacher.model, seed)
-        card = _card(teacher.model)
-        uri = storage.absolute(teacher.model)
-        return cls(card.model, seed, uri, card.fingerprint, teacher.head == "fresh")
+        uri, found = storage.absolute(teacher.model), _given_model(teacher.model)
+        return cls(_card(teacher.model).model, seed, uri, found, teacher.head == "fresh")
 
     def afresh(self) -> "Network":
         """The same, with random weights."""
@@ -76,6 +77,11 @@ class Examples(Protocol):
     @property
     def inputs(self) -> Mapping[str, str]:
         """Fingerprints of what they depend on."""
+        ...
+
+    @property
+    def watched(self) -> tuple[Watched, ...]:
+        """What is read of them outside of the store."""
         ...
 
     def load(self) -> TrainingSet:
@@ -101,6 +107,10 @@ def _card(uri: str) -> Any:
         raise ModelError("teacher.model", uri, error.rule, error.fix) from None
 
 
+def _given_model(uri: str) -> Outside:
+    return Outside.at("teacher.model", uri, lambda: str(_card(uri).fingerprint))
+
+
 def train(
     this: Run, name: str, network: Network, training: Training, examples: Examples, data: LabeledData
 ) -> Made[Trained]:
@@ -123,14 +133,17 @@ def train(
             job = _job(this, name, network, training, images, data, progress)
             return _fit(replace(job, out=place), storage.join(place, WORK))
 
-    return this.once(
-        _key(name, network, training, examples.inputs, data), Trained, work, demand=_demand(this, name, training)
-    )
+    return this.once(_key(name, network, training, examples, data), Trained, work, demand=_demand(this, name, training))
 
 
-def _key(name: str, network: Network, training: Training, inputs: Mapping[str, str], data: LabeledData) -> Key:
+def _key(name: str, network: Network, training: Training, examples: Examples, data: LabeledData) -> Key:
     start = {"start": network.start_fingerprint} if network.start is not None else {}
-    return Key(name, {**network.sections, "training": training}, {**start, **inputs, **data.validation.inputs})
+    return Key(
+        name,
+        {**network.sections, "training": training},
+        {**start, **examples.inputs, **data.validation.inputs},
+        watched=(*examples.watched, *data.validation.watched),
+    )
 
 
 def _job(
@@ -196,7 +209,7 @@ def fine_tune(
     name, network = "student", network.starting_from(start)
     rates = list(dict.fromkeys(settings.sweep.learning_rates))
     trainings = {rate: settings.training.model_copy(update={"learning_rate": rate}) for rate in rates}
-    keys = {rate: _key("trial", network, each, data.train.inputs, data) for rate, each in trainings.items()}
+    keys = {rate: _key("trial", network, each, data.train, data) for rate, each in trainings.items()}
 
     def work(place: str) -> Trained:
         images = data.train.load()
@@ -213,11 +226,8 @@ def fine_tune(
                 concurrent=settings.sweep.concurrent,
                 work=storage.join(place, WORK),
             )
-        for trial in tried:
-            if trial.error is None and this.store.find(keys[trial.learning_rate], Trained).record is None:
-                raise StageError(
-                    f"the trial {_trial(trial.learning_rate)} ended without a model: run the same command again"
-                )
+        tried = [_as_made(trial, this.store.find(keys[trial.learning_rate], Trained)) for trial in tried]
+        _check_trials(tried)
         chosen = best(tried)
         made = this.store.find(keys[chosen.learning_rate], Trained)
         copy_model(made.uri, place)
@@ -237,6 +247,30 @@ def fine_tune(
 
 def _trial(rate: float) -> str:
     return f"lr-{rate!r}"
+
+
+def _as_made(trial: Trial, made: Made[Trained]) -> Trial:
+    """What is known of a trial: its record has the last word, and one that has none did not end well."""
+    if made.record is None:
+        return trial if trial.error else replace(trial, metrics={}, error="ended without a model")
+    metrics = {name: value for name, value in made.outputs.metrics.items() if value is not None and isfinite(value)}
+    return Trial(trial.learning_rate, metrics)
+
+
+def _check_trials(tried: Sequence[Trial]) -> None:
+    """Makes sure that of each trial there is a result, before one is chosen.
+
+    Raises:
+        StageError: one failed that may go well another time, or none did.
+    """
+    failed = [trial for trial in tried if trial.error and not trial.lasting]
+    why = "; ".join(f"{_trial(trial.learning_rate)}: {trial.error}" for trial in failed or tried)
+    if failed:
+        raise StageError(
+            f"{len(failed)} of {len(tried)} trials failed: run the same command to try them again; the others are kept ({why})"
+        )
+    if all(trial.error for trial in tried):
+        raise LastingError(f"every trial failed, and would again ({why})")
 
 
 @dataclass(frozen=True)
@@ -266,17 +300,19 @@ def ready_model(this: Run, uri: str, data: LabeledData) -> Made[Trained]:
         ModelError: it is no model directory, or does not know every class of D.
     """
     card, source = _card(uri), storage.absolute(uri)
+    given = _given_model(uri)
 
     def work(place: str) -> Trained:
         outputs = class_outputs(uri, card.class_names, data.class_names)
         copy_model(source, place)
+        read_weights(place, read_card(place))  # the copy is whole, and of one model
         same = outputs == tuple(range(len(card.class_names)))
         metrics = dict(card.metrics)
         return Trained(
             0, card.model.architecture, card.parameters, metrics, [], class_outputs=None if same else outputs
         )
 
-    key = Key("teacher", {}, {"model": card.fingerprint, "labeled.train": data.train.made.fingerprint})
+    key = Key("teacher", {}, {"model": given, "labeled.train": data.train.made.fingerprint})
     return this.once(key, Trained, work, needs_ray=False)
 
 
@@ -284,10 +320,17 @@ def class_outputs(uri: str, known: list[str], wanted: tuple[str, ...]) -> tuple[
     """The model's output for each class of D, found by name.
 
     Raises:
-        ModelError: it has none for some of them.
+        ModelError: it has none for some of them, or several for one.
     """
-    places = {name: number for number, name in enumerate(known)}
-    missing = [name for name in wanted if name not in places]
+    places: dict[str, list[int]] = {}
+    for number, name in enumerate(known):
+        places.setdefault(normalize("NFC", name), []).append(number)
+    found = [places.get(normalize("NFC", name), []) for name in wanted]
+    missing = [name for name, numbers in zip(wanted, found, strict=True) if not numbers]
+    for name, numbers in zip(wanted, found, strict=True):
+        if len(numbers) > 1:
+            rule = f"has {len(numbers)} outputs of the name {shown(name, 60)}, a class of D"
+            raise ModelError("teacher.model", uri, rule, "give its outputs names that differ, in its model.json")
     if missing:
         raise ModelError(
             "teacher.model",
@@ -296,7 +339,7 @@ def class_outputs(uri: str, known: list[str], wanted: tuple[str, ...]) -> tuple[
             f"its own {len(known)} are {_few(known)}",
             "rename the classes of D, or train a new last layer with teacher.head: fresh and teacher.training",
         )
-    return tuple(places[name] for name in wanted)
+    return tuple(number for numbers in found for number in numbers)
 
 
 def _few(names: Sequence[str]) -> str:
@@ -317,6 +360,7 @@ class _WeakImages:
 
     made: Made[Matched]
     classes: LabeledData
+    watched: tuple[Watched, ...] = ()  # W may be as large as U, which nobody lists twice
 
     @property
     def inputs(self) -> Mapping[str, str]:

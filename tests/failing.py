@@ -50,6 +50,17 @@ class Crashing(nn.Module):
         return self.fc(self.conv(x).relu().mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
 
+class Fragile(Crashing):
+    """Its outputs are no numbers once a weight is above `limit`, as with too high a learning rate."""
+
+    def __init__(self, num_classes: int, at: int, times: int, note: str, limit: float) -> None:
+        super().__init__(num_classes, at, times, note)
+        self.limit = limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1.0 if self.fc.weight.abs().max() < self.limit else float("nan"))
+
+
 class Telling(Failing):
     """Tells of its process how the C library keeps memory."""
 

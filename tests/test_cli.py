@@ -86,6 +86,16 @@ def test_a_run_inside_a_source(tophat: Callable[..., Answer], recipe: Callable[.
     assert not run.exists()
 
 
+def test_a_run_inside_a_source_behind_a_link(
+    tophat: Callable[..., Answer], recipe: Callable[..., str], folders: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(folders / "unlabeled")
+    linked = recipe(unlabeled={"uri": str(tmp_path / "link")})
+    run = folders / "unlabeled" / "run"
+    refused(tophat("run", linked, "--run-dir", str(run)), "--run-dir", "lies inside unlabeled; put it elsewhere")
+    refused(tophat("run", recipe(), "--run-dir", str(tmp_path / "link" / "run")), "lies inside unlabeled")
+
+
 def test_a_class_folder_without_images(
     tophat: Callable[..., Answer], folders: Path, recipe: Callable[..., str], tmp_path: Path, ray_local: None
 ) -> None:
@@ -226,8 +236,7 @@ def test_values_of_options_that_are_none(tophat: Callable[..., Answer], folders:
     refused(tophat("ingest", " ", "--out", str(tmp_path / "out")), "SOURCE = ' ': ")
     near = ("--nearest", "1", "--set", "model=teacher", "--against", str(tmp_path / "nowhere"))
     refused(tophat(*duplicates, *near), "--model = 'teacher': is known to a recipe's run only")
-    plain = ("--nearest", "1", "--against", str(tmp_path / "nowhere"))
-    refused(tophat(*duplicates, *plain), "--against = ", "does not exist")
+    refused(tophat(*duplicates, *near[:2], *near[4:]), "--against = ", "does not exist")
     assert not (tmp_path / "out").exists()
 
 

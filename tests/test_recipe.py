@@ -1,5 +1,6 @@
 """Recipes: the shipped ones, the paper's numbers, and what a user reads about a mistake."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from unicodedata import normalize
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import InputError, RecipeError
@@ -330,6 +331,7 @@ TEXTS = st.text(
 
 
 @settings(max_examples=50)
+@example(["\x85", "\u2028", "a\nb", "1_0"], {"\x85": "0o17", "yes": "1e5"})
 @given(
     st.lists(TEXTS, min_size=1, unique_by=lambda name: normalize("NFC", name)),
     st.dictionaries(
@@ -345,6 +347,13 @@ def test_a_resolved_recipe_is_read_as_the_same(classes: list[str], options: dict
     assert again == recipe
     kinds = [(name, type(value)) for name, value in recipe.student.model.options.items()]
     assert [(name, type(value)) for name, value in again.student.model.options.items()] == kinds
+
+
+def test_json_is_a_recipe() -> None:
+    name = "\U0001f426 \u00e9 \ufeff"
+    recipe = load("demo", [f"labeled.classes={json.dumps([name])}"])
+    assert recipe.labeled.classes == (name,)
+    assert load_text("RUN", "recipe.yaml", json.dumps(recipe.model_dump(mode="json")).encode()) == recipe
 
 
 def test_parts_of_lists_are_set_by_their_place() -> None:
@@ -392,6 +401,11 @@ def test_one_path_is_one_however_it_is_spelled() -> None:
     ):
         assert load("demo", [f"unlabeled.uri={one}"]) == load("demo", [f"unlabeled.uri={other}"])
     assert load("demo", ["unlabeled.uri=s3://b/a//c"]) != load("demo", ["unlabeled.uri=s3://b/a/c"])
+    for word in ("resnet18", "teacher"):  # words, but not where they are spelled as paths
+        kept = load("demo", [f"deduplicate.model=./{word}"]).deduplicate.model
+        assert (
+            kept == f"./{word}" != load("demo", [f"deduplicate.model={word}", "score.embedding=true"]).deduplicate.model
+        )
     assert load("demo", ["unlabeled.uri=a/../b"]).unlabeled.uri == "a/../b"  # a may be a link
 
 
@@ -496,3 +510,33 @@ def test_lists_that_are_not_there_are_told_by_their_field(name: str, tmp_path: P
         with pytest.raises(InputError) as error:
             plan(load("demo", [override]), RunStore(str(tmp_path / "run")))
         assert str(error.value).startswith(f"{field} = ")
+
+
+def test_an_exclusion_list_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also that of another input of the selection, which it does not replace."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "a.parquet").write_bytes(b"x")
+    planned = {one.name: one.made for one in plan(load("demo", ["select.exclude=[scores]"]), RunStore("run")).planned}
+    inputs = planned["selection"].key.plain()["inputs"]
+    assert inputs["scores"] == planned["scores"].fingerprint
+    assert set(inputs) == {"scores", "labeled.train", "select.exclude scores"}
+
+
+def test_zero_is_one_number() -> None:
+    zero, minus = (load("demo", [f"pretrain.weight_decay={text}"]).pretrain.deciding() for text in ("0.0", "-0.0"))
+    assert json.dumps(zero) == json.dumps(minus)
+    weights = (load("demo", [f"select.class_weights=[1, {text}]"]).select.deciding() for text in ("0", "-0.0"))
+    assert len({json.dumps(each) for each in weights}) == 1
+
+
+def test_numbers_are_one_however_they_are_written() -> None:
+    texts = ("0.1", "1e-1", ".1", "0.10000000000000001", "1_0e-2")
+    assert len({json.dumps(load("demo", [f"pretrain.learning_rate={text}"]).deciding()) for text in texts}) == 1
+    assert json.dumps(load("demo", ["pretrain.learning_rate=0.1000001"]).deciding()) != json.dumps(
+        load("demo", ["pretrain.learning_rate=0.1"]).deciding()
+    )
+    rates = load("demo", ["fine_tune.sweep.learning_rates=[1, 1.0, 1e0, 0.1, 0.1000001]"])
+    trials = plan(rates, RunStore("/nowhere")).planned
+    student = next(one.made.key for one in trials if one.name == "student")
+    assert set(student.inputs) == {"lr-1.0", "lr-0.1", "lr-0.1000001"}

@@ -15,7 +15,7 @@ import pytest
 import tiny
 from cluster import storage
 from cluster.errors import RunError, StageError, StorageError
-from cluster.store import Key, Made, RunStore, fingerprint, publish_json, read_json
+from cluster.store import Key, Made, Outside, RunStore, fingerprint, publish_json, read_json
 from pipeline.recipe.reading import load, validate
 from pipeline.recipe.sections import Score, Select
 
@@ -260,6 +260,25 @@ def test_a_holder_that_was_silent_takes_nothing_from_the_next(place: str) -> Non
     with pytest.raises(StageError, match="took this work over"):
         store.once(KEY, Outputs, lose)
     assert [f.path for f in storage.list_files(store.find(KEY, Outputs).uri)] == ["work/of the next"]
+
+
+def test_a_holder_that_is_overtaken_at_the_very_end_publishes_nothing(place: str) -> None:
+    """While the inputs are looked at once more, which takes long where they are many."""
+    store, looks = RunStore(place), []
+
+    def look() -> str:
+        looks.append(1)
+        if len(looks) == 3:  # after the key, and at the beginning
+            folder = storage.join(place, "leases", key.folder)
+            lease = storage.read_bytes(storage.join(folder, "00000001.json"))
+            storage.publish(storage.join(folder, "00000009.json"), lease)
+        return "1"
+
+    key = Key("score", {}, {"list": Outside.at("select.exclude", "x", look)})
+    with pytest.raises(StageError, match="took this work over"):
+        store.once(key, Outputs, Work())
+    assert len(looks) == 3
+    assert store.find(key, Outputs).record is None
 
 
 def test_pruning_keeps_what_the_result_names(place: str) -> None:

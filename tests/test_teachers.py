@@ -23,7 +23,7 @@ from pipeline.recipe.reading import validate
 from pipeline.recipe.sections import Source
 from pipeline.selection.weak import weak_training_set
 from pipeline.stages import images_of
-from pipeline.teaching import copy_model
+from pipeline.teaching import class_outputs, copy_model
 from runs import Finished, execute, fresh
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -63,6 +63,14 @@ def ready(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> str:
     uri = str(tmp_path_factory.mktemp("models") / "ready")
     save(uri, network, config=teacher.config, class_names=names, metrics={}, provenance={})
     return uri
+
+
+def test_classes_are_found_by_name_and_by_one_alone() -> None:
+    assert class_outputs("m", ["e\u0301", "b", "b"], ("\u00e9",)) == (0,)  # one name, in two ways of writing it
+    with pytest.raises(ModelError, match=r"has 2 outputs of the name 'b', a class of D; give its outputs names"):
+        class_outputs("m", ["a", "b", "b"], ("a", "b"))
+    with pytest.raises(ModelError, match=r"has no output for 1 of the 2 classes of D \('B'\)"):
+        class_outputs("m", ["a", "b"], ("a", "B"))
 
 
 def closing(stages: dict[str, Made[Any]]) -> str:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import tiny
+from cluster.errors import LastingError, StageError
 from cluster.store import RunStore
 from pipeline.plan import demands, plan, until_stage
 from pipeline.recipe.reading import validate
@@ -52,6 +53,47 @@ def test_one_more_learning_rate_trains_one_more_trial(run_dir: str, folders: Pat
     trials = sorted(path.name for path in Path(run_dir, "trials").iterdir())
     assert trials == ["lr-0.01", "lr-0.03", "lr-0.1"]
     assert [trial.learning_rate for trial in wider["student"].outputs.trials] == [0.1, 0.03, 0.01]
+
+
+def test_a_trial_that_crashed_is_tried_again_and_one_that_diverged_is_a_result(
+    run_dir: str, folders: Path, tmp_path: Path
+) -> None:
+    """Of the first trial the worker dies, once; the third has too high a learning rate, always."""
+    note = tmp_path / "crashes"
+    options = {"at": 33, "times": 1, "note": str(note), "limit": 3.0}  # 30 steps are of pre-training
+    model = {"architecture": "failing:Fragile", "options": options, "transform": tiny.MODEL["transform"]}
+    recipe = tiny.recipe(str(folders), student={"model": model})
+    recipe["pretrain"]["learning_rate"] = 0.01
+    recipe["fine_tune"] = {
+        "training": {**tiny.TRAINING, "epochs": 2, "max_failures": 0},
+        "sweep": {"learning_rates": [0.01, 0.02, 100.0]},
+    }
+    with pytest.raises(StageError) as error:
+        execute(validate(recipe), run_dir, until="student")
+    said = str(error.value)
+    assert said.startswith(
+        "1 of 3 trials failed: run the same command to try them again; the others are kept (lr-0.01: training lr-0.01: "
+    )
+    assert "the network, or a library under it" in said
+    assert "\n" not in said
+    unmade = [one.name for one in plan(validate(recipe), RunStore(run_dir)).planned if one.made.record is None]
+    assert unmade[0] == "student"
+    kept = {path: path.stat().st_mtime_ns for path in Path(run_dir, "store").glob("trial-*/_record.json")}
+    stages = execute(validate(recipe), run_dir, until="student")
+    assert (
+        kept.items()
+        < {path: path.stat().st_mtime_ns for path in Path(run_dir, "store").glob("trial-*/_record.json")}.items()
+    )
+    trials = stages["student"].outputs.trials
+    assert [(trial.learning_rate, "val_top1" in trial.metrics, trial.lasting) for trial in trials] == [
+        (0.01, True, False),
+        (0.02, True, False),
+        (100.0, False, True),
+    ]
+    assert "the learning rate is too high" in str(trials[2].error)
+    recipe["fine_tune"]["sweep"] = {"learning_rates": [100.0]}
+    with pytest.raises(LastingError, match=r"^every trial failed, and would again \(lr-100\.0: .*is too high"):
+        execute(validate(recipe), run_dir, until="student")
 
 
 def test_another_test_set_evaluates_again_and_nothing_else(run_dir: str, folders: Path) -> None:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster import storage
-from cluster.errors import StageError, one_line
+from cluster.errors import InputError, LastingError, StageError, one_line
 
 METRIC = "val_top1"
 TIE_BREAKER = "val_loss"
+ERROR, LASTING = "error", "lasting"
+"""What a trial reports that failed: why, and whether it would again."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,13 @@ class Trial:
         learning_rate: the setting, per 256 images.
         metrics: what the trial measured, `val_top1` (in [0, 1]) and `val_loss` among it; empty when it failed.
         error: one line, when it failed.
+        lasting: whether it would fail so again, which is a result.
     """
 
     learning_rate: float
     metrics: dict[str, float]
     error: str | None = None
+    lasting: bool = False
 
 
 def sweep(
@@ -47,18 +51,19 @@ def sweep(
         work: folder for Tune's own state while the sweep lasts.
 
     Returns:
-        The trials, in the order of `learning_rates`.
-
-    Raises:
-        StageError: every trial failed.
+        The trials, in the order of `learning_rates`: those that failed, too, and those of which Tune has nothing to say.
     """
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
     def trainable(config: dict[str, Any]) -> None:
         callback: Any = TuneReportCallback
-        metrics = trial(config["learning_rate"], callback())
-        tune.report({**metrics})
+        try:
+            metrics = trial(config["learning_rate"], callback())
+        except (StageError, InputError) as error:
+            tune.report({ERROR: str(error), LASTING: isinstance(error, LastingError)})
+        else:
+            tune.report({**metrics})
 
     filesystem, path = storage.ray_filesystem(work)
     tuner = tune.Tuner(
@@ -70,19 +75,16 @@ def sweep(
     found: dict[float, Trial] = {}
     results = tuner.fit()
     for result in (results[number] for number in range(len(results))):
-        rate = float((result.config or {})["learning_rate"])
+        rate, metrics = float((result.config or {})["learning_rate"]), result.metrics or {}
         if result.error is not None:
             found[rate] = Trial(rate, {}, one_line(str(result.error).strip().rpartition("\n")[2]))
+        elif ERROR in metrics:
+            found[rate] = Trial(rate, {}, one_line(metrics[ERROR]), metrics[LASTING])
         else:
-            numbers = {
-                key: float(value) for key, value in (result.metrics or {}).items() if isinstance(value, int | float)
-            }
+            numbers = {key: float(value) for key, value in metrics.items() if isinstance(value, int | float)}
             found[rate] = Trial(rate, {key: value for key, value in numbers.items() if math.isfinite(value)})
     storage.delete_tree(storage.join(work, name))
-    trials = [found[rate] for rate in learning_rates]
-    if not any(t.metrics for t in trials):
-        raise StageError(f"every trial of the sweep {name} failed; the first: {trials[0].error}")
-    return trials
+    return [found.get(rate, Trial(rate, {}, "ended without a result")) for rate in learning_rates]
 
 
 def best(trials: Sequence[Trial]) -> Trial:

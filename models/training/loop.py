@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from cluster.errors import ModelError, StageError
+from cluster.errors import LastingError, ModelError, StageError
 from models import directory as checkpoint
 from models.architectures import build
 from models.config import Training, Transform
@@ -58,9 +58,9 @@ def train(job: TrainingJob, key: str, reports: bool) -> dict[str, Any]:
 
 
 def check_finite(name: str, loss: float, images_seen: int, training: Training) -> None:
-    """Raises a StageError when the mean loss since the last row is not a number."""
+    """Raises a LastingError when the mean loss since the last row is not a number."""
     if not math.isfinite(loss):
-        raise StageError(
+        raise LastingError(
             f"training {name}: the loss is {loss} after {images_seen} images; the learning rate is too high: "
             f"lower learning_rate = {training.learning_rate:g} or raise warmup = {training.warmup:g}"
         )

@@ -1,10 +1,11 @@
 """Commands about what of U is taken: select, duplicates."""
 
+from functools import partial
 from typing import Annotated
 
 import typer
 
-from cluster.errors import InputError
+from cluster.errors import InputError, StageError, shown
 from pipeline.cli.app import (
     Address,
     ImageColumn,
@@ -53,6 +54,7 @@ def select(
     """
     from cluster import storage
     from cluster.progress import Display
+    from cluster.store import Outside
     from pipeline.cli import tables
     from pipeline.recipe.reading import select_settings
     from pipeline.selection import select as selection
@@ -70,7 +72,9 @@ def select(
             memory_mib=memory_mib,
         )
     wanted = [selection.Wanted(to if len(pairs) == 1 else storage.join(to, f"P{p or ''}-K{k}"), k, p) for p, k in pairs]
+    given = [("--scores", storage.absolute(scores)), *(("--exclude", uri) for uri in settings.exclude)]
     with in_options("--scores", "classes_per_image"), ray_session(address, verbose) as session:
+        read = [Outside.at(name, uri, partial(selection.listing, name, uri)) for name, uri in given]
         session.start()
         with Display(out).task("selection", None) as progress:
             selected = selection.select_several(
@@ -84,6 +88,10 @@ def select(
                 memory_mib=memory_mib,
                 progress=progress,
             )
+    for each in read:
+        if (uri := each.changed()) is not None:
+            rule = "has changed while images were selected: run the same command again"
+            raise StageError(f"{each.name} = {shown(uri)}: {rule}")
     if len(selected) == 1:
         tables.print_selection(out, selected[0])
     else:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from cluster import storage
 from cluster.errors import InputError, ModelError, RunError
 from cluster.progress import Progress
-from cluster.store import RUN, Key, Made, RunStore, fingerprint, read_json
+from cluster.store import RUN, Key, Made, Outside, RunStore, fingerprint, read_json
 from pipeline.context import Run
 from pipeline.data.labeled import REJECTED, load_labels
 from pipeline.data.sources import ImageSource, open_source
@@ -46,7 +46,7 @@ class Features:
     """
 
     uri: str
-    fingerprint: str
+    fingerprint: str | Outside
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Subject:
     sets: Callable[[], tuple[LabeledSet, ...]]
     model_uri: str
     embeddings: str | None
-    inputs: Mapping[str, str]
+    inputs: Mapping[str, str | Outside]
 
-    def of(self, *without: str) -> dict[str, str]:
+    def of(self, *without: str) -> dict[str, str | Outside]:
         """The inputs but some."""
         return {name: value for name, value in self.inputs.items() if name not in without}
 
@@ -151,7 +151,7 @@ def features_model(this: Run, field: str, settings: Deduplicate) -> Features | N
         return Features(made.uri, made.fingerprint)
     uri = storage.absolute(settings.model)
     try:
-        return Features(uri, read_card(uri).fingerprint)
+        return Features(uri, Outside.at(field, settings.model, lambda: read_card(uri).fingerprint))
     except ModelError as error:
         raise ModelError(field, settings.model, error.rule, f"name a model directory, or {RESNET18}") from None
 
@@ -337,7 +337,7 @@ def prepare(
 
     if not settings.on:
         raise InputError("--nearest", "nothing", "must be given", "add --nearest N, --within D or --copies")
-    inputs = {"unlabeled": unlabeled.fingerprint()}
+    inputs: dict[str, str | Outside] = {"unlabeled": unlabeled.fingerprint()}
     if not settings.near:
         store.claim(CLAIM, "")
         return Subject(lambda: unlabeled, tuple, "", None, inputs)
@@ -353,17 +353,22 @@ def prepare(
     if settings.model != RESNET18:
         model = storage.absolute(settings.model)
         try:
-            inputs["model"] = read_card(model).fingerprint
+            given = Outside.at("--model", settings.model, lambda: read_card(model).fingerprint)
         except ModelError as error:
             raise ModelError("--model", settings.model, error.rule, f"name a model directory, or {RESNET18}") from None
+        inputs["model"] = given
         if scores_uri is not None:
-            scores_uri = storage.absolute(scores_uri)
+            table = scores_uri = storage.absolute(scores_uri)
             owner = storage.join(scores_uri, scoring.OWNER)
-            if storage.exists(owner) and read_json(owner).get("model") != inputs["model"]:
+            if storage.exists(owner) and read_json(owner).get("model") != given.fingerprint:
                 raise RunError("--scores", scores_uri, "holds scores made with another model", "give that --model")
-            inputs["embeddings"] = fingerprint([[f.path, f.size, f.etag] for f in storage.list_files(scores_uri)])
+            inputs["embeddings"] = Outside.at("--scores", scores_uri, lambda: _table_now(table))
     store.claim(CLAIM, "")
     return Subject(lambda: unlabeled, lambda: sets, model, scores_uri, inputs)
+
+
+def _table_now(uri: str) -> str:
+    return fingerprint([[f.path, f.size, f.etag] for f in storage.list_files(uri)])
 
 
 def find(this: Run, what: Subject, settings: Deduplicate, score: Score) -> Made[Excluded]:

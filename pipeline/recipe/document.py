@@ -134,7 +134,10 @@ class _Reading:
 
 
 def _text(node: yaml.ScalarNode) -> str:
-    text: str = node.value
-    if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text):
+    try:  # JSON, which is YAML but for this, writes a character beyond the first 65,536 as two
+        text: str = node.value.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
         raise Unreadable(f"has a character that no text has ({_place(node.start_mark)})")
     return text

@@ -27,15 +27,19 @@ def _one_spelling(uri: str) -> str:
     if slashes:
         return f"{scheme}://{path.rstrip('/')}"  # what else has two slashes in an object store is another key
     plain = str(PurePosixPath(uri))
+    if plain != uri and plain in (SIDECAR, RESNET18, TEACHER):
+        return f"./{plain}"  # a path that is spelled so that it is none of these words
     return plain[1:] if plain.startswith("//") else plain
 
 
+SIDECAR = "sidecar"
+"""The tags that a source of images has itself, beside them."""
+RESNET18, TEACHER = "resnet18", "teacher"
+"""Models that `deduplicate.model` knows by name."""
 Uri = Annotated[
     str, StringConstraints(min_length=1, max_length=2000, strip_whitespace=True), AfterValidator(_one_spelling)
 ]
 """A location, in one of its spellings: `a//b/`, `./a/b` and `a/b` are the same local path."""
-SIDECAR = "sidecar"
-"""The tags that a source of images has itself, beside them."""
 
 
 class Source(Section):
@@ -198,10 +202,6 @@ class Score(Section):
         if self.precision == "float16" and not self.gpus_per_actor:
             raise ValueError("precision = float16 needs gpus_per_actor above 0; on CPUs use float32")
         return self
-
-
-RESNET18, TEACHER = "resnet18", "teacher"
-"""Models that `deduplicate.model` knows by name."""
 
 
 class Deduplicate(Section):
