@@ -15,7 +15,7 @@ import pytest
 
 from cluster import storage
 from cluster.errors import SourceError
-from pipeline.data.shards import Label, Row, ShardError
+from pipeline.data.shards import ChangedShardError, Label, Row, ShardError
 from pipeline.data.sources import FILES_PER_SHARD, ImageSource, open_source
 from pipeline.recipe.sections import Source
 
@@ -336,6 +336,23 @@ def test_a_corrupt_parquet(tmp_path: object) -> None:
     assert read_until_broken(source, "cut.parquet") == []
     assert read_until_broken(source, "empty.parquet") == []
     assert [row.data for row in read_until_broken(source, "junk.parquet")] == images[:512]
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "parquet", "folder"])
+def test_a_shard_that_changed_since_it_was_listed_gives_no_image_as_if_it_had_not(place: str, layout: str) -> None:
+    content = {"webdataset": ("x.tar", tar(MEMBERS), tar([("a.jpg", b"new")])), "folder": ("x.jpg", b"a", b"new")}
+    content["parquet"] = ("x.parquet", parquet({"image": [b"a"]}), parquet({"image": [b"new"]}))
+    name, before, after = content[layout]
+    storage.publish(storage.join(place, name), before)
+    source = opened(place)
+    storage.publish(storage.join(place, name), after)
+    shard = source.shards()[0]
+    if layout == "folder":
+        (row,) = source.reader.read(shard)
+        assert (row.data, row.problem) == (b"", "the file changed since it was listed")
+    else:
+        with pytest.raises(ChangedShardError, match="the shard changed since it was listed"):
+            list(source.reader.read(shard))
 
 
 def test_a_shard_that_vanished(place: str) -> None:

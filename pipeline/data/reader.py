@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster import storage
@@ -56,17 +55,18 @@ class Reader:
     class_names: tuple[str, ...] | None = None
     tags: bool = False
 
-    def read(self, shard: Shard, rows: Collection[int] | None = None, *, unchanged: bool = False) -> Iterator[Row]:
-        """The images of a shard in row order. A store that fails for a moment is asked again, from the byte that came last.
+    def read(self, shard: Shard, rows: Collection[int] | None = None) -> Iterator[Row]:
+        """The images of a shard in row order, of the content that was listed: an image of a virtual shard that changed since is a row with a
+        problem. A store that fails for a moment is asked again, from the byte that came last.
 
         Args:
             shard: of this source.
             rows: only these indices, when given.
-            unchanged: whether an image of a virtual shard that changed since it was listed is withheld; of other shards, `check` tells.
 
         Raises:
             ShardError: the shard is damaged; rows that came before are good.
             UnfitShardError: it is a Parquet file without the source's columns.
+            ChangedShardError: its content changed since it was listed, and the rows that came may be of either.
             MissingShardError: it vanished, or the disk fails.
             StorageError: the store is out of reach, or refuses; nothing is known about the shard.
         """
@@ -74,13 +74,14 @@ class Reader:
         reads: dict[str, Callable[[Shard, frozenset[int] | None], Iterator[Row]]] = {
             "webdataset": self._read_tar,
             "parquet": self._read_parquet,
-            "folder": partial(self._read_files, unchanged=unchanged),
+            "folder": self._read_files,
         }
         read = reads[self.layout]
         try:
             for row in read(shard, wanted):
                 label = self._named(row.label)
                 yield row if label is row.label else replace(row, label=label)
+            self.check(shard)
         except FileNotFoundError:
             raise MissingShardError("the shard vanished since it was listed") from None
         except SourceError as error:
@@ -148,14 +149,14 @@ class Reader:
                 buffer_size=READ_BYTES,
             )
 
-    def _read_files(self, shard: Shard, wanted: frozenset[int] | None, unchanged: bool) -> Iterator[Row]:
+    def _read_files(self, shard: Shard, wanted: frozenset[int] | None) -> Iterator[Row]:
         for index, path in enumerate(shard.files):
             if wanted is None or index in wanted:
                 folder = path.partition("/")[0] if "/" in path else None
                 try:
                     with self._open(path) as file:
                         data, problem = file.read(), None
-                        if unchanged and shard.etags:
+                        if shard.etags:
                             native = file.native if isinstance(file, _RemoteFile) else file
                             now = storage.etag(storage.inside(self.root, path), native)
                             if now != shard.etags[index]:

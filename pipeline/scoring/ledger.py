@@ -274,7 +274,7 @@ class RangeReader:
         pending: _Decoded | None = None
         position, problem = 0, None
         try:
-            for row in self._reader.read(shard, unchanged=True):
+            for row in self._reader.read(shard):
                 position = row.index + 1
                 if any(done.start <= row.index < done.stop for done in covered):
                     continue
@@ -285,7 +285,6 @@ class RangeReader:
                 if pending is None:
                     pending = _Decoded(shard, row.index)
                 pending.add(row, self._decoder)
-            self._reader.check(shard)
         except ShardError as error:
             problem = self._reader.gone(shard) or error
         if isinstance(problem, ChangedShardError):  # nobody knows which content these images are of

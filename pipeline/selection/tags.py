@@ -212,8 +212,7 @@ def match_tags(
         progress: counts images with a class, and rejects.
 
     Raises:
-        SourceError: a table without these columns, or of another source; no tags at all; none that gives a usable image a class; or an
-            `out_uri` that holds other Parquet files.
+        SourceError: a table without these columns, or of another source; no tag that gives a usable image a class; or an `out_uri` of others.
         StorageError: a location that refuses, or an `out_uri` inside the table of tags.
     """
     out_uri = storage.absolute(out_uri).rstrip("/")
@@ -443,7 +442,7 @@ def _write_part(work: _Work, number: int, *shares: Pairs) -> tuple[_Note]:
 
 
 def _class_ids_by_row(pairs: Pairs, ordinal: int) -> dict[int, list[int]]:
-    """The classes of the images of one shard. `pairs` are sorted and distinct."""
+    """The classes of one shard's images. `pairs` are sorted and distinct."""
     start, stop = np.searchsorted(pairs[:, 0], [ordinal, ordinal + 1])
     rows: dict[int, list[int]] = {}
     for _, row, class_id in pairs[start:stop].tolist():
