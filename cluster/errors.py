@@ -11,7 +11,7 @@ TophatError                   anything this project raises on purpose
 │   ├── ClusterError          a cluster that cannot be reached, refuses the token, or does not have the job
 │   └── RunError              a run directory that cannot be used (it belongs to another recipe, ...)
 ├── StageError                a stage that failed for a reason which is not the user's input
-└── Interrupted               Ctrl-C
+└── Interrupted               a signal ended what has more to say about it than `cluster.interrupt` has
 """
 
 
@@ -88,7 +88,11 @@ class StageError(TophatError):
 
 
 class Interrupted(TophatError):  # noqa: N818 - no fault of anybody's
-    """The user pressed Ctrl-C."""
+    """What follows from an interruption where it is not what `cluster.interrupt.INTERRUPTED` says; raised from a KeyboardInterrupt.
+
+    Args:
+        message: one line that begins with "interrupted; ".
+    """
 
 
 def shown(value: object, limit: int = 120) -> str:
