@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from cluster.errors import ClusterError, InputError, ResourceError
+from cluster.interrupt import OTHER_HANDLER
 
 ROOT = Path(__file__).resolve().parent.parent
 """The checkout, or the folder of the installed packages: what workers import `pipeline`, `tuning`, `models` and `cluster` from."""
@@ -69,6 +70,7 @@ def for_local_ray() -> dict[str, str | None]:
         # Ray puts the folder that a driver was started in first, and with it whatever the user calls `models`; a module that is loaded stays.
         "RAY_preload_python_modules": ",".join(PACKAGES),
         "PYTHONWARNINGS": None,  # with `error`, Ray's own processes end
+        OTHER_HANDLER: None,
     }
     return {**theirs, **_temporary(), **_token()}
 
@@ -174,3 +176,17 @@ def check_reachable(field: str, address: str, fix: str) -> None:
         socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
     except OSError as error:
         raise ClusterError(field, address, f"does not answer ({error.strerror or error})", fix) from None
+    if os.environ.get("RAY_USE_TLS", "0") in ("", "0"):  # else only Ray can talk to it
+        _check_speaks(field, address, f"{f'[{host}]' if ':' in host else host}:{port}", fix)
+
+
+def _check_speaks(field: str, address: str, target: str, fix: str) -> None:
+    """Fails where something else than a Ray listens: a web server, a port that a tunnel forwards to nowhere."""
+    import grpc
+
+    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=CONNECT_SECONDS)
+        except grpc.FutureTimeoutError:
+            rule = "answers, but not as a Ray cluster does (the port of its head is mostly 6379; 8265 is for jobs)"
+            raise ClusterError(field, address, rule, fix) from None
