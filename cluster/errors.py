@@ -12,7 +12,7 @@ TophatError                   anything this project raises on purpose
 │   └── RunError              a run directory that cannot be used (it belongs to another recipe, ...)
 ├── StageError                a stage that failed for a reason which is not the user's input
 │   └── LastingError          the same stage would fail so again: a loss that is no number
-└── Interrupted               Ctrl-C
+└── Interrupted               a signal ended what has more to say about it than `cluster.interrupt` has
 """
 
 
@@ -93,7 +93,11 @@ class LastingError(StageError):
 
 
 class Interrupted(TophatError):  # noqa: N818 - no fault of anybody's
-    """The user pressed Ctrl-C."""
+    """What follows from an interruption where it is not what `cluster.interrupt.INTERRUPTED` says; raised from a KeyboardInterrupt.
+
+    Args:
+        message: one line that begins with "interrupted; ".
+    """
 
 
 def shown(value: object, limit: int = 120) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote, urlsplit
 
-from cluster.errors import ClusterError, InputError, one_line
+from cluster.errors import ClusterError, InputError, Interrupted, one_line
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -37,7 +37,6 @@ CHATTY: Final = (
 )
 CONNECT_SECONDS: Final = 10.0
 RECONNECT_SECONDS: Final = 60.0
-INTERRUPTED: Final = 130
 
 
 def submit(
@@ -87,17 +86,17 @@ def follow(job_id: str, *, address: str, write: Callable[[str], object] | None =
         write: takes each piece of the log; by default it goes to standard output.
 
     Returns:
-        0 when the job succeeded, else the exit code of its entrypoint (1 where it has none), or 130 after Ctrl-C.
+        0 when the job succeeded, else the exit code of its entrypoint (1 where it has none).
 
     Raises:
+        Interrupted: Ctrl-C.
         ClusterError: no such job, nothing answers at `address` for a minute, or the token is missing or wrong.
     """
     try:
         return _followed(job_id, address, _Log(write or _to_stdout))
     except KeyboardInterrupt:
         stop = _ray_job("stop", "--address", address, job_id)
-        print(one_line(f"Job {job_id} goes on without being followed. To stop it: {stop}"), file=sys.stderr)
-        return INTERRUPTED
+        raise Interrupted(one_line(f"interrupted; job {job_id} goes on; to stop it: {stop}")) from None
 
 
 def path_in_job(field: str, path: str | Path, working_dir: str | Path) -> str:

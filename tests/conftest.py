@@ -3,6 +3,7 @@
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import hypothesis
 import pytest
 
 import cluster
+from cluster import interrupt
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -135,12 +137,17 @@ def tophat(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
 
     def call(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["tophat", *words])
+        handlers = {number: signal.getsignal(number) for number in interrupt.ENDING}
         capfd.readouterr()
         try:
             main()
             code = 0
         except SystemExit as ended:
             code = int(ended.code or 0)
+        finally:
+            signal.set_wakeup_fd(-1)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         captured = capfd.readouterr()
         return code, captured.out, captured.err
 

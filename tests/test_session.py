@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.session import ROOT
+from cluster import processes
+from cluster.config import Cluster
+from cluster.session import ROOT, Session
+from commands import Command
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -60,3 +63,71 @@ with Session(Cluster(cpus=1, object_store_mib=128)) as session:
 """
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+STUBBORN = """
+import atexit, subprocess, time
+from cluster.config import Cluster
+from cluster.session import Session
+
+class Stubborn:
+    def __init__(self):
+        atexit.register(time.sleep, 600)
+        script = "trap '' TERM; while :; do sleep 1; done"
+        self.child = subprocess.Popen(["sh", "-c", script])
+    def ready(self):
+        pass
+
+beside = subprocess.Popen(["sleep", "600"])  # of this program, not of Ray
+with Session(Cluster(cpus=1, object_store_mib=128)) as session:
+    session.start()
+    import ray
+    held = ray.remote(Stubborn).remote()
+    ray.get(held.ready.remote())
+    began = time.monotonic()
+assert beside.poll() is None
+beside.kill()
+beside.wait()
+print("ended", time.monotonic() - began)
+"""
+
+
+@pytest.mark.slow
+def test_no_process_outlives_it(tmp_path: Path) -> None:
+    """Not one that hangs at its exit, nor what a worker has started and nothing but SIGKILL ends."""
+    ended = Command("-c", STUBBORN, folder=tmp_path).end(120)
+    assert (ended.code, ended.errors, ended.left) == (0, [], [])
+    assert float(ended.out.split()[-1]) < 10
+
+
+@pytest.mark.slow
+def test_it_ends_as_soon_as_ray_does(tmp_path: Path) -> None:
+    """Waiting for the processes costs nothing where all are well."""
+    program = """
+import time
+from cluster import processes
+from cluster.config import Cluster
+from cluster.session import Session
+end, took = processes.end, []
+def timed(found):
+    began = time.monotonic()
+    end(found)
+    took.append(time.monotonic() - began)
+processes.end = timed
+with Session(Cluster(cpus=1, object_store_mib=128)) as session:
+    session.start()
+print(*took)
+"""
+    ended = Command("-c", program, folder=tmp_path).end(120)
+    assert (ended.code, ended.errors, ended.left) == (0, [], [])
+    assert float(ended.out) < 0.9
+
+
+def test_a_ray_that_was_there_is_left_alone() -> None:
+    import ray
+
+    before = processes.children()
+    with Session(Cluster()) as session:
+        session.start()
+    assert ray.is_initialized()
+    assert before <= processes.children()

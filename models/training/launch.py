@@ -4,14 +4,13 @@
 """
 
 import os
-import signal
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster import storage
 from cluster.errors import StageError, TophatError, one_line
@@ -20,6 +19,8 @@ from models.training.job import Fitted, Row, TrainingJob
 
 if TYPE_CHECKING:
     from models.training.traces import Failure
+
+T = TypeVar("T")
 
 RAY_TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # between two polls, of which each takes in at most one report
@@ -120,27 +121,27 @@ def _run_workers(job: TrainingJob, work: str, key: str, on_report: Any) -> dict[
             callbacks=[on_report] if on_report is not None else [],
         ),
     )
-    with _kept_interrupt_handler():
-        try:
-            result: Any = trainer.fit()
-            returned: dict[str, Any] = result.return_value
-        except ControllerError as error:  # not a worker but Ray Train itself
-            why = getattr(error.controller_failure, "cause", error.controller_failure)
-            raise StageError(one_line(f"training {job.name} could not be run: {type(why).__name__}: {why}")) from error
-        except SystemExit:  # what Ray Train makes of Ctrl-C
-            raise KeyboardInterrupt from None
+    try:
+        result: Any = _beside_main_thread(trainer.fit)
+        returned: dict[str, Any] = result.return_value
+    except ControllerError as error:  # not a worker but Ray Train itself
+        why = getattr(error.controller_failure, "cause", error.controller_failure)
+        raise StageError(one_line(f"training {job.name} could not be run: {type(why).__name__}: {why}")) from error
     return returned
 
 
-@contextmanager
-def _kept_interrupt_handler() -> Iterator[None]:
-    """Puts back the handler of Ctrl-C that Ray Train replaces for good."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
+def _beside_main_thread(work: Callable[[], T]) -> T:
+    """Calls `work` in another thread, and waits. In the main one, Ray Train takes Ctrl-C for itself, for good, and waits for its workers then."""
+    found: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(work())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return found.result()
 
 
 def _worker(job: TrainingJob, key: str, reports: bool) -> dict[str, Any]:

@@ -3,13 +3,15 @@ option answer at once."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from cluster.environment import prepare_command
 from cluster.errors import InputError, Interrupted, TophatError, one_line
+from cluster.interrupt import INTERRUPTED, Interruption
 
 if TYPE_CHECKING:
     from cluster.session import Session
@@ -24,7 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-out = Console(highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 160)
+_terminal = sys.stdout is not None and sys.stdout.isatty()
+out = Console(highlight=False, soft_wrap=not _terminal, width=None if _terminal else 160)
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe: demo, fashion-mnist, paper.")
@@ -113,21 +116,31 @@ def ray_session(address: str, verbose: bool, on_start: Callable[[], None] | None
     from cluster.config import Cluster
     from cluster.session import Session
 
-    return Session(Cluster(address=address), on_start=on_start, verbose=verbose)
+    return Session(Cluster(address=address), on_start=on_start, verbose=verbose, field="--address")
 
 
 def main() -> None:
-    """Runs the command line: exit code 0 on success, 2 for a user's mistake, 1 for a failure, 130 when interrupted."""
+    """Runs the command line.
+
+    Exit code 0 on success, 2 for a user's mistake, 1 for a failure, 128 + N when signal N ended it: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+    interruption = None
     try:
+        prepare_command()
+        interruption = Interruption()
         app(standalone_mode=True)
-    except InputError as error:
-        _fail(str(error), 2)
-    except Interrupted as error:
-        _fail(str(error), 130)
-    except TophatError as error:
-        _fail(one_line(str(error)), 1)
+    except BaseException as error:
+        if interruption is not None and interruption.signal is not None:  # whatever the signal has made of the work
+            _fail(str(error) if isinstance(error, Interrupted) else INTERRUPTED, 128 + interruption.signal)
+        if not isinstance(error, TophatError):
+            raise
+        _fail(one_line(str(error)), 2 if isinstance(error, InputError) else 1)
+    finally:
+        if interruption is not None:
+            interruption.over = True
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    with suppress(OSError):  # whoever would read it is gone
+        print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -1,0 +1,75 @@
+"""The signals that end a command: Ctrl-C, what schedulers send before they kill, and a terminal that closes.
+
+Each means the same in every command and stage: KeyboardInterrupt in the main thread, so that whatever is open is closed in order.
+"""
+
+import os
+import select
+import signal
+import threading
+import time
+from types import FrameType
+
+from cluster import processes
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SAME_SECONDS = 1.0
+"""A signal so soon after the first one is a part of it: `timeout` and schedulers tell a process, and then its whole group."""
+PATIENCE_SECONDS = 8.0
+"""For the end in order. Docker kills 10 s after it has asked, Slurm and Kubernetes 30 s."""
+OTHER_HANDLER = "RAY_DISABLE_FAILURE_SIGNAL_HANDLER"
+INTERRUPTED = "interrupted; what is finished is kept: run the same command to go on"
+
+
+class Signaled(KeyboardInterrupt):
+    """One of `ENDING` has come. Python ends a process whose code in a string meets KeyboardInterrupt itself as SIGINT would, whatever follows."""
+
+
+class Interruption:
+    """Watches for the first of `ENDING`, from now until this process is gone.
+
+    That one raises `Signaled` in the main thread. A second one, or `PATIENCE_SECONDS` without an end, end the process and all that it
+    started at once, wherever the main thread is. Signals that this process was started to ignore (`nohup`) stay ignored.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        """The number of the first one; None until there is one."""
+        self.over = False
+        """Whether the work is done, so that there is nothing left to interrupt."""
+        self._raised = False
+        # Ray's own handler writes a stack and aborts. It looks here when it is loaded; its workers keep theirs.
+        os.environ.setdefault(OTHER_HANDLER, "1")
+        self._pipe, written = os.pipe()
+        os.set_blocking(written, False)
+        signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+        for number in ENDING:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._raise)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        if not (self._raised or self.over):
+            self._raised, self.signal = True, number
+            raise Signaled
+
+    def _watch(self) -> None:
+        """A thread of its own: handlers run in the main thread, which may be in a call that does not come back."""
+        first = self._next(None)
+        if not self.over:
+            self.signal = first  # also where the handler is not ours for a moment: Ray, as it starts, and Ray Train have their own
+        same, last = time.monotonic() + SAME_SECONDS, time.monotonic() + PATIENCE_SECONDS
+        while self._next(last) is not None and time.monotonic() < same:
+            pass
+        processes.send(signal.SIGKILL, processes.family(processes.children()))
+        os.write(2, f"error: {INTERRUPTED}\n".encode())
+        os._exit(128 + (first or 0))
+
+    def _next(self, until: float | None) -> int | None:
+        """The next of the signals that comes; None when the time is over."""
+        while True:
+            left = None if until is None else max(0.0, until - time.monotonic())
+            if not select.select([self._pipe], [], [], left)[0]:
+                return None
+            if (number := os.read(self._pipe, 1)[0]) in ENDING:
+                return number
