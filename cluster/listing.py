@@ -11,6 +11,7 @@ import pyarrow.fs as pafs
 from cluster.filesystems import absolute, filesystem, reported, s3, split
 
 MARKER = "markers of folders"
+SLASH = "objects whose names end with a slash"
 LINK = "links to nothing"
 AGAIN = "links to folders that are listed by another name"
 SPECIAL = "devices, sockets and pipes"
@@ -28,10 +29,11 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """What is under a folder and is no object: `path` relative to it, printable, and why, as a plural noun."""
+    """What is under a folder and cannot be an object of ours: `path` relative to it, printable, why, as a plural noun, and its bytes."""
 
     path: str
     reason: str
+    size: int = 0
 
 
 def walk(uri: str) -> tuple[list[FileEntry], list[Skipped]]:
@@ -68,7 +70,7 @@ def _s3(path: str) -> Iterator[FileEntry | Skipped]:
         for item in page.get("Contents", []):
             relative = item["Key"][len(prefix) :]
             if relative.endswith("/"):
-                yield Skipped(relative, MARKER)
+                yield Skipped(relative, SLASH if item["Size"] else MARKER, item["Size"])
             elif relative:
                 yield FileEntry(relative, item["Size"], item["ETag"].strip('"'))
 

@@ -297,7 +297,7 @@ def list_folders(uri: str) -> list[str]:
     if is_remote(uri):
         return []
     with reported(uri), os.scandir(absolute(uri)) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(e.name for e in entries if os.path.isdir(e.path) and not e.name.startswith("."))
 
 
 def delete_file(uri: str) -> None:

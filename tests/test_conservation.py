@@ -32,6 +32,7 @@ from cluster.errors import SourceError
 from pipeline.data.ingest import ingest
 from pipeline.data.shards import NO_IMAGE, Row, ShardError
 from pipeline.data.sources import ImageSource, open_source
+from pipeline.data.tar import label_of
 from pipeline.recipe.sections import Source
 
 KEYS = ("a", "b", "clip", "ü", "x y", "%2e", "+", "#1", "..a")
@@ -78,7 +79,7 @@ FEW_KEYS = st.lists(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(
     members=MEMBERS | FEW_KEYS,
     end=st.sampled_from([".tar", ".TAR", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2"]),
@@ -161,9 +162,87 @@ def test_a_tar_with_many_images_of_one_name_is_read_in_little_memory(tmp_path: P
 
 def test_labels_are_of_the_nearest_name(tmp_path: Path) -> None:
     names = ["b.cls", "b.left.cls", "b.left.png", "b.right.png", "c.png", "c.jpg", "c.cls", "d.001", "d.cls"]
+    names += ["e.png", "e.png.cls", "f.png", "f.label.cls", "g.0001", "g.0001.cls", "g.0002", "g.0002.cls"]
     (tmp_path / "x.tar").write_bytes(packed([(name, "file") for name in names]))
     rows = rows_of(opened(str(tmp_path)))
-    assert [(int(row.data), row.label) for row in rows] == [(2, 1), (3, 0), (4, 6), (5, 6), (7, 8)]
+    found = [(int(row.data), row.label) for row in rows]
+    assert found == [(2, 1), (3, 0), (4, 6), (5, 6), (7, 8), (9, 10), (11, 12), (13, 14), (15, 16)]
+
+
+def test_a_name_that_comes_again_begins_the_next_sample(tmp_path: Path) -> None:
+    names = ["image.png", "image.cls"] * 3 + ["image.cls", "image.png"] * 2
+    (tmp_path / "x.tar").write_bytes(packed([(name, "file") for name in names]))
+    rows = rows_of(opened(str(tmp_path)))
+    images = [(int(row.data), row.label) for row in rows if row.data]
+    assert images == [(0, 1), (2, 3), (4, 5), (7, 6), (9, 8)]
+
+
+def test_a_label_before_several_images_is_known_to_each_row_that_is_read_alone(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(packed([(name, "file") for name in ("a.cls", "a.0.png", "a.1.png", "a.2.png")]))
+    source = opened(str(tmp_path))
+    for number in range(3):
+        (row,) = source.read("x.tar", [number])
+        assert (row.index, int(row.data), row.label) == (number, number + 1, 0)
+
+
+def test_a_label_after_more_images_than_are_held_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.data.tar.HELD", 4)
+    names = [*(f"clip.{i:03d}.png" for i in range(6)), "clip.cls"]
+    (tmp_path / "x.tar").write_bytes(packed([(name, "file") for name in names]))
+    rows = rows_of(opened(str(tmp_path)))
+    assert [(row.data, row.label) for row in rows] == [(str(i).encode(), None) for i in range(6)] + [(b"", None)]
+    assert rows[-1].problem == "a label after the images that it is for: clip.cls"
+
+
+@pytest.mark.parametrize(
+    ("content", "label"),
+    [
+        (b"3\n", 3),
+        (b"\xef\xbb\xbf3", 3),
+        (b"007", "007"),
+        (b" cat\r\n", " cat"),
+        (b"cat", "cat"),
+        (b"p\xeache", "p\\xeache"),
+        (b"p\xe9che", "p\\xe9che"),
+        (b" \n", None),
+        (b"", None),
+        (b"-7", -7),
+        (b"x" * 20_000, "x" * 20_000),
+    ],
+)
+def test_what_a_cls_file_says(content: bytes, label: object) -> None:
+    assert label_of(content) == label
+
+
+def test_dots_in_the_names_of_images(tmp_path: Path) -> None:
+    names = ["a.jpg.jpg", "a.left.jpg", "a.right.jpg", "b.png.png", "b.png"]
+    (tmp_path / "x.tar").write_bytes(packed([(name, "file") for name in names]))
+    assert [row.data for row in rows_of(opened(str(tmp_path)))] == [b"0", b"1", b"2", b"4"]
+
+
+def test_a_member_that_is_said_to_end_behind_the_tar_does_not_stop_the_others(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(tarfile.TarInfo("good.png"), io.BytesIO())
+        huge = tarfile.TarInfo("huge.png")
+        huge.pax_headers = {"size": "9" * 24}
+        archive.addfile(huge, io.BytesIO())
+    for name, content in {"x.tar": buffer.getvalue(), "x.tar.gz": gzip.compress(buffer.getvalue())}.items():
+        (tmp_path / name).write_bytes(content)
+    source = opened(str(tmp_path))
+    for shard in source.shards():
+        with pytest.raises(ShardError, match="a member that ends at byte"):
+            list(source.reader.read(shard))
+
+
+def test_headers_in_headers_are_a_damaged_shard(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 5
+    block = header.tobuf(tarfile.GNU_FORMAT) + b"name\0".ljust(512, b"\0")
+    (tmp_path / "x.tar").write_bytes(block * 3000)
+    source = opened(str(tmp_path))
+    with pytest.raises(ShardError, match="RecursionError"):
+        list(source.reader.read(source.shards()[0]))
 
 
 def test_a_tar_sorted_by_suffix_says_what_is_wrong(tmp_path: Path) -> None:
@@ -208,7 +287,7 @@ def test_what_follows_the_end_of_a_tar_is_told(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def moto(private_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def moto_server(private_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """moto's S3 server over HTTP, which has keys that rclone's has not: with slashes in a row, and `a` beside `a/b`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -217,19 +296,27 @@ def moto(private_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=log, stderr=log)
     names = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_REGION": "us-east-1"}
+    names |= {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
     try:
-        with killing.environment(**names, AWS_ACCESS_KEY_ID="a", AWS_SECRET_ACCESS_KEY="b"):
-            for _ in range(300):
-                with contextlib.suppress(OSError):
-                    socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                    break
-                time.sleep(0.1)
+        for _ in range(300):
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            time.sleep(0.1)
+        with killing.environment(**names):
             boto3.client("s3").create_bucket(Bucket="odd")
-            yield "s3://odd"
+        yield names
     finally:
         server.terminate()
         server.wait(10)
         log.close()
+
+
+@pytest.fixture
+def moto(moto_server: dict[str, str]) -> Iterator[str]:
+    """A URI in that server; the environment points at it."""
+    with killing.environment(**moto_server):
+        yield "s3://odd"
 
 
 SOME_TAR = packed([("a.png", "file"), ("b.png", "file")])
@@ -317,7 +404,11 @@ def test_every_object_on_a_disk(tree: list[tuple[str, str, str]], layout: str, l
         check(str(root), set(content), layout, len(content) + 1 + links, images_in(set(content)))
 
 
-@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    deadline=None,
+    max_examples=20,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 @given(
     tree=OBJECTS,
     layout=LAYOUTS,
@@ -392,6 +483,50 @@ def test_what_img2dataset_writes(tmp_path: Path) -> None:
         "Parquet files beside another layout",
         "files of the kind .json",
     ]
+
+
+def test_a_name_like_a_tars_hides_no_images(tmp_path: Path) -> None:
+    (tmp_path / "2023.tar").write_bytes(SOME_TAR)
+    for number in range(3):
+        (tmp_path / f"2023.07.{number}.png").write_bytes(b"x")
+    (tmp_path / "2023.parquet").write_bytes(table(image=[b"x"]))
+    source = opened(str(tmp_path), layout="webdataset")
+    assert (source.parts, sum(one.count for one in source.passed_over)) == (0, 4)
+
+
+def test_a_large_file_without_a_suffix_decides_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(SOME_TAR)
+    (tmp_path / "core").write_bytes(bytes(100_000))
+    (tmp_path / "preview.png").write_bytes(b"x")
+    assert opened(str(tmp_path)).reader.layout == "webdataset"
+
+
+def test_a_link_to_itself_beside_folders_of_classes(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "a.png").write_bytes(b"a")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    source = opened(str(tmp_path))
+    assert source.reader.class_names == ("cat",)
+    assert source.told() == "passed over: 1 of 2 objects: 1 links to nothing (loop)"
+
+
+def test_one_file_is_no_source(place: str) -> None:
+    storage.publish(storage.join(place, "a.tar"), SOME_TAR)
+    with pytest.raises(SourceError, match=r"is (a file|one object); give the folder that it is in"):
+        opened(storage.join(place, "a.tar"))
+
+
+@pytest.mark.parametrize(
+    "columns", [["image", "x", "x"], ["x", "x", "image"], ["image", "image"], ["image", "label", "label"]]
+)
+def test_columns_of_one_name(tmp_path: Path, columns: list[str]) -> None:
+    made = pa.Table.from_arrays([pa.array([b"a"]) if name == "image" else pa.array(["v"]) for name in columns], columns)
+    pq.write_table(made, tmp_path / "a.parquet")
+    if columns.count("image") + columns.count("label") < 2:
+        assert [row.data for row in rows_of(opened(str(tmp_path)))] == [b"a"]
+    else:
+        with pytest.raises(SourceError, match=r"_column = '(image|label)': is "):
+            opened(str(tmp_path))
 
 
 # Ingest

@@ -161,6 +161,25 @@ def test_labels_of_two_types_do_not_fit_one_column(tmp_path: Path) -> None:
         ingest(opened(f"{tmp_path}/in"), f"{tmp_path}/out", layout="parquet")
 
 
+def test_labels_that_come_late_do_not_vanish(tmp_path: Path) -> None:
+    publish = [Sample(f"{i}".encode(), None if i < 50 else 3) for i in range(60)]
+    storage.publish(f"{tmp_path}/in/x.tar", tar_bytes(publish))
+    with pytest.raises(
+        SourceError, match="label = 3: comes after a whole shard of images without labels; use --as web"
+    ):
+        ingest(opened(f"{tmp_path}/in"), f"{tmp_path}/out", layout="parquet", images_per_shard=20)
+    assert storage.walk(f"{tmp_path}/out") == ([], [])
+    assert ingest(opened(f"{tmp_path}/in"), f"{tmp_path}/out", images_per_shard=20).labeled == 10
+
+
+def test_a_label_beyond_64_bits(tmp_path: Path) -> None:
+    samples = [Sample(b"a", 2**63)]
+    with pytest.raises(
+        SourceError, match=r"label = 9223372036854775808: does not fit into 64 bits; use --as webdataset"
+    ):
+        write_shards(str(tmp_path), samples, layout="parquet", images_per_shard=5)
+
+
 def test_a_shard_that_breaks_off_is_reported(tmp_path: Path) -> None:
     good = tar_bytes([Sample(b"\xff\xd8\xff" + bytes([i]) * 1000, 0) for i in range(3)])
     storage.publish(f"{tmp_path}/in/good.tar", good)

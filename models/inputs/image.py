@@ -266,6 +266,8 @@ def _opened(data: bytes, transform: Transform, seconds: float = DECODE_SECONDS) 
             _check_size(*only.size, transform)
         image = Image.open(_Watched(only.data, seconds), formats=(name,) if name else UNSIGNED)
         _check_size(*image.size, transform)
+        if name == "TIFF":
+            _check_planes(image)
         if name == "JPEG":
             image.decodermaxblock = JPEG_BLOCK
         turned = (
@@ -278,6 +280,15 @@ def _opened(data: bytes, transform: Transform, seconds: float = DECODE_SECONDS) 
         raise _undecodable(error, data) from error
 
 
+def _check_planes(image: Image.Image) -> None:
+    """Refuses a TIFF that Pillow reads wrongly: planes of more than 8 bits that are not compressed."""
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    if tags.get(284) == 2 and tags.get(259, 1) == 1 and max(tags.get(258, (1,))) > 8:
+        raise UndecodableImage(
+            "decode_error", "separate planes of 16 bits that are not compressed, which are not decoded"
+        )
+
+
 def _check_size(width: int, height: int, transform: Transform) -> None:
     if width * height > transform.max_pixels:
         raise UndecodableImage("too_large", f"{width} x {height} pixels, at most {transform.max_pixels} are allowed")
@@ -288,7 +299,7 @@ def _undecodable(error: Exception, data: bytes) -> UndecodableImage:
     if isinstance(error, UnidentifiedImageError):
         if not known(data):
             return UndecodableImage("not_an_image", f"not in one of the formats {', '.join((*FORMATS, *PLUGINS))}")
-        text = "begins like an image, and its header is damaged or cut off"
+        text = "begins like an image, and its header is damaged, cut off, or of a kind that is not decoded"
     reason: Reason = "decode_error"
     if isinstance(error, MemoryError):
         reason = "too_large"
@@ -306,7 +317,9 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         return _gray(image).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
+        kind, image = image.format, image.convert("RGBA")
+        if kind == "BMP" and image.getchannel("A").getextrema() == (0, 0):
+            return image.convert("RGB")  # most writers of BMP leave alpha at 0
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 

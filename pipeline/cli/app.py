@@ -89,19 +89,20 @@ OPTIONS = ("layout", "image_column", "label_column", "model", "scores", "exclude
 
 
 @contextmanager
-def in_options(source: str, *others: str) -> Iterator[None]:
+def in_options(source: str, *others: str, out: str | None = None) -> Iterator[None]:
     """Has mistakes that the block tells by the fields of a recipe, or of a function, told by the options of a command.
 
     Args:
         source: the option that gives the source's URI.
         others: fields that have an option of their name in this command.
+        out: what `--out` was given.
     """
     try:
         yield
     except InputError as error:
         field = error.field.removeprefix(f"{source}.").removeprefix("deduplicate.")
         if field == "uri":
-            option = source
+            option = "--out" if out is not None and _is_in(str(error.value), out) else source
         elif field in (*OPTIONS, *others):
             option = f"--{field.replace('_', '-')}"
         elif field.startswith("score."):
@@ -109,6 +110,12 @@ def in_options(source: str, *others: str) -> Iterator[None]:
         else:
             raise
         raise type(error)(option, error.value, error.rule, error.fix) from None
+
+
+def _is_in(uri: str, folder: str) -> bool:
+    from cluster.filesystems import absolute
+
+    return f"{absolute(uri)}/".startswith(f"{absolute(folder).rstrip('/')}/")
 
 
 def ray_session(address: str, verbose: bool, on_start: Callable[[], None] | None = None) -> "Session":

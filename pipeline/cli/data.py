@@ -40,7 +40,7 @@ def ingest(
     written_as: Annotated[
         str, typer.Option("--as", metavar="LAYOUT", help="What is written: webdataset or parquet.")
     ] = "webdataset",
-    images_per_shard: Annotated[int, typer.Option(min=1, help="Images in one shard.")] = 1000,
+    images_per_shard: Annotated[int, typer.Option(min=1, max=10**9, help="Images in one shard.")] = 1000,
     layout: Layout = "auto",
     image_column: ImageColumn = None,
     label_column: LabelColumn = "label",
@@ -68,10 +68,13 @@ def ingest(
             )
         table = pairs(f"{'Made' if made.fresh else 'Found'} {made.uri}", made.counts)
     else:
+        for option, value in (("--from", origin), ("--train-per-class", train_per_class)):
+            if value is not None:
+                raise InputError(option, value, f"is for {' and '.join(datasets.NAMES)}", "leave it out")
         if written_as not in ("webdataset", "parquet"):
             raise InputError("--as", written_as, "is not a layout of shards", "use webdataset or parquet")
         found = listed("SOURCE", source_of("SOURCE", source, layout, image_column, label_column), labeled=True)
-        with in_options("SOURCE"), display.task("ingest", None) as progress:
+        with in_options("SOURCE", out=to), display.task("ingest", None) as progress:
             written = ingest_source(
                 found,
                 to,
@@ -124,10 +127,11 @@ def score(
         classes = len(read_card(model).class_names)
     settings = score_settings(sets or [], classes_per_image, classes)
     images = listed("--source", source_of("--source", source, layout, image_column, label_column))
+    images.check_outside("--out", to)
     target = storage.absolute(to)
     scoring.claim("--out", target, storage.absolute(model), images, settings)
     session = ray_session(address, verbose, on_start=lambda: scoring.check_cluster(settings))
-    with in_options("--source"), session:
+    with in_options("--source", out=to), session:
         session.start()
         with Display(out).task("scores", None) as progress:
             rejects = storage.join(target, REJECTS)

@@ -164,6 +164,7 @@ def duplicates(
             settings, score = deduplicate_settings(sets or [], **options)
             with in_options("--against"), in_options("--source", "within"):
                 unlabeled = listed("--source", source_of("--source", source, layout, image_column))
+                unlabeled.check_outside("--out", to)
                 labeled = [source_of("--against", uri, layout, image_column) for uri in against or ()]
                 subject = deduplication.prepare(store, unlabeled, labeled, settings, scores)
                 excluded = deduplication.find(this, subject, settings, score)

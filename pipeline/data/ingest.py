@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluster import storage
-from cluster.errors import RunError, SourceError, one_line
+from cluster.errors import SourceError, one_line
 from cluster.progress import SILENT, Progress
 from pipeline.data import writers
 from pipeline.data.rejects import counted
@@ -82,8 +82,7 @@ def ingest(
         StorageError: the store refuses.
     """
     out = storage.absolute(out_uri)
-    if f"{out}/".startswith(f"{source.reader.root.rstrip('/')}/"):
-        raise RunError("--out", out_uri, "lies inside the source", "give a folder outside of it")
+    source.check_outside("--out", out_uri)
     identity = {
         "version": VERSION,
         "source": source.fingerprint(),
@@ -100,7 +99,13 @@ def ingest(
         files = [len(shard.files) for shard in source.shards()]
         counter = _Counter(progress, sum(files) if all(files) else None)
         samples = _shuffled(source, images_per_shard, np.random.default_rng(seed), broken, counter)
-        done = writers.write_shards(out, samples, layout=layout, images_per_shard=images_per_shard, class_names=classes)
+        try:
+            done = writers.write_shards(
+                out, samples, layout=layout, images_per_shard=images_per_shard, class_names=classes
+            )
+        except SourceError:  # another attempt will not go better, and one with other options may
+            writers.abandon(out)
+            raise
         record = {"images": done.images, "shards": done.shards, "bytes": done.bytes}
         if not done.images:
             writers.abandon(out)

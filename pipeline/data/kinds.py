@@ -34,13 +34,20 @@ _IMAGE = re.compile(rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})(?:[?:;&!].*)
 _SUFFIX = re.compile(r"\.[a-z][a-z0-9_]{0,15}", re.IGNORECASE)
 
 
-def image_suffix(name: str) -> str | None:
-    """The image suffix that ends a name, in lower case: `.jpg` of `a.JPG` and, as downloads leave it, of `a.jpg?size=large`."""
-    base = name.rpartition("/")[2]
+def split_image(name: str) -> tuple[str, str] | None:
+    """The name of an image without its suffix, and that suffix in lower case: `a` and `.jpg` of `a.JPG` and, as downloads leave it, of
+    `a.jpg?size=large`; None of other files."""
+    folder, slash, base = name.rpartition("/")
     for place in (i for i, c in enumerate(base) if c == "."):
         if found := _IMAGE.fullmatch(base, place):
-            return found[1].lower()
+            return folder + slash + base[:place], found[1].lower()
     return None
+
+
+def image_suffix(name: str) -> str | None:
+    """The second of what `split_image` returns."""
+    found = split_image(name)
+    return found and found[1]
 
 
 def is_bare(name: str) -> bool:

@@ -21,7 +21,7 @@ from pipeline.data.reader import Reader
 from pipeline.data.rejects import Reject, counted, publish_rejects
 from pipeline.data.shards import Label, Row, Shard, ShardError, UnfitShardError
 from pipeline.data.sources import ImageSource
-from pipeline.data.tar import label_of
+from pipeline.data.tar import number_of
 
 REJECTED = -1
 """In a table of labels: an image that cannot be used."""
@@ -140,7 +140,7 @@ def class_ids(names: Sequence[str], reader: Reader) -> dict[Label, int]:
     ids: dict[Label, int] = {name: number for number, name in enumerate(names)}
     if reader.class_names is None:
         numeric: dict[Label, int] = {
-            label: number for number, name in enumerate(names) if isinstance(label := label_of(name), int)
+            label: number for number, name in enumerate(names) if (label := number_of(name)) is not None
         }
         ids |= numeric or {number: number for number in range(len(names))}
     return ids

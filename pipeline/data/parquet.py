@@ -11,7 +11,8 @@ from cluster.errors import SourceError
 from pipeline.data.shards import Label, Row
 from pipeline.data.words import TAG_FIELDS, split_tags
 
-READ_ROWS = 256
+READ_ROWS, READ_BYTES = 256, 128 * 2**20
+"""That are taken into memory at once, at most; Arrow has no structs of more than 2 GiB."""
 USUAL = "image"
 """The column of images where a recipe names none and a file has it."""
 
@@ -28,12 +29,12 @@ def image_column(field: str, uri: str, schema: pa.Schema, given: str | None) -> 
     Raises:
         SourceError: there is none, there are several, or it holds something else.
     """
-    usable = [name for name in schema.names if _holds_images(schema.field(name).type)]
+    usable = [column.name for column in schema if _holds_images(column.type)]
     name = given or (USUAL if USUAL in schema.names else None)
     if name is None:
         if len(usable) == 1:
             return str(usable[0])
-        columns = ", ".join(usable or [f"{name} {schema.field(name).type}" for name in schema.names])
+        columns = ", ".join(usable or [f"{column.name} {column.type}" for column in schema])
         rule = f"has {'several columns' if usable else 'no column'} of encoded images ({columns}) in {uri}"
         fix = f"name one with {field}" if usable else "give Parquet with the images' bytes, or the folder of the images"
         raise SourceError(field, "nothing", rule, fix)
@@ -48,6 +49,8 @@ def image_column(field: str, uri: str, schema: pa.Schema, given: str | None) -> 
 
 def check_labels(field: str, uri: str, schema: pa.Schema, column: str) -> None:
     """Raises a SourceError where the column of labels, if there is one, can hold none; the rest as in `image_column`."""
+    if schema.names.count(column) > 1:
+        raise SourceError(field, column, f"is several columns of {uri}", "name one that is there once")
     if column in schema.names and not _holds_labels(schema.field(column).type):
         rule = f"holds {schema.field(column).type} in {uri}"
         raise SourceError(field, column, rule, "name a column of class numbers or class names, one for each image")
@@ -55,7 +58,7 @@ def check_labels(field: str, uri: str, schema: pa.Schema, column: str) -> None:
 
 def has_images(schema: pa.Schema) -> bool:
     """Whether a file has a column of encoded images at all."""
-    return any(_holds_images(schema.field(name).type) for name in schema.names)
+    return any(_holds_images(column.type) for column in schema)
 
 
 def class_names(schema: pa.Schema, label_column: str) -> tuple[str, ...] | None:
@@ -100,10 +103,11 @@ def read_parquet(
         labels = labels if labels in schema.names else None
         if labels is not None:
             check_labels("label_column", name, schema, labels)
-        words = [field for field in TAG_FIELDS if tags and field in schema.names]
+        words = [field for field in TAG_FIELDS if tags and schema.names.count(field) == 1]
         columns = list(dict.fromkeys([images, *([labels] if labels else []), *words]))
         start = 0
-        for batch in parquet.iter_batches(batch_size=READ_ROWS, columns=columns):
+        rows = _rows_at_once(parquet.metadata)
+        for batch in parquet.iter_batches(batch_size=rows, columns=columns):
             column = batch.column(images)
             paths: pa.Array | None = None
             if pa.types.is_struct(column.type):
@@ -118,6 +122,12 @@ def read_parquet(
                     found = tuple(word for field in words for word in split_tags(batch.column(field)[offset].as_py()))
                     yield Row(start + offset, data or b"", label, problem, "empty", words=found)
             start += batch.num_rows
+
+
+def _rows_at_once(metadata: pq.FileMetaData) -> int:
+    size: int = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+    rows: int = metadata.num_rows
+    return max(1, min(READ_ROWS, READ_BYTES * max(1, rows) // max(1, size)))
 
 
 def _no_bytes(path: object) -> str:

@@ -70,6 +70,8 @@ class Reader:
             MissingShardError: it vanished, or the disk fails.
             StorageError: the store is out of reach, or refuses; nothing is known about the shard.
         """
+        import pyarrow as pa
+
         wanted = None if rows is None else frozenset(rows)
         reads: dict[str, Callable[[Shard, frozenset[int] | None], Iterator[Row]]] = {
             "webdataset": self._read_tar,
@@ -86,7 +88,7 @@ class Reader:
             raise MissingShardError("the shard vanished since it was listed") from None
         except SourceError as error:
             raise UnfitShardError(one_line(str(error)), error) from None
-        except DAMAGE as error:
+        except (*DAMAGE, pa.ArrowException) as error:
             raise ShardError(one_line(f"{type(error).__name__}: {error}")) from None
         except OSError as error:
             # Arrow speaks of damaged content without a number.
@@ -133,7 +135,7 @@ class Reader:
 
     def _read_tar(self, shard: Shard, wanted: frozenset[int] | None) -> Iterator[Row]:
         with self._open(shard.name) as file, _buffered(file) as content:
-            yield from read_tar(shard.name, content, wanted, self.tags)
+            yield from read_tar(shard.name, shard.size, content, wanted, self.tags)
 
     def _read_parquet(self, shard: Shard, wanted: frozenset[int] | None) -> Iterator[Row]:
         from pipeline.data.parquet import read_parquet

@@ -14,13 +14,14 @@ Every object under a source is read, or a part of what is read, or passed over; 
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from cluster import storage
-from cluster.errors import SourceError, TophatError, one_line
+from cluster.errors import RunError, SourceError, TophatError, one_line
 from cluster.storage import FileEntry
 from pipeline.data import kinds
 from pipeline.data.reader import Reader
@@ -134,6 +135,15 @@ class ImageSource:
         passed_over = tuple(PassedOver(**one | {"examples": tuple(one["examples"])}) for one in passed)
         return cls(Reader(**fields), tuple(shards_of(table)), parts, passed_over)
 
+    def check_outside(self, field: str, uri: str) -> None:
+        """Makes sure that what is written does not become a part of the source.
+
+        Raises:
+            RunError: naming `field`: `uri` is inside it.
+        """
+        if f"{storage.absolute(uri)}/".startswith(f"{self.reader.root.rstrip('/')}/"):
+            raise RunError(field, uri, "lies inside the source", "give a folder outside of it")
+
     def told(self) -> str | None:
         """What is passed over, in one line; None where nothing is."""
         if not self.passed_over:
@@ -168,6 +178,8 @@ def open_source(field: str, source: recipe.Source, *, labeled: bool = True) -> I
         StorageError: the store refuses.
     """
     root = storage.absolute(source.uri)
+    if not storage.is_remote(root) and os.path.isfile(root):
+        raise SourceError(f"{field}.uri", source.uri, "is a file", "give the folder that it is in")
     try:
         files, skipped = storage.walk(root)
     except TophatError as error:
@@ -177,6 +189,8 @@ def open_source(field: str, source: recipe.Source, *, labeled: bool = True) -> I
         rule, fix = "does not exist or holds no files", "check the path, or make shards with `tophat ingest`"
         if skipped:
             rule = f"holds no files, only {skipped[0].reason} ({one_line(skipped[0].path)})"
+        elif storage.exists(root) and storage.is_remote(root):
+            rule, fix = "is one object", "give the folder that it is in"
         raise SourceError(f"{field}.uri", source.uri, rule, fix)
     if any(f.path == INGEST_FILE for f in files) and not _complete(storage.join(root, INGEST_FILE)):
         rule, fix = "holds an ingest that did not finish", "run the same `tophat ingest` again"
@@ -252,9 +266,9 @@ class _Content:
                 raise SourceError(f"{field}.uri", source.uri, rule, "check uri and layout")
             return source.layout
         sizes: dict[Layout, tuple[bool, int]] = {
-            name: (any(not kinds.is_bare(f.path) for f in found), sum(f.size for f in found))
+            name: (bool(named := [f.size for f in found if not kinds.is_bare(f.path)]), sum(named))
             for name, found in self.of_layout.items()
-            if found and not (name == "parquet" and self._is_metadata(source))
+            if found and not (name == "parquet" and self._is_metadata and source.image_column is None)
         }
         if not sizes:
             if self.of_layout["parquet"]:
@@ -267,13 +281,12 @@ class _Content:
         # Names that say nothing count only where nothing else is there: a README beside shards may be the larger.
         return max(sizes, key=lambda name: sizes[name])
 
-    def _is_metadata(self, source: recipe.Source) -> bool:
+    @cached_property
+    def _is_metadata(self) -> bool:
         """Whether the Parquet files describe images that are elsewhere."""
         from pipeline.data import parquet
 
-        if self.schema is None or source.image_column is not None:
-            return False
-        return not parquet.has_images(self.schema)
+        return self.schema is not None and not parquet.has_images(self.schema)
 
     def beside(self, layout: Layout, skipped: Iterable[storage.Skipped]) -> tuple[int, tuple[PassedOver, ...]]:
         """How many objects are parts of what `layout` reads, and the others that are not read."""
@@ -282,7 +295,12 @@ class _Content:
         parts = 0
         for other, files in self.of_layout.items():
             for file in files if other != layout else ():
-                if layout == "webdataset" and _tar_stem(file.path) in stems:
+                if (
+                    layout == "webdataset"
+                    and other == "parquet"
+                    and self._is_metadata
+                    and _tar_stem(file.path) in stems
+                ):
                     parts += 1
                 else:
                     found.setdefault(_of_another(other, file.path), []).append((file.path, file.size))
@@ -294,7 +312,7 @@ class _Content:
             else:
                 found.setdefault(_kind(file.path), []).append((file.path, file.size))
         for one in skipped:
-            found.setdefault(one.reason, []).append((one.path, 0))
+            found.setdefault(one.reason, []).append((one.path, one.size))
         ordered = sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
         told, rest = ordered[:REASONS], [file for _, files in ordered[REASONS:] for file in files]
         if rest:
@@ -317,9 +335,12 @@ def _kind(path: str) -> str:
 
 
 def _tar_stem(path: str) -> str:
-    """The path up to the suffix, and what img2dataset adds to it."""
-    folder, slash, base = path.rpartition("/")
-    return folder + slash + base.partition(".")[0].removesuffix("_stats")
+    """The path without the suffix of a tar, or of what img2dataset writes beside it."""
+    lower = path.lower()
+    for suffix in (*kinds.TAR_SUFFIXES, kinds.PARQUET_SUFFIX, "_stats.json", ".json"):
+        if lower.endswith(suffix):
+            return path[: -len(suffix)]
+    return path
 
 
 def _is_sidecar(layout: Layout, path: str, stems: Collection[str]) -> bool:

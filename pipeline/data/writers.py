@@ -3,8 +3,9 @@
 import io
 import itertools
 import json
+import re
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +29,10 @@ SUFFIXES = {
     "JXL": "jxl",
 }
 """By the format that a file's first bytes tell."""
+
+
+GROUP_ROWS, GROUP_BYTES = 256, 2**29
+"""Of a row group of Parquet, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,7 @@ def write_shards(
         class_names: names of numeric labels: `classes.json` (webdataset) or Hugging Face's `ClassLabel` (parquet).
 
     Raises:
-        SourceError: Parquet labels that are partly numbers and partly names.
+        SourceError: labels that do not fit one column of Parquet.
         StorageError: the store refuses.
     """
     if layout == "webdataset" and class_names is not None:
@@ -140,30 +145,53 @@ def parquet_schema(samples: Sequence[Sample], class_names: Sequence[str] | None)
 
 
 def parquet_bytes(samples: Sequence[Sample], schema: Any) -> bytes:
-    """A Parquet file in row groups of 256 images, so that single rows can be read without the rest.
+    """A Parquet file in row groups of 256 images, or fewer where these are large, so that single rows can be read without the rest.
 
     Raises:
-        SourceError: labels of another type than the schema's.
+        SourceError: labels that do not fit the schema.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    images = [{"bytes": s.data, "path": None if s.path is None else _utf8(s.path)} for s in samples]
-    columns = [pa.array(images, schema.field("image").type)]
-    if "label" in schema.names:
-        labels = [_utf8(s.label) if isinstance(s.label, str) else s.label for s in samples]
-        try:
-            columns.append(pa.array(labels, schema.field("label").type))
-        except (pa.ArrowInvalid, pa.ArrowTypeError):
-            mixed = next(
-                s.label for s in samples if isinstance(s.label, str) != pa.types.is_string(schema.field(1).type)
-            )
-            raise SourceError(
-                "label", mixed, "is of another type than the labels before it", "use --as webdataset"
-            ) from None
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_arrays(columns, schema=schema), sink, row_group_size=256, compression="none")
+    with pq.ParquetWriter(sink, schema, compression="none") as writer:
+        for group in _groups(samples):
+            images = [{"bytes": s.data, "path": None if s.path is None else _utf8(s.path)} for s in group]
+            columns = [pa.array(images, schema.field("image").type)]
+            if "label" in schema.names:
+                columns.append(_label_column(group, schema.field("label").type))
+            elif (label := next((s.label for s in group if s.label is not None), None)) is not None:
+                raise SourceError("label", label, "comes after a whole shard of images without labels", WEBDATASET)
+            writer.write_batch(pa.record_batch(columns, schema=schema))
     return bytes(sink.getvalue().to_pybytes())
+
+
+WEBDATASET = "use --as webdataset"
+
+
+def _groups(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+    group: list[Sample] = []
+    size = 0
+    for sample in samples:
+        if len(group) == GROUP_ROWS or (group and size + len(sample.data) > GROUP_BYTES):
+            yield group
+            group, size = [], 0
+        group.append(sample)
+        size += len(sample.data)
+    if group:
+        yield group
+
+
+def _label_column(samples: Sequence[Sample], kind: Any) -> Any:
+    import pyarrow as pa
+
+    labels = [_utf8(s.label) if isinstance(s.label, str) else s.label for s in samples]
+    for label in labels:
+        if label is not None and isinstance(label, str) != pa.types.is_string(kind):
+            raise SourceError("label", label, "is of another type than the labels before it", WEBDATASET)
+        if isinstance(label, int) and not -(2**63) <= label < 2**63:
+            raise SourceError("label", label, "does not fit into 64 bits", WEBDATASET)
+    return pa.array(labels, kind)
 
 
 def _utf8(text: str) -> str:
@@ -202,9 +230,10 @@ def begin(field: str, uri: str, identity: Mapping[str, Any]) -> None:
 
 
 def abandon(uri: str) -> None:
-    """Removes what `begin` and a writing of no samples have left."""
-    for name in (CLASSES_FILE, INGEST_FILE):
-        storage.delete_file(storage.join(uri, name))
+    """Removes what an unfinished writing has left, so that another one may begin."""
+    for file in storage.list_files(uri):
+        if file.path in (CLASSES_FILE, INGEST_FILE) or re.fullmatch(r"shard-\d{6,}\.(tar|parquet)", file.path):
+            storage.delete_file(storage.join(uri, file.path))
 
 
 def finish(uri: str, identity: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
