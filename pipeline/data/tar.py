@@ -185,16 +185,25 @@ class _Sample:
                 self.words.pop(image.stem, None)
         self.images, self.size, self.others = [], 0, []
 
-    def add(self, archive: tarfile.TarFile, member: tarfile.TarInfo, base: str, *, tags: bool, is_wanted: bool) -> None:
+    def add(
+        self,
+        archive: tarfile.TarFile,
+        member: tarfile.TarInfo,
+        labels: dict[str, Label],
+        *,
+        tags: bool,
+        is_wanted: bool,
+    ) -> None:
         """Takes in a file.
 
         Args:
             archive: at `member`.
             member: one of the files of this sample.
-            base: its name, without the folder.
+            labels: of the tar so far, by member: `tar` makes links of equal files.
             tags: whether words are wanted.
             is_wanted: whether the data of an image are.
         """
+        base = member.name.rpartition("/")[2]
         self.names.add(base)
         if (rank := _rank(base)) is not None:
             data, problem = _image(archive, member) if is_wanted and rank <= self.rank else (b"", None)
@@ -202,13 +211,15 @@ class _Sample:
             self.images.append(_Image(rank, base, stem, data, problem, member.offset))
             self.size += member.size
             self.rank = min(self.rank, rank)
-        elif member.isfile() and base.lower().endswith((".cls", ".cls.txt")):
+        elif (member.isfile() or member.islnk()) and base.lower().endswith((".cls", ".cls.txt")):
             # Labels are read whatever is wanted: the image that one belongs to may come later.
             stem = base[: base.lower().rindex(".cls")]
             if self.rows and (stem == self.key[1] or stem in self.matched):
                 self.others.append(f"a label after the images that it is for: {member.name}")
+            elif member.islnk():
+                self.labels[stem] = labels.get(member.linkname)
             elif member.size < MAX_LABEL_BYTES:
-                self.labels[stem] = label_of(_content(archive, member))
+                labels[member.name] = self.labels[stem] = label_of(_content(archive, member))
         elif tags and member.isfile() and base.lower().endswith((".txt", ".json")):
             stem, _, suffix = base.rpartition(".")
             words = sidecar_words(suffix.lower(), _content(archive, member, MAX_SIDECAR_BYTES))
@@ -239,6 +250,7 @@ def read_tar(name: str, size: int, packed: Any, wanted: frozenset[int] | None, t
 
     with tarfile.open(fileobj=content, mode="r|", tarinfo=Member, ignore_zeros=True) as archive:
         index = 0
+        labels: dict[str, Label] = {}
         sample: _Sample | None = None
         unlabeled = False  # samples here have no labels
 
@@ -268,7 +280,7 @@ def read_tar(name: str, size: int, packed: Any, wanted: frozenset[int] | None, t
                 if _rank(base) is not None and (len(sample.images) >= HELD or sample.size >= HELD_BYTES):
                     yield from rows(end=False)
                 is_wanted = wanted is None or not wanted.isdisjoint(range(index, index + len(sample.images) + 1))
-                sample.add(archive, member, base, tags=tags, is_wanted=is_wanted)
+                sample.add(archive, member, labels, tags=tags, is_wanted=is_wanted)
         except (*DAMAGE, OSError):
             # Nothing of this sample is lost; what a compressed file gives just before damage may be damaged too.
             is_ended = getattr(archive, "is_ended", False)
