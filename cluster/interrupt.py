@@ -61,7 +61,8 @@ class Interruption:
         same, last = time.monotonic() + SAME_SECONDS, time.monotonic() + PATIENCE_SECONDS
         while self._next(last) is not None and time.monotonic() < same:
             pass
-        processes.send(signal.SIGKILL, processes.family(processes.children()))
+        processes.send(signal.SIGKILL, started := processes.family(processes.children()))
+        processes.end(started)
         os.write(2, f"error: {INTERRUPTED}\n".encode())
         os._exit(128 + (first or 0))
 

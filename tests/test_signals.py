@@ -120,6 +120,7 @@ STAGES = (
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # twelve starts
 @pytest.mark.parametrize(("number", "whom"), SIGNALS[:3])
 def test_a_run_that_is_interrupted_in_every_stage(
     number: signal.Signals, whom: str, finished: Finished, folders: Path, tmp_path: Path
