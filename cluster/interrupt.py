@@ -15,6 +15,7 @@ from cluster import processes
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAME_SECONDS = 1.0
 """A signal so soon after the first one is a part of it: `timeout` and schedulers tell a process, and then its whole group."""
+POLL_SECONDS = 0.05
 PATIENCE_SECONDS = 8.0
 """For the end in order. Docker kills 10 s after it has asked, Slurm and Kubernetes 30 s."""
 OTHER_HANDLER = "RAY_DISABLE_FAILURE_SIGNAL_HANDLER"
@@ -28,9 +29,12 @@ class Signaled(KeyboardInterrupt):
 class Interruption:
     """Watches for the first of `ENDING`, from now until this process is gone.
 
-    That one raises `Signaled` in the main thread. A second one, or `PATIENCE_SECONDS` without an end, end the process and all that it
-    started at once, wherever the main thread is. Signals that this process was started to ignore (`nohup`) stay ignored.
+    That one raises `Signaled` in the main thread. A second one, `PATIENCE_SECONDS` without an end, or the end of a child that was told as well,
+    end the process and all that it started at once, wherever the main thread is. What this process was started to ignore (`nohup`) stays ignored.
     """
+
+    closing = False
+    """Whether this process ends its children itself: from then on, it is no news that they end."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -38,6 +42,7 @@ class Interruption:
         self.over = False
         """Whether the work is done, so that there is nothing left to interrupt."""
         self._raised = False
+        Interruption.closing = False
         # Ray's own handler writes a stack and aborts. It looks here when it is loaded; its workers keep theirs.
         os.environ.setdefault(OTHER_HANDLER, "1")
         self._pipe, written = os.pipe()
@@ -59,8 +64,12 @@ class Interruption:
         if not self.over:
             self.signal = first  # also where the handler is not ours for a moment: Ray, as it starts, and Ray Train have their own
         same, last = time.monotonic() + SAME_SECONDS, time.monotonic() + PATIENCE_SECONDS
-        while self._next(last) is not None and time.monotonic() < same:
-            pass
+        children = processes.children()
+        while (now := time.monotonic()) < last:
+            if self._next(now + POLL_SECONDS) is not None and now > same:
+                break
+            if not (self.closing or children <= processes.children()):
+                break  # Ray was told as well, and ends; it would end this process too, in its own words
         processes.send(signal.SIGKILL, started := processes.family(processes.children()))
         processes.end(started)
         os.write(2, f"error: {INTERRUPTED}\n".encode())

@@ -12,6 +12,7 @@ from cluster import ENVIRONMENT, environment, processes
 from cluster.config import Cluster
 from cluster.environment import ROOT as ROOT
 from cluster.errors import ResourceError
+from cluster.interrupt import Interruption
 
 
 class Session:
@@ -68,6 +69,7 @@ class Session:
         if self._owned:
             import ray
 
+            Interruption.closing = True
             started = processes.family(self._roots)  # now: whose parent has ended is nobody's
             ray.shutdown()
             processes.end(started)
