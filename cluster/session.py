@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from psutil import Process
+
 from cluster import ENVIRONMENT, environment, processes
 from cluster.config import Cluster
 from cluster.environment import ROOT as ROOT
@@ -42,7 +44,7 @@ class Session:
         self._field = field
         self._started = False
         self._owned = False
-        self._roots: set[processes.Process] = set()
+        self._roots: set[Process] = set()
 
     def __enter__(self) -> "Session":
         return self
