@@ -113,19 +113,13 @@ def test_a_reader_that_has_seen_enough(finished: Finished, tmp_path: Path) -> No
 # Whole runs
 
 PAUSES = {"teacher": 6.0, "pretrained": 6.0, "student": 9.0, "supervised": 6.0, "scores": 3.0, "evaluation": 1.0}
-STAGES = (
-    *("labeled-train", "unlabeled", "teacher", "scores", "selection", "dhat", "gallery"),
-    *("pretrained", "student", "supervised", "evaluation"),
-)
+STAGES = ("labeled-train", "scores", "selection", "dhat", "pretrained", "student", "evaluation")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # twelve starts
-@pytest.mark.parametrize(("number", "whom"), SIGNALS[:3])
-def test_a_run_that_is_interrupted_in_every_stage(
-    number: signal.Signals, whom: str, finished: Finished, folders: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_is_interrupted_in_each_kind_of_stage(finished: Finished, folders: Path, tmp_path: Path) -> None:
     """It goes on each time, and comes to what an undisturbed one has come to."""
+    number, whom = signal.SIGTERM, "one"
     recipe, run = tiny.recipe(str(folders)), tmp_path / "run"
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     words = ["-m", "pipeline", "run", str(tmp_path / "recipe.yaml"), "--run-dir", str(run)]
@@ -177,4 +171,5 @@ def test_ctrl_c_in_what_follows_a_sweep(finished: Finished, folders: Path, tmp_p
 
 def outputs(recipe: dict[str, Any], run: Path) -> dict[str, Any]:
     made = {one.name: one.made for one in plan(validate(recipe), RunStore(str(run))).planned}
-    return {name: (made[name].record or {})["outputs"] for name in ("scores", "selection", "evaluation")}
+    found = {name: (made[name].record or {})["outputs"] for name in ("scores", "selection", "evaluation")}
+    return {name: {k: v for k, v in one.items() if not k.endswith("uri")} for name, one in found.items()}

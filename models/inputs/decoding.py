@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,9 @@ APART = ("TIFF", "AVIF", "HEIF", "JXL")
 
 MEMORY = 4 * 2**30
 """Bytes of address space that the process may have; 100 million pixels need 1.6 GB."""
+
+ROOT = str(Path(__file__).resolve().parent.parent.parent)
+"""What the process imports this package from."""
 
 WAIT = 20
 """How many times its CPU time the process is waited for: on a busy machine it gets less than what goes by."""
@@ -84,11 +88,12 @@ class Decoder:
             with theirs:
                 command = [
                     sys.executable,
+                    "-P",  # else a user's own `models` in the current folder would come first
                     "-c",
                     "from models.inputs.decoding import serve; serve()",
                     str(theirs.fileno()),
                 ]
-                environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+                environment = os.environ | {"PYTHONPATH": os.pathsep.join([ROOT, *filter(None, sys.path)])}
                 self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
             self._pipe = ours
             weakref.finalize(self, _end, self._process, ours)
