@@ -6,9 +6,12 @@ Each means the same in every command and stage: KeyboardInterrupt in the main th
 import os
 import select
 import signal
+import sys
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
+from typing import NoReturn
 
 from cluster import processes
 
@@ -42,6 +45,7 @@ class Interruption:
         self.over = False
         """Whether the work is done, so that there is nothing left to interrupt."""
         self._raised = False
+        self._ending = threading.Lock()
         Interruption.closing = False
         # Ray's own handler writes a stack and aborts. It looks here when it is loaded; its workers keep theirs.
         os.environ.setdefault(OTHER_HANDLER, "1")
@@ -70,10 +74,22 @@ class Interruption:
                 break
             if not (self.closing or children <= processes.children()):
                 break  # Ray was told as well, and ends; it would end this process too, in its own words
-        processes.send(signal.SIGKILL, started := processes.family(processes.children()))
-        processes.end(started)
-        os.write(2, f"error: {INTERRUPTED}\n".encode())
-        os._exit(128 + (first or 0))
+        self.signal = self.signal or first
+        self.end(INTERRUPTED)
+
+    def end(self, line: str) -> NoReturn:
+        """Ends this process and all that it started, with a line about it. Ray is not asked: it ends a process whose other threads still
+        use it, in its own words and with its own code."""
+        self._ending.acquire()  # whoever comes second waits for the first one's end
+        with suppress(OSError, ValueError):  # whoever would read it is gone
+            sys.stdout.flush()
+        with suppress(OSError):
+            os.write(2, f"error: {line}\n".encode(errors="replace"))
+        silence = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(silence, stream)
+        processes.kill()
+        os._exit(128 + (self.signal or 0))
 
     def _next(self, until: float | None) -> int | None:
         """The next of the signals that comes; None when the time is over."""

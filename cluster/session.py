@@ -67,7 +67,9 @@ class Session:
         if self._on_start is not None:
             self._on_start()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            return  # `cluster.interrupt` ends this process, and Ray with it
         if self._owned:
             import ray
 

@@ -90,6 +90,9 @@ class Command:
         try:
             code = self.process.wait(seconds)
             took, left = time.monotonic() - began, self._processes()
+            while left and time.monotonic() - began < took + 2:  # what was killed takes a moment
+                time.sleep(0.05)
+                left = self._processes()
         finally:
             for pid in self._processes():
                 os.kill(pid, signal.SIGKILL)

@@ -623,7 +623,7 @@ def test_without_the_plugin_a_file_says_what_to_install(kind: str, plugin: str, 
         check=True,
         cwd=Path(__file__).parent.parent,
     )
-    assert done.stdout == f"not_an_image: {said}, which needs a plug-in: pip install 'tophat[formats]'\n"
+    assert done.stdout == f"needs_plugin: {said}, which needs a plug-in: pip install 'tophat[formats]'\n"
     assert done.stderr == ""
 
 

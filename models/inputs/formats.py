@@ -8,6 +8,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 PLUGINS = {"HEIF": "HEIC", "JXL": "JPEG XL"}
 """What is decoded where `pip install 'tophat[formats]'` brought the plug-in: the format's name in Pillow, and the one that people know."""
 
+NEEDS_PLUGIN = "needs_plugin"
+"""The reason of an image that such a plug-in would decode."""
+
 SIGNATURES = {
     "JPEG": (b"\xff\xd8\xff",),
     "PNG": (b"\x89PNG\r\n\x1a\n",),

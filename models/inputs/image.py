@@ -31,7 +31,9 @@ if TYPE_CHECKING:  # decoding runs in many processes, and needs no torch
     import torch
     from torch import Tensor
 
-Reason = Literal["empty", "no_image", "unreadable", "not_an_image", "too_large", "truncated", "slow", "decode_error"]
+Reason = Literal[
+    "empty", "no_image", "needs_plugin", "unreadable", "not_an_image", "too_large", "truncated", "slow", "decode_error"
+]
 REASONS: tuple[str, ...] = get_args(Reason)
 
 DETAIL = 200
@@ -259,7 +261,7 @@ def _opened(data: bytes, transform: Transform, seconds: float = DECODE_SECONDS) 
         raise UndecodableImage("empty", "no bytes")
     name = known(data)
     if name in PLUGINS and not ready(name):
-        raise UndecodableImage("not_an_image", f"{PLUGINS[name]}, which needs a plug-in: pip install 'tophat[formats]'")
+        raise UndecodableImage("needs_plugin", f"{PLUGINS[name]}, which needs a plug-in: pip install 'tophat[formats]'")
     try:
         only = needed(data, name)
         if only.size:

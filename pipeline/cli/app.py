@@ -138,7 +138,7 @@ def main() -> None:
         app(standalone_mode=True)
     except BaseException as error:
         if interruption is not None and interruption.signal is not None:  # whatever the signal has made of the work
-            _fail(str(error) if isinstance(error, Interrupted) else INTERRUPTED, 128 + interruption.signal)
+            interruption.end(str(error) if isinstance(error, Interrupted) else INTERRUPTED)
         if not isinstance(error, TophatError):
             raise
         _fail(one_line(str(error)), 2 if isinstance(error, InputError) else 1)

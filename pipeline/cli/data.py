@@ -118,7 +118,8 @@ def score(
     from cluster import storage
     from cluster.progress import Display
     from models.card import read_card
-    from pipeline.cli.tables import print_passed_over
+    from models.inputs.formats import NEEDS_PLUGIN
+    from pipeline.cli.tables import plugin_note, print_passed_over
     from pipeline.data.rejects import REJECTS
     from pipeline.recipe.reading import score_settings
     from pipeline.scoring import score as scoring
@@ -145,6 +146,8 @@ def score(
     counts |= {f"  {reason}": count for reason, count in scored.rejects.items()}
     out.print(pairs(f"Score table {scored.uri}", counts))
     print_passed_over(out, {"--source": images})
+    if scored.rejects.get(NEEDS_PLUGIN):
+        out.print(f"note: {plugin_note(scored.rejects[NEEDS_PLUGIN])}", markup=False)
     out.print(f"images: {scored.listed:,} listed = {scored.scored:,} scored + {scored.rejected:,} rejected")
 
 

@@ -8,7 +8,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from models.inputs.formats import NEEDS_PLUGIN
 from pipeline.context import Stages, rounds_of, teacher_of
+from pipeline.data.rejects import counted
 from pipeline.data.sources import ImageSource
 from pipeline.evaluation import Measured, Trained
 from pipeline.report import text
@@ -106,6 +108,11 @@ def conservation_lines(stages: Stages) -> list[str]:
         lines.append(
             f"{said}images: {scores.listed:,} listed = {scores.scored:,} scored + {scores.rejected:,} rejected"
         )
+        if scores.rejects:
+            where = f"; which ones and why: {scores.rejects_uri}"
+            lines.append(f"  rejects: {counted(scores.rejects)}{where}")
+        if scores.rejects.get(NEEDS_PLUGIN):
+            lines.append(f"  {plugin_note(scores.rejects[NEEDS_PLUGIN])}")
         if scores.unreadable_shards:
             lines.append(
                 f"  {scores.unreadable_shards:,} shards could not be read, or not to their end: see the rejects"
@@ -113,6 +120,13 @@ def conservation_lines(stages: Stages) -> list[str]:
         if f"{prefix}selection" in stages:
             lines += [said + line for line in selection_lines(stages[f"{prefix}selection"].outputs)]
     return lines
+
+
+def plugin_note(images: int) -> str:
+    """What to do about images that a plug-in would decode."""
+    return (
+        f"{images:,} images are HEIC or JPEG XL: pip install 'tophat[formats]' on every node, then score in a new place"
+    )
 
 
 def selection_lines(selection: Selected) -> list[str]:

@@ -101,21 +101,21 @@ _LABELS_FIX = {
 def _checked(reader: Reader, shard: Shard) -> Iterator[tuple[Row | None, Reject | None]]:
     try:
         for row in reader.read(shard):
-            yield row, undecodable(shard.name, row)
+            yield row, undecodable(shard, row)
     except UnfitShardError as error:  # the user's mistake, where of U it is one of many shards
         raise error.problem from None
     except ShardError as error:
         yield None, Reject(shard.name, None, error.reason, str(error))
 
 
-def undecodable(shard: str, row: Row) -> Reject | None:
+def undecodable(shard: Shard, row: Row) -> Reject | None:
     """Why an image cannot be used; None where it can. A JPEG is decoded at an eighth of its size, which still reads all of its bytes."""
     from models.inputs.image import UndecodableImage, evaluation_image
 
     try:
         evaluation_image(row.image, Transform(size=8, resize=8))
     except UndecodableImage as error:
-        return Reject(shard, row.index, error.reason, error.detail)
+        return Reject(shard.name, row.index, error.reason, shard.told(row.index, error.detail))
     return None
 
 
@@ -167,10 +167,11 @@ def number_labels(field: str, found: Survey, names: Sequence[str], *, complete: 
     for shard, labels in zip(found.source.shards(), found.labels, strict=True):
         unknown = next((label for label in labels if label is not None and label not in ids), None)
         if unknown is not None:
+            where = shard.files[labels.index(unknown)] if shard.files else shard.name
             raise SourceError(
                 f"{field}.uri",
                 found.source.reader.root,
-                f"has the label {shown(unknown)} in {shown(shard.name)}, which is none of the {len(names)} classes ({few})",
+                f"has the label {shown(unknown)} in {shown(where)}, which is none of the {len(names)} classes ({few})",
                 "correct labeled.classes or the labels",
             )
         numbered.append(np.array([REJECTED if label is None else ids[label] for label in labels], np.int64))

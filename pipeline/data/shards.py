@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
-from cluster.errors import SourceError, TophatError
+from cluster.errors import SourceError, TophatError, one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -104,6 +104,10 @@ class Shard:
     etag: str
     files: tuple[str, ...] = ()
     etags: tuple[str, ...] = ()
+
+    def told(self, index: int, detail: str) -> str:
+        """What is said about an image, with the name of its file where it is one of its own."""
+        return f"{one_line(self.files[index])}: {detail}" if self.files else detail
 
 
 def shard_table(shards: Iterable[Shard]) -> "pa.Table":

@@ -339,7 +339,7 @@ class _Decoded:
             self.images.append(decoder(row.image))
             self.indices.append(row.index)
         except UndecodableImage as error:
-            self._reject(row.index, error.reason, error.detail)
+            self._reject(row.index, error.reason, self.shard.told(row.index, error.detail))
 
     def end(self, problem: ShardError | None) -> "_Decoded":
         """Nothing more of the shard is to come, because of a problem or because it ends here."""

@@ -415,7 +415,7 @@ def _write_part(work: _Work, number: int, *shares: Pairs) -> tuple[_Note]:
                     found = sorted({n for word in row.words for n in work.matcher.classes(word)})
                 else:
                     found = known.pop(row.index)
-                if found and (problem := undecodable(shard.name, row)):
+                if found and (problem := undecodable(shard, row)):
                     rejects.append(problem)
                 elif found:
                     index.append(row.index)
