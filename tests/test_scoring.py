@@ -409,7 +409,7 @@ def test_kernels_that_cannot_be_made_are_told_in_one_line(source: ImageSource, m
     assert ended.returncode == 2, ended.stderr
     last = ended.stderr.splitlines()[-1]
     assert last.startswith(
-        "error: score.compile = True: kernels for this model cannot be made here (InvalidCxxCompiler: "
+        "error: --set score.compile = True: kernels for this model cannot be made here (InvalidCxxCompiler: "
     ), last
     assert last.endswith("; set it to false, or mend what fails on the nodes")
     assert "Traceback" not in ended.stdout + ended.stderr
