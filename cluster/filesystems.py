@@ -204,27 +204,20 @@ def s3(path: str) -> tuple[Any, str, str]:
     return _s3_client(tuple(sorted(endpoint_environment().items()))), bucket, key
 
 
-class S3Object(io.RawIOBase):
-    """An object whose key pyarrow's paths cannot express, as it has slashes in a row: read in ranges through boto3's client.
+class RangedFile(io.RawIOBase):
+    """A readable, seekable file whose content is had in ranges.
 
     Args:
-        path: `BUCKET/KEY`.
-
-    Attributes:
         size: bytes.
-        etag: as a listing has it.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        OSError: the store refuses, or is out of reach.
     """
 
-    def __init__(self, path: str) -> None:
-        self._client, self._bucket, self._key = s3(path)
-        found = self._ask(self._client.head_object)
+    def __init__(self, size: int) -> None:
+        self.size = size
         self._at = 0
-        self.size: int = found["ContentLength"]
-        self.etag: str = found["ETag"].strip('"')
+
+    def read_at(self, size: int, offset: int) -> bytes:
+        """The bytes from `offset` on, `size` of them, which are there."""
+        raise NotImplementedError
 
     def readable(self) -> bool:
         return True
@@ -240,14 +233,44 @@ class S3Object(io.RawIOBase):
         return self._at
 
     def read(self, size: int = -1) -> bytes:
-        stop = self.size if size < 0 else min(self.size, self._at + size)
-        if stop <= self._at:
-            return b""
-        content: bytes = self._ask(
-            lambda **key: self._client.get_object(Range=f"bytes={self._at}-{stop - 1}", **key)["Body"].read()
-        )
+        left = max(0, self.size - self._at)
+        wanted = left if size < 0 else min(size, left)
+        content = self.read_at(wanted, self._at) if wanted else b""
         self._at += len(content)
         return content
+
+    def readinto(self, buffer: Any) -> int:
+        content = self.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+
+class S3Object(RangedFile):
+    """An object whose key pyarrow's paths cannot express, as it has slashes in a row: read through boto3's client.
+
+    Args:
+        path: `BUCKET/KEY`.
+
+    Attributes:
+        etag: as a listing has it.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        OSError: the store refuses, or is out of reach.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._client, self._bucket, self._key = s3(path)
+        found = self._ask(self._client.head_object)
+        super().__init__(found["ContentLength"])
+        self.etag: str = found["ETag"].strip('"')
+
+    def read_at(self, size: int, offset: int) -> bytes:
+        def request(**key: str) -> bytes:
+            content: bytes = self._client.get_object(Range=f"bytes={offset}-{offset + size - 1}", **key)["Body"].read()
+            return content
+
+        return bytes(self._ask(request))
 
     def _ask(self, request: Callable[..., Any]) -> Any:
         from botocore.exceptions import BotoCoreError, ClientError

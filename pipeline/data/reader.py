@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster import storage
 from cluster.errors import SourceError, StorageError, one_line
+from cluster.filesystems import RangedFile
 from pipeline.data import kinds
 from pipeline.data.shards import (
     ChangedShardError,
@@ -197,7 +198,7 @@ def _asked(uri: str, ask: Callable[[], T]) -> T:
         raise StorageError("source", uri, rule, "check the store, then go on") from None
 
 
-class _RemoteFile(io.RawIOBase):
+class _RemoteFile(RangedFile):
     """An object that is read from where it is, and again from there if the store fails for a moment.
 
     Attributes:
@@ -205,35 +206,12 @@ class _RemoteFile(io.RawIOBase):
     """
 
     def __init__(self, uri: str, native: "pa.NativeFile") -> None:
+        super().__init__(native.size())
         self.native = native
         self._uri = uri
-        self._size: int = native.size()
-        self._at = 0
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._size - self._at)
-        wanted = left if size < 0 else min(size, left)
-        content: bytes = _asked(self._uri, lambda: self.native.read_at(wanted, self._at)) if wanted else b""
-        self._at += len(content)
-        return content
-
-    def readinto(self, buffer: Any) -> int:
-        content = self.read(len(buffer))
-        buffer[: len(content)] = content
-        return len(content)
+    def read_at(self, size: int, offset: int) -> bytes:
+        return bytes(_asked(self._uri, lambda: self.native.read_at(size, offset)))
 
     def close(self) -> None:
         self.native.close()
