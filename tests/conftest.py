@@ -32,6 +32,10 @@ for _name in [n for n in os.environ if n.startswith(("AWS_", "RAY_"))]:
     del os.environ[_name]
 os.environ |= {"HOME": str(HOME), **cluster.ENVIRONMENT}
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"  # how soon Ray Train sees that a training has ended
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # in the background of a shell; commands that we start would ignore it
 # Ray's workers find the networks of the tests there.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
