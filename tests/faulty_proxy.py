@@ -49,7 +49,9 @@ class FaultyProxy(ThreadingHTTPServer):
         bucket, _, key = unquote(path.partition("?")[0]).lstrip("/").partition("/")
         try:
             boto3.client("s3", endpoint_url=f"http://127.0.0.1:{self.upstream}").head_object(Bucket=bucket, Key=key)
-        except ClientError:
+        except ClientError as error:
+            if error.response["Error"]["Code"] not in ("404", "NoSuchKey"):
+                raise  # the connection breaks, and the request is made again
             return False
         return True
 
