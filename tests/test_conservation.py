@@ -360,7 +360,7 @@ def check(uri: str, names: set[str], layout: str, objects: int, images: set[str]
     assert sum(len(shard.files) or 1 for shard in source.shards()) == len(read)
     assert read <= names
     passed = sum(one.count for one in source.passed_over)
-    assert len(read) + source.parts + passed == objects
+    assert len(read) + source.parts + passed == objects == source.objects
     assert (source.told() is None) == (passed == 0)
     if layout == "folder":
         assert images <= read

@@ -615,33 +615,26 @@ def test_without_the_plugin_a_file_says_what_to_install(kind: str, plugin: str, 
         "try: evaluation_image(open(sys.argv[2], 'rb').read(), Transform(size=28, resize=32))\n"
         "except UndecodableImage as error: print(error)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, plugin, str(tmp_path / "image")],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-        cwd=Path(__file__).parent.parent,
-    )
+    done = in_a_process(code, plugin, str(tmp_path / "image"))
     assert done.stdout == f"needs_plugin: {said}, which needs a plug-in: pip install 'tophat[formats]'\n"
     assert done.stderr == ""
 
 
-def test_plugins_are_imported_by_the_first_image_that_needs_them() -> None:
+def in_a_process(code: str, *words: str) -> "subprocess.CompletedProcess[str]":
+    """A program in a process of its own, that has imported nothing yet."""
+    command = [sys.executable, "-c", code, *words]
+    folder = Path(__file__).parent.parent
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, cwd=folder)
+
+
+def test_plugins_are_imported_by_the_first_image_that_needs_them(tmp_path: Path) -> None:
     code = (
-        "import sys, io; from models.config import Transform; from models.inputs.image import evaluation_image\n"
-        "evaluation_image(sys.stdin.buffer.read(), Transform(size=28, resize=32))\n"
+        "import sys; from models.config import Transform; from models.inputs.image import evaluation_image\n"
+        "evaluation_image(open(sys.argv[1], 'rb').read(), Transform(size=28, resize=32))\n"
         "print([name for name in ('pillow_heif', 'pillow_jxl') if name in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        input=JPEG,
-        capture_output=True,
-        timeout=60,
-        check=True,
-        cwd=Path(__file__).parent.parent,
-    )
-    assert done.stdout == b"[]\n"
+    (tmp_path / "image").write_bytes(JPEG)
+    assert in_a_process(code, str(tmp_path / "image")).stdout == "[]\n"
 
 
 def test_decoders_say_nothing_on_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:

@@ -29,6 +29,8 @@ IMAGE_SUFFIXES = (
 )
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz")
 PARQUET_SUFFIX = ".parquet"
+IMAGE_COLUMN = "image"
+"""Parquet: the column of images where nobody names one and a file has it."""
 
 _IMAGE = re.compile(rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})(?:[?:;&!].*)?", re.IGNORECASE | re.DOTALL)
 _SUFFIX = re.compile(r"\.[a-z][a-z0-9_]{0,15}", re.IGNORECASE)

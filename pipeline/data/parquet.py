@@ -8,13 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import SourceError
+from pipeline.data.kinds import IMAGE_COLUMN
 from pipeline.data.shards import Label, Row
 from pipeline.data.words import TAG_FIELDS, split_tags
 
 READ_ROWS, READ_BYTES = 256, 128 * 2**20
 """That are taken into memory at once, at most; Arrow has no structs of more than 2 GiB."""
-USUAL = "image"
-"""The column of images where a recipe names none and a file has it."""
 
 
 def image_column(field: str, uri: str, schema: pa.Schema, given: str | None) -> str:
@@ -30,7 +29,7 @@ def image_column(field: str, uri: str, schema: pa.Schema, given: str | None) -> 
         SourceError: there is none, there are several, or it holds something else.
     """
     usable = [column.name for column in schema if _holds_images(column.type)]
-    name = given or (USUAL if USUAL in schema.names else None)
+    name = given or (IMAGE_COLUMN if IMAGE_COLUMN in schema.names else None)
     if name is None:
         if len(usable) == 1:
             return str(usable[0])

@@ -39,7 +39,9 @@ MUCH = 0.1
 FEW = 10
 """Objects that are never many."""
 EXAMPLES = 3
-IMAGE_COLUMN = "image"
+"""Paths that are shown of each reason."""
+SCHEMAS = 3
+"""Parquet files that are opened until one can be read."""
 REASONS = 8
 """Reasons that are told one by one; kinds of files beyond them are told together."""
 
@@ -150,15 +152,19 @@ class ImageSource:
             return None
         count = sum(one.count for one in self.passed_over)
         reasons = ", ".join(f"{one.count:,} {one.reason} ({_few(one)})" for one in self.passed_over)
-        files = sum(len(shard.files) or 1 for shard in self.listing)
-        return f"passed over: {count:,} of {count + self.parts + files:,} objects: {reasons}"
+        return f"passed over: {count:,} of {self.objects:,} objects: {reasons}"
+
+    @property
+    def objects(self) -> int:
+        """Everything under the source: what is read, parts of it, and what is passed over."""
+        read = sum(len(shard.files) or 1 for shard in self.listing)
+        return read + self.parts + sum(one.count for one in self.passed_over)
 
     @property
     def lacks_much(self) -> bool:
         """Whether so much is passed over that someone should look before work starts."""
         count, size = sum(one.count for one in self.passed_over), sum(one.bytes for one in self.passed_over)
-        files = sum(len(shard.files) or 1 for shard in self.listing)
-        return size > MUCH * (size + self.bytes) or count > max(FEW, MUCH * (count + files + self.parts))
+        return size > MUCH * (size + self.bytes) or count > max(FEW, MUCH * self.objects)
 
 
 def _few(one: PassedOver) -> str:
@@ -198,7 +204,7 @@ def open_source(field: str, source: recipe.Source, *, labeled: bool = True) -> I
     content = _Content.of(root, files)
     layout = content.layout(field, source)
     names = _names_of_file(field, root, files)
-    image_column = source.image_column or IMAGE_COLUMN
+    image_column = source.image_column or kinds.IMAGE_COLUMN
     if layout == "parquet" and content.schema is not None:
         from pipeline.data import parquet
 
@@ -354,7 +360,7 @@ def _first_schema(root: str, files: Iterable[FileEntry]) -> "tuple[str, pa.Schem
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    for file in itertools.islice(files, EXAMPLES):
+    for file in itertools.islice(files, SCHEMAS):
         try:
             with storage.open_input(storage.inside(root, file.path)) as opened:
                 return file.path, pq.read_schema(opened)
