@@ -1,5 +1,6 @@
 """Every format, however it is turned, whatever metadata it has, and whatever its values are, against the upright image itself."""
 
+import io
 import random
 import struct
 import subprocess
@@ -644,3 +645,23 @@ def test_decoders_say_nothing_on_the_terminal(capfd: pytest.CaptureFixture[str])
     with pytest.raises(UndecodableImage, match=r"^decode_error"):
         decoder(bytes(damaged))
     assert capfd.readouterr() == ("", "")
+
+
+def test_planes_that_pillow_takes_for_others_are_refused() -> None:
+    """A TIFF of 16 bits whose channels are one after the other, not compressed: 9 x 7 pixels."""
+    width, height = 9, 7
+    plane = width * height * 2
+    at = 8 + 2 + 10 * 12 + 4
+    entries = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, at), (259, 3, 1, 1), (262, 3, 1, 2)]
+    entries += [(273, 4, 3, at + 6), (277, 3, 1, 3), (278, 4, 1, height), (279, 4, 3, at + 18), (284, 3, 1, 2)]
+    head = struct.pack("<2sHIH", b"II", 42, 8, 10) + b"".join(struct.pack("<HHII", *one) for one in entries) + bytes(4)
+    first = at + 30
+    places = struct.pack("<3H3I3I", 16, 16, 16, *(first + i * plane for i in range(3)), *[plane] * 3)
+    with pytest.raises(UndecodableImage, match="separate planes of 16 bits that are not compressed"):
+        decode(head + places + bytes(3 * plane), SMALL)
+
+
+def test_a_bmp_whose_alpha_nobody_set_is_not_white() -> None:
+    file = io.BytesIO()
+    Image.new("RGBA", (9, 7), (200, 40, 10, 0)).save(file, "BMP")
+    assert decode(file.getvalue(), SMALL)[0, 0].tolist() == [200, 40, 10]

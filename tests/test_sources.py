@@ -13,9 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import pipeline.data.parquet
 from cluster import storage
 from cluster.errors import SourceError
-from pipeline.data.shards import ChangedShardError, Label, Row, ShardError
+from pipeline.data.labeled import Survey, class_ids, class_names
+from pipeline.data.reader import Reader
+from pipeline.data.shards import ChangedShardError, Label, Row, Shard, ShardError
 from pipeline.data.sources import FILES_PER_SHARD, ImageSource, open_source
 from pipeline.recipe.sections import Source
 
@@ -489,3 +492,31 @@ def test_words_of_parquet(place: str) -> None:
     storage.publish(storage.join(place, "c.parquet"), parquet({"image": [b"e"], "tags": [7]}))
     storage.publish(storage.join(place, "d.parquet"), parquet({"image": [b"f"]}))
     assert words(place) == [("#x y", "a", "cat"), (), ("c",), ("d", "e"), (), ()]
+
+
+def test_large_images_are_read_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrow has no structs of more than 2 GiB."""
+    storage.publish(f"{tmp_path}/p.parquet", parquet({"image": [bytes(100_000)] * 20}))
+    metadata = pq.read_metadata(f"{tmp_path}/p.parquet")
+    assert pipeline.data.parquet._rows_at_once(metadata) == 256
+    monkeypatch.setattr(pipeline.data.parquet, "READ_BYTES", metadata.row_group(0).total_byte_size // 4 + 1)
+    assert pipeline.data.parquet._rows_at_once(metadata) == 5
+
+
+def surveyed(*labels: Label) -> Survey:
+    source = ImageSource(Reader("/d", "parquet"), (Shard("a.parquet", 1, "e"),))
+    return Survey(source, (labels,), ())
+
+
+def test_numbers_and_the_same_as_texts_are_told() -> None:
+    assert class_names(surveyed(10, 9, "x"), None) == ("9", "10", "x")
+    with pytest.raises(SourceError, match=r"has labels that are numbers, and the same as texts \(3\)"):
+        class_names(surveyed(3, "3"), None)
+
+
+def test_a_number_finds_its_class_by_name_before_its_place() -> None:
+    plain, named = Reader("/d", "parquet"), Reader("/d", "parquet", class_names=("a", "b"))
+    assert class_ids(("7", "cat"), plain) == {"7": 0, "cat": 1, 7: 0}
+    assert class_ids(("007", "7"), plain) == {"007": 0, "7": 1, 7: 1}
+    assert class_ids(("a", "b"), plain) == {"a": 0, "b": 1, 0: 0, 1: 1}
+    assert class_ids(("a", "b"), named) == {"a": 0, "b": 1}
