@@ -1,6 +1,5 @@
 """Every format, however it is turned, whatever metadata it has, and whatever its values are, against the upright image itself."""
 
-import io
 import random
 import struct
 import subprocess
@@ -662,6 +661,8 @@ def test_planes_that_pillow_takes_for_others_are_refused() -> None:
 
 
 def test_a_bmp_whose_alpha_nobody_set_is_not_white() -> None:
-    file = io.BytesIO()
-    Image.new("RGBA", (9, 7), (200, 40, 10, 0)).save(file, "BMP")
-    assert decode(file.getvalue(), SMALL)[0, 0].tolist() == [200, 40, 10]
+    pixels = bytes([10, 40, 200, 0]) * 63
+    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + bytes(52)
+    header = struct.pack("<IiiHHIIiiII", 108, 9, 7, 1, 32, 3, len(pixels), 0, 0, 0, 0) + masks
+    file = struct.pack("<2sIHHI", b"BM", 14 + len(header) + len(pixels), 0, 0, 14 + len(header)) + header + pixels
+    assert decode(file, SMALL)[0, 0].tolist() == [200, 40, 10]
