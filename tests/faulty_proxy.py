@@ -48,7 +48,8 @@ class FaultyProxy(ThreadingHTTPServer):
         """Whether the server has an object at the path of a request."""
         bucket, _, key = unquote(path.partition("?")[0]).lstrip("/").partition("/")
         try:
-            boto3.client("s3", endpoint_url=f"http://127.0.0.1:{self.upstream}").head_object(Bucket=bucket, Key=key)
+            session = boto3.Session()  # boto3.client() would keep the credentials of whoever asked first
+            session.client("s3", endpoint_url=f"http://127.0.0.1:{self.upstream}").head_object(Bucket=bucket, Key=key)
         except ClientError as error:
             if error.response["Error"]["Code"] not in ("404", "NoSuchKey"):
                 raise  # the connection breaks, and the request is made again

@@ -304,7 +304,7 @@ def moto_server(private_home: Path, tmp_path_factory: pytest.TempPathFactory) ->
                 break
             time.sleep(0.1)
         with killing.environment(**names):
-            boto3.client("s3").create_bucket(Bucket="odd")
+            boto3.Session().client("s3").create_bucket(Bucket="odd")
         yield names
     finally:
         server.terminate()
@@ -415,7 +415,7 @@ def test_every_object_on_a_disk(tree: list[tuple[str, str, str]], layout: str, l
     odd=st.lists(st.sampled_from(["sub//x.jpg", "/lead.png", "a///b.png", "f", "f/", "g/h//", "//"]), unique=True),
 )
 def test_every_object_in_a_store(moto: str, tree: list[tuple[str, str, str]], layout: str, odd: list[str]) -> None:
-    client, prefix = boto3.client("s3"), secrets.token_hex(4)
+    client, prefix = boto3.Session().client("s3"), secrets.token_hex(4)
     tree = [(folder.replace("\n", " "), stem, end) for folder, stem, end in tree]  # moto has no line breaks in keys
     content = written(tree) | {name: name.encode() for name in odd}
     for name, data in content.items():
@@ -424,7 +424,7 @@ def test_every_object_in_a_store(moto: str, tree: list[tuple[str, str, str]], la
 
 
 def test_the_characters_of_keys(moto: str) -> None:
-    client = boto3.client("s3")
+    client = boto3.Session().client("s3")
     names = [f"k{ord(c):03d}{c}x/{c}y.png" for c in string.printable if c.isprintable() and c != "/"] + [
         "./a.png",
         "b/./c.png",

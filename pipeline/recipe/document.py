@@ -17,9 +17,13 @@ MOST_BYTES = 2 * 2**20
 MOST_VALUES = 500_000
 """Of a recipe, each counted as often as aliases repeat it."""
 
+MOST_LEVELS = 50
+"""Of a recipe, one in another."""
+
 _YAML = "tag:yaml.org,2002:"
 _NULL, _TEXT, _MERGE, _LIST, _MAPPING = (f"{_YAML}{name}" for name in ("null", "str", "merge", "seq", "map"))
 _UNQUOTED = "tag:tophat:plain"
+_TOO_DEEP = "is nested too deeply, or in itself"
 _PLAIN_TAGS = {_UNQUOTED, _MERGE, *(f"{_YAML}{name}" for name in ("int", "float", "bool"))}
 
 
@@ -43,8 +47,6 @@ def parse(text: str) -> Any:
         raise Unreadable(f"is not valid YAML (it has the character {chr(int(error.character))!r})") from None
     except ValueError:  # of an escape that is beyond all characters
         raise Unreadable("is not valid YAML (it has the number of a character that there is not)") from None
-    except RecursionError:
-        raise Unreadable("is nested too deeply, or in itself") from None
 
 
 def dump(document: Any) -> str:
@@ -60,6 +62,15 @@ class _Loader(yaml.SafeLoader):
     """Tells apart the scalars that have no quotes. It knows no tag but what `_Reading` does."""
 
     yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 - as PyYAML has it
+    _levels = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._levels += 1
+        if self._levels > MOST_LEVELS:
+            raise Unreadable(_TOO_DEEP)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._levels -= 1
+        return node
 
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
         event = self.peek_event()  # type: ignore[no-untyped-call]
@@ -91,8 +102,17 @@ class _Reading:
 
     def __init__(self) -> None:
         self._values = 0
+        self._levels = 0
 
     def data(self, node: yaml.Node) -> Any:
+        self._levels += 1
+        if self._levels > MOST_LEVELS:
+            raise Unreadable(_TOO_DEEP)
+        data = self._data(node)
+        self._levels -= 1
+        return data
+
+    def _data(self, node: yaml.Node) -> Any:
         self._values += 1
         if self._values > MOST_VALUES:
             raise Unreadable(f"has over {MOST_VALUES:,} values, with what its aliases repeat")
