@@ -16,6 +16,8 @@ Channel = Annotated[float, Field(ge=0.0, le=1.0)]
 Deviation = Annotated[float, Field(gt=0.0, le=10.0)]
 Scale = Annotated[float, Field(gt=0.0, le=1.0)]
 Views = Literal["center", "mirrored", "five", "ten"]
+Outputs = tuple[int | tuple[int, ...], ...]
+"""Of each class, the network's output; or several, whose probabilities add up."""
 
 CPU_BATCH, GPU_BATCH = 32, 256
 """Images of a forward pass in inference: on a CPU core, what its caches still help with; on a GPU, what fills it."""
@@ -135,6 +137,8 @@ class Training(Section):
     """Nesterov's form of momentum."""
     weight_decay: float = Field(default=1e-4, ge=0.0, le=1.0)
     """L2 penalty on all parameters."""
+    freeze: Literal["none", "trunk"] = "none"
+    """`trunk` trains the last layer alone: all before it, its batch statistics too, stays as it is."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the forward and backward passes; weights stay float32. float16 needs a GPU."""
     max_failures: Annotated[int, FREE] = Field(default=3, ge=0, le=1000)

@@ -20,7 +20,7 @@ from cluster.progress import Progress
 from cluster.resources import Bundle, Demand, check, cluster_shape
 from cluster.store import publish_json, read_json
 from cluster.tasks import original_errors, parallel_map
-from models.config import Transform
+from models.config import Outputs, Transform
 from pipeline.data.rejects import count_rejected, read_rejects
 from pipeline.data.shards import ChangedShardError, MissingShardError
 from pipeline.data.sources import ImageSource
@@ -114,7 +114,7 @@ def score(
     rejects_uri: str,
     settings: Score,
     progress: Progress,
-    outputs: tuple[int, ...] | None = None,
+    outputs: Outputs | None = None,
 ) -> Scored:
     """Scores every image of a source that has no score yet, on the Ray that is running.
 
