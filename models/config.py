@@ -32,10 +32,16 @@ class Transform(Section):
     size: int = Field(default=224, ge=8, le=1024)
     """Side of the square fed to the network, in pixels."""
     resize: int = Field(default=256, ge=8, le=2048)
-    """Shorter side of the image before the center crop of `size` is taken, in pixels; from `size` to twice `size`."""
+    """Shorter side of the image before the center crop of `size` is taken, in pixels; from `size` to twice `size`. Means nothing beside
+    a `fit` other than `crop`."""
+    fit: Literal["crop", "pad", "squash"] = "crop"
+    """How an image of another shape becomes a square: by the center crop; whole, with the mean color beside it (`pad`), which keeps what is
+    tall or wide; or whole and distorted (`squash`)."""
+    interpolation: Literal["bilinear", "bicubic", "nearest", "lanczos"] = "bilinear"
+    """How pixels are resized, as Pillow does it: with antialiasing, but for `nearest`."""
     crop: Literal["random_resized", "pad", "none"] = "random_resized"
-    """The crop in training: of a random area and aspect ratio (ImageNet), shifted within `padding` (small images), or
-    the center, as in evaluation."""
+    """The crop in training: of a random area and aspect ratio (ImageNet; of the square picture that `fit` makes), shifted within `padding`
+    (small images), or none: the picture is as in evaluation."""
     scale: tuple[Scale, Scale] = (0.08, 1.0)
     """Smallest and largest share of the image's area that `random_resized` keeps."""
     padding: int = Field(default=4, ge=1, le=256)
@@ -51,7 +57,7 @@ class Transform(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if not self.size <= self.resize <= 2 * self.size:
+        if self.fit == "crop" and not self.size <= self.resize <= 2 * self.size:
             raise ValueError(
                 f"resize = {self.resize} must be from size ({self.size}) to twice size ({2 * self.size}): "
                 "the center crop takes `size` pixels out of `resize`"

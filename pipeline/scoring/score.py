@@ -159,7 +159,14 @@ def check_views(transform: Transform, settings: Score) -> None:
     Raises:
         RecipeError: there is not.
     """
-    if settings.views in ("five", "ten") and transform.resize == transform.size:
+    if settings.views not in ("five", "ten"):
+        return
+    if transform.fit != "crop":
+        rule = (
+            f"has no corners to see where the model's transform.fit is {transform.fit}: the center is the whole image"
+        )
+        raise RecipeError("score.views", settings.views, rule, "set it to center or mirrored")
+    if transform.resize == transform.size:
         rule = f"has no corners to see where the model's transform.resize and size are both {transform.size}"
         raise RecipeError("score.views", settings.views, rule, "set it to center or mirrored")
 
