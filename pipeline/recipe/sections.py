@@ -10,6 +10,7 @@ from pydantic import (
     Field,
     StringConstraints,
     Tag,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -365,25 +366,37 @@ class Recipe(Section):
     report: Annotated[Report, FREE] = Report()
     """The report."""
 
-    @model_validator(mode="after")
-    def _selectable(self) -> Self:
-        wanted, stored = self.select.classes_per_image, self.score.classes_per_image
+    # Rules between sections stand at the later one, so that mistakes elsewhere do not hide them.
+
+    @field_validator("deduplicate")
+    @classmethod
+    def _comparable(cls, deduplicate: Deduplicate, info: ValidationInfo) -> Deduplicate:
+        score: Score | None = info.data.get("score")
+        if score is not None and deduplicate.near and deduplicate.model == TEACHER and not score.embedding:
+            raise ValueError(
+                "deduplicate.model = teacher compares features that score.embedding = false does not keep: "
+                f"set it to true, or the model to {RESNET18} or a model directory"
+            )
+        return deduplicate
+
+    @field_validator("select")
+    @classmethod
+    def _selectable(cls, select: Select, info: ValidationInfo) -> Select:
+        score: Score | None = info.data.get("score")
+        if score is None:
+            return select
+        wanted, stored = select.classes_per_image, score.classes_per_image
         if wanted is not None and wanted > stored:
             raise ValueError(
                 f"select.classes_per_image = {wanted} must be at most score.classes_per_image = {stored}: "
                 "only the stored classes can be selected"
             )
-        least = self.select.min_score
-        if least is not None and not self.score.logits and not 0.0 <= least <= 1.0:
+        least = select.min_score
+        if least is not None and not score.logits and not 0.0 <= least <= 1.0:
             raise ValueError(
                 f"select.min_score = {least:g} must be from 0 to 1, as softmax scores are (score.logits = false)"
             )
-        if self.deduplicate.near and self.deduplicate.model == TEACHER and not self.score.embedding:
-            raise ValueError(
-                "deduplicate.model = teacher compares features that score.embedding = false does not keep: "
-                f"set it to true, or the model to {RESNET18} or a model directory"
-            )
-        return self
+        return select
 
     def seed_of(self, what: Literal["data", "teacher", "student"]) -> int:
         """The seed of one of `seeds`."""
