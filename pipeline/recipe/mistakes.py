@@ -38,7 +38,9 @@ def mistakes_of(error: ValidationError, section: type[BaseModel], document: obje
     missing: list[tuple[str, ...]] = []
     wrong: dict[tuple[str, ...], list[Any]] = {}
     for one in error.errors(include_url=False):
-        place = _place(one["loc"], document, whole=one["type"] == "missing")
+        place, value = _found(one["loc"], document, whole=one["type"] == "missing")
+        if isinstance(one["input"], Mapping):
+            one["input"] = value  # as it was given, without what is usual
         if one["type"] == "extra_forbidden":
             unknown[place] = one["input"]
         elif one["type"] == "missing":
@@ -62,8 +64,10 @@ def named(parts: Sequence[str]) -> str:
     return ".".join(part if len(part) <= LONGEST_NAME else f"{part[:LONGEST_NAME]}…" for part in parts)
 
 
-def _place(location: Sequence[str | int], document: Any, *, whole: bool) -> tuple[str, ...]:
-    """Where in the document an error is: pydantic's location without its names for the kinds of a value, which lead nowhere in it.
+def _found(location: Sequence[str | int], document: Any, *, whole: bool) -> tuple[tuple[str, ...], Any]:
+    """Where in the document an error is, and what stands there.
+
+    The place is pydantic's without its names for the kinds of a value, which lead nowhere in the document.
 
     Args:
         location: pydantic's.
@@ -82,7 +86,7 @@ def _place(location: Sequence[str | int], document: Any, *, whole: bool) -> tupl
         elif not (whole and number == len(location) - 1):
             continue
         place.append(str(part))
-    return tuple(place)
+    return tuple(place), document
 
 
 def _wrong(place: tuple[str, ...], errors: Sequence[Any]) -> Mistake:

@@ -1,7 +1,7 @@
 """Recipes read: YAML in, `--set section.field=value` on top, and each mistake told by its field. Imports nothing heavy."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from cluster.errors import RecipeError, RecipeErrors, shown
 from pipeline.recipe.document import MOST_BYTES, Unreadable, parse
 from pipeline.recipe.mistakes import LONGEST_NAME, mistakes_of, named
-from pipeline.recipe.sections import Deduplicate, Recipe, Score, Select, Source
+from pipeline.recipe.sections import USUAL_P, Deduplicate, Recipe, Score, Select, Source
 
 SHIPPED = Path(__file__).parent / "shipped"
 CORRECT = "correct it, or quote a text as YAML does, too: --set 'FIELD=\"TEXT\"'"
@@ -26,8 +26,9 @@ def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     document = _read(path)
     document.setdefault("name", _name_of(path))
+    both = {override.partition("=")[0].strip() for override in overrides}
     for override in overrides:
-        _override(document, override)
+        _override(document, override, both)
     return validate(document)
 
 
@@ -80,11 +81,11 @@ def score_settings(overrides: Sequence[str], classes_per_image: int | None, clas
     Raises:
         RecipeError: an override is wrong, or P is above the class count.
     """
-    document: dict[str, Any] = {"classes_per_image": classes_per_image or min(10, classes)}
+    document: dict[str, Any] = {"classes_per_image": classes_per_image or min(USUAL_P, classes)}
     for override in overrides:
         _override(document, override.removeprefix("score."))
     settings = _of_options(Score, document, "" if classes_per_image is None else "classes_per_image")
-    if settings.classes_per_image > classes:
+    if settings.kept_of(classes) > classes:
         rule = f"must be at most {classes}, the number of classes of the model"
         raise RecipeError("--classes-per-image", settings.classes_per_image, rule, f"set it to {classes} or less")
     return settings
@@ -191,7 +192,8 @@ def load_text(field: str, value: str, text: bytes) -> Recipe:
     return validate(_mapping(field, value, text))
 
 
-def _override(document: dict[str, Any], override: str) -> None:
+def _override(document: dict[str, Any], override: str, together: Collection[str] = ()) -> None:
+    """Sets a field; `together` names all that are set."""
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
@@ -212,9 +214,9 @@ def _override(document: dict[str, Any], override: str) -> None:
             within = named(parts[: depth + 1])
             raise RecipeError(field, text, f"goes into {within}, which is no section", "check the field's name")
     node[_place_in(node, parts[-1], field, text)] = value
-    # Two ways to state a length exclude each other: setting one takes the other's place.
+    # One way to state a length takes the other's place, where not both are set.
     for one, other in (("epochs", "images_seen"), ("images_seen", "epochs")):
-        if parts[-1] == one and value is not None:
+        if parts[-1] == one and value is not None and ".".join([*parts[:-1], other]) not in together:
             node.pop(other, None)
 
 
