@@ -73,6 +73,32 @@ def test_unknown_and_wrong_fields(tophat: Callable[..., Answer], recipe: Callabl
     assert not Path(run).exists()
 
 
+def test_all_mistakes_of_a_recipe_are_told_at_once(
+    tophat: Callable[..., Answer], recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    wrong = ("--set", "select.image_per_class=3", "--set", 'labeled.classes=["a\\nb", ""]', "--set", "seed=x")
+    code, _, errors = tophat("run", recipe(), "--run-dir", str(tmp_path / "run"), *wrong)
+    assert code == 2
+    assert errors.splitlines()[-4:] == [
+        "error: 3 mistakes:",
+        "  select.image_per_class = 3: is not a field of a recipe; did you mean images_per_class?",
+        "  seed = 'x': Input should be a valid integer, unable to parse string as an integer; "
+        "correct it in the recipe, or --set seed=...",
+        "  labeled.classes.1 = '': String should have at least 1 character; "
+        "correct it in the recipe, or --set labeled.classes.1=...",
+    ]
+    options = ("--image-column", "", "--label-column", "")
+    code, _, errors = tophat("ingest", str(tmp_path), "--out", str(tmp_path / "out"), *options)
+    assert (code, errors.splitlines()[-3:]) == (
+        2,
+        [
+            "error: 2 mistakes:",
+            "  --image-column = '': String should have at least 1 character; correct it",
+            "  --label-column = '': String should have at least 1 character; correct it",
+        ],
+    )
+
+
 def test_a_missing_source(tophat: Callable[..., Answer], recipe: Callable[..., str], tmp_path: Path) -> None:
     path = recipe(unlabeled={"uri": str(tmp_path / "nowhere")})
     answer = tophat("run", path, "--run-dir", str(tmp_path / "run"), "--until", "unlabeled")

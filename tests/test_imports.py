@@ -21,6 +21,7 @@ ROOMS = (
     ("pipeline.selection",),
     ("pipeline.report", "pipeline.duplicates"),
     ("pipeline.stages",),
+    ("pipeline.ready",),
     ("pipeline.teaching",),
     ("pipeline.run",),
     ("pipeline.plan",),

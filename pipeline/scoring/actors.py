@@ -75,7 +75,7 @@ class RangeScorer:
 
         settings = scoring.settings
         how = Inference(
-            classes_per_image=settings.classes_per_image,
+            classes_per_image=settings.kept_of(scoring.classes),
             outputs=scoring.outputs,
             batch_size=settings.batch,
             views=settings.views,

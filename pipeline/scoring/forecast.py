@@ -251,7 +251,7 @@ def _untrained(recipe: Recipe, uri: str) -> tuple[str, str]:
     from models.directory import save
 
     assert not isinstance(recipe.teacher.model, str)
-    classes = len(recipe.labeled.classes or ()) or max(1000, recipe.score.classes_per_image)
+    classes = len(recipe.labeled.classes or ()) or 1000
     config, names = recipe.teacher.model, [str(number) for number in range(classes)]
     save(uri, build(config, classes), config=config, class_names=names, metrics={}, provenance={})
     return uri, f"a {config.architecture} of random weights, as the run has trained none yet"
