@@ -316,8 +316,8 @@ def ready_model(this: Run, uri: str, data: LabeledData) -> Made[Trained]:
     return this.once(key, Trained, work, needs_ray=False)
 
 
-def class_outputs(uri: str, known: list[str], wanted: tuple[str, ...]) -> tuple[int, ...]:
-    """The model's output for each class of D, found by name.
+def class_outputs(uri: str, known: list[str], wanted: tuple[str, ...], of: str = "D") -> tuple[int, ...]:
+    """The model's output for each class of D, found by name; or for each of other classes, `of` whom is said in errors.
 
     Raises:
         ModelError: it has none for some of them, or several for one.
@@ -329,13 +329,13 @@ def class_outputs(uri: str, known: list[str], wanted: tuple[str, ...]) -> tuple[
     missing = [name for name, numbers in zip(wanted, found, strict=True) if not numbers]
     for name, numbers in zip(wanted, found, strict=True):
         if len(numbers) > 1:
-            rule = f"has {len(numbers)} outputs of the name {shown(name, 60)}, a class of D"
+            rule = f"has {len(numbers)} outputs of the name {shown(name, 60)}, a class of {of}"
             raise ModelError("teacher.model", uri, rule, "give its outputs names that differ, in its model.json")
     if missing:
         raise ModelError(
             "teacher.model",
             uri,
-            f"has no output for {len(missing)} of the {len(wanted)} classes of D ({_few(missing)}); "
+            f"has no output for {len(missing)} of the {len(wanted)} classes of {of} ({_few(missing)}); "
             f"its own {len(known)} are {_few(known)}",
             "rename the classes of D, or train a new last layer with teacher.head: fresh and teacher.training",
         )
