@@ -5,13 +5,12 @@ from dataclasses import dataclass, replace
 from cluster.store import Made
 from pipeline.context import Run
 from pipeline.evaluation import Trained
+from pipeline.measuring import Evaluated, evaluate
 from pipeline.ready import existing, fit_linear_head, ready_model
 from pipeline.recipe.sections import Recipe
 from pipeline.stages import (
-    Evaluated,
     LabeledData,
     Listed,
-    evaluate,
     exclude,
     list_unlabeled,
     materialize,
@@ -58,7 +57,7 @@ def run(this: Run, recipe: Recipe) -> Result:
     this.call("student", teacher)
     baseline = train(this, "supervised", student, recipe.supervised, data.train, data)
     models = {"teacher": first, **models_of(rounds), "supervised": baseline}
-    return Result(first, rounds, baseline, evaluate(this, data.test, models))
+    return Result(first, rounds, baseline, evaluate(this, recipe.score, data, models))
 
 
 def obtain_teacher(this: Run, recipe: Recipe, data: LabeledData, pool: Made[Listed]) -> Made[Trained]:

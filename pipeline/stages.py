@@ -17,7 +17,7 @@ from pipeline.data.loading import TrainingSet, dhat_training_set
 from pipeline.data.sources import ImageSource
 from pipeline.duplicates import exclude as deduplication
 from pipeline.duplicates.exclude import Excluded
-from pipeline.evaluation import Candidate, Measured, Trained, measure
+from pipeline.evaluation import Trained
 from pipeline.recipe.sections import SIDECAR, Recipe, Score, Source
 from pipeline.report import gallery
 from pipeline.report.gallery import Gallery
@@ -420,28 +420,3 @@ def show_gallery(
     # Of models, these settings decide nothing; of these pages, everything.
     sections = {"report": settings.model_dump(mode="json"), "title": recipe.name}
     return this.once(Key("gallery", sections, dhat.inputs), Gallery, work)
-
-
-# Evaluation
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """Models on the test images: how many these are, and what each model did, by the model's name in the run."""
-
-    images: int
-    models: dict[str, Measured]
-
-
-def evaluate(this: Run, test: LabeledSet, models: Mapping[str, Made[Trained]]) -> Made[Evaluated]:
-    """Top-1 and top-5 of models, by their names in the run, on the test set, on which nothing was chosen."""
-
-    def work(place: str) -> Evaluated:
-        images = test.load()
-        candidates = {name: Candidate(made.uri, made.outputs.class_outputs) for name, made in models.items()}
-        with this.display.task("evaluation", images.images * len(models)) as progress:
-            return Evaluated(images.images, measure(candidates, images, progress))
-
-    inputs = {name: made.fingerprint for name, made in models.items()}
-    key = Key("evaluation", {}, {**inputs, **test.inputs}, watched=test.watched)
-    return this.once(key, Evaluated, work, demand=_ONE_CPU)

@@ -189,7 +189,7 @@ def test_wrong_credentials(
 
 def test_no_model_and_no_run(tophat: Callable[..., Answer], folders: Path, tmp_path: Path) -> None:
     source = str(folders / "test")
-    refused(tophat("evaluate", "--model", str(tmp_path), "--source", source), "has no model.json")
+    refused(tophat("evaluate", str(tmp_path), "--source", source), "has no model.json")
     refused(
         tophat("score", "--model", str(tmp_path), "--source", source, "--out", str(tmp_path / "s")), "has no model.json"
     )
@@ -213,7 +213,7 @@ def test_sources_of_other_columns(tophat: Callable[..., Answer], columns: str, t
     model, shards = tiny.save_teacher(str(tmp_path / "model")), str(tmp_path / "shards")
     ingest = ("ingest", columns, "--out", shards)
     score = ("score", "--model", model, "--source", columns, "--out", str(tmp_path / "scores"))
-    evaluate = ("evaluate", "--model", model, "--source", columns)
+    evaluate = ("evaluate", model, "--source", columns)
     for command in (ingest, score, evaluate):
         refused(tophat(*command, "--image-column", "picture"), "--image-column = 'picture': ", "img, thumb")
         refused(tophat(*command, "--image-column", ""), "--image-column = '': ")
@@ -304,7 +304,7 @@ def test_ingest_score_select_evaluate_and_status(
     assert table.column_names == ["class_id", "rank", "score", "shard", "index"]
     assert f"candidates: 150 = {table.num_rows} selected" in output
 
-    code, output, _ = tophat("evaluate", "--model", model, "--source", str(folders / "test"))
+    code, output, _ = tophat("evaluate", model, "--source", str(folders / "test"))
     assert code == 0
     assert "60" in output
 

@@ -1,11 +1,10 @@
-"""Commands about images: ingest, score, evaluate."""
+"""Commands about images: ingest and score."""
 
-from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.errors import InputError, SourceError, one_line
+from cluster.errors import InputError, one_line
 from pipeline.cli.app import (
     Address,
     ClassesPerImage,
@@ -149,46 +148,3 @@ def score(
     if scored.rejects.get(NEEDS_PLUGIN):
         out.print(f"note: {plugin_note(scored.rejects[NEEDS_PLUGIN])}", markup=False)
     out.print(f"images: {scored.listed:,} listed = {scored.scored:,} scored + {scored.rejected:,} rejected")
-
-
-@app.command()
-def evaluate(
-    model: Model,
-    source: Annotated[str, typer.Option("--source", metavar="URI", help="Labeled images.")],
-    layout: Layout = "auto",
-    image_column: ImageColumn = None,
-    label_column: LabelColumn = "label",
-    address: Address = "local",
-    verbose: Verbose = False,
-) -> None:
-    """Measure a model's top-1 and top-5 on labeled images."""
-    from cluster import storage
-    from cluster.progress import Display
-    from models.card import read_card
-    from pipeline.cli import tables
-    from pipeline.data import labeled
-    from pipeline.data.rejects import counted
-    from pipeline.evaluation import Candidate, measure
-    from pipeline.report import text
-
-    with in_options("--source"):
-        names = read_card(model).class_names
-    images = listed("--source", source_of("--source", source, layout, image_column, label_column), labeled=True)
-    with in_options("--source"), ray_session(address, verbose) as session:
-        session.start()
-        display = Display(out)
-        with display.task("reading", None) as progress:
-            found = labeled.survey("--source", images, progress)
-        labels = labeled.number_labels("--source", found, names, complete=False)
-        data = labeled.training_set(images, labels, names)
-        if not data.images:
-            raise SourceError("--source", source, "holds no image that can be used", "look at the files")
-        with display.task("evaluation", data.images) as progress:
-            found_by = measure({"model": Candidate(storage.absolute(model))}, data, progress)["model"]
-    table = tables.table("Evaluation", "images", "rejected", "top-1", "top-5", "loss")
-    top = [text.percent(share) for share in (found_by.top1, found_by.top5)]
-    table.add_row(f"{data.images:,}", f"{len(found.rejects):,}", *top, f"{found_by.loss:.4f}")
-    out.print(table)
-    if found.rejects:
-        out.print(f"rejected: {counted(Counter(one.reason for one in found.rejects))}")
-    tables.print_passed_over(out, {"--source": images})

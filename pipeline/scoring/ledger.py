@@ -371,13 +371,13 @@ def _table(held: list[_Decoded]) -> pa.Table:
             "size": pa.array([sum(part.shard.size for part in parts)], pa.int64()),
             "counts": pa.array([[len(part.indices) for part in parts]], pa.list_(pa.int32())),
             "indices": pa.array([[index for part in parts for index in part.indices]], pa.list_(pa.uint32())),
-            "images": _one_value(images),
+            "images": one_value(images),
             "rejects": pa.array([[reject for part in parts for reject in part.rejects]], pa.list_(_REJECT)),
         }
     )
 
 
-def _one_value(images: Sequence[npt.NDArray[np.uint8]]) -> pa.LargeBinaryArray:
+def one_value(images: Sequence[npt.NDArray[np.uint8]]) -> pa.LargeBinaryArray:
     """Images of one size as one binary value, copied once."""
     size = sum(image.nbytes for image in images)
     value = pa.allocate_buffer(size)

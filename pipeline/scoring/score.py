@@ -5,7 +5,7 @@ score a range at a time and publish it as one Parquet file. The published files 
 scored again, and nothing else keeps track.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -275,6 +275,30 @@ def _stream(scoring: Scoring, unfinished: Unfinished) -> Iterator[dict[str, Any]
     tasks = unfinished.tasks(_readers(settings, actors))
     rows = range_rows(scoring.transform, settings.range_bytes, settings.batch)
     read = RangeReader(scoring.reader, scoring.transform, rows, settings.decode_seconds, ray.put(unfinished))
+    for found in through_actors(tasks, read, RangeScorer, (scoring, [weights]), settings, actors):
+        yield from found.to_pylist()
+
+
+def through_actors(
+    tasks: list[dict[str, int]],
+    read: Callable[[pa.Table], Iterator[pa.Table]],
+    actor: type,
+    arguments: tuple[Any, ...],
+    settings: Score,
+    actors: int,
+) -> "Iterator[pa.Table]":
+    """What actors that hold models make of what tasks read, as it comes, on the Ray that is running.
+
+    Args:
+        tasks: a row for each task.
+        read: gives the tables of a task, of one row each, which hold decoded images.
+        actor: makes one table of one of those.
+        arguments: that each actor is made with.
+        settings: resources of both.
+        actors: how many.
+    """
+    import ray
+
     with ray.data.DataContext.current(_context(settings, actors)):
         ranges = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
             read,
@@ -284,8 +308,8 @@ def _stream(scoring: Scoring, unfinished: Unfinished) -> Iterator[dict[str, Any]
             compute=ray.data.TaskPoolStrategy(settings.readers),
         )
         scored = ranges.map_batches(
-            RangeScorer,
-            fn_constructor_args=(scoring, [weights]),
+            actor,
+            fn_constructor_args=arguments,
             batch_size=1,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
@@ -301,7 +325,7 @@ def _stream(scoring: Scoring, unfinished: Unfinished) -> Iterator[dict[str, Any]
         # A single split runs in a process of Ray's, where what Ray says of its own actors goes to its log.
         (followed,) = scored.streaming_split(1)
     for batch in followed.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
-        yield from cast("pa.Table", batch).to_pylist()
+        yield cast("pa.Table", batch)
 
 
 def _context(settings: Score, actors: int) -> "ray.data.DataContext":
