@@ -21,7 +21,7 @@ ROOMS = (
     ("pipeline.selection",),
     ("pipeline.report", "pipeline.duplicates"),
     ("pipeline.stages",),
-    ("pipeline.teaching",),
+    ("pipeline.exclusion", "pipeline.given", "pipeline.teaching"),
     ("pipeline.run",),
     ("pipeline.plan",),
     ("pipeline.content",),

@@ -151,6 +151,8 @@ class Student(Section):
 class Score(Section):
     """Stage (2), first half: the teacher on every image of U."""
 
+    table: Uri | None = None
+    """A score table of U that exists, in place of a teacher and a scoring: the `--out` of a `tophat score`, or a run's `scores`. Its classes must be those of D, in their order. What else decides scores is left out, or is what the table was made with."""
     classes_per_image: int = Field(default=10, ge=1, le=1000)
     """P: the classes with the highest scores that are kept for each image. Any smaller P can be selected later."""
     views: Views = "center"
@@ -258,6 +260,8 @@ class Deduplicate(Section):
 class Select(Section):
     """Stage (2), second half: the K best images of each class."""
 
+    selection: Uri | None = None
+    """A selection of U that exists, in place of a teacher, scores and the picking: the `--out` of a `tophat select`, or a run's `selection`. Its classes must be those of D, in their order. What else decides a selection is left out, or is what it was made with."""
     images_per_class: int = Field(default=16_000, ge=1, le=10**9)
     """K; with a class distribution, its mean: the total stays K x the number of classes."""
     zipf_exponent: float | None = Field(default=None, ge=0.0, le=10.0)
@@ -344,8 +348,8 @@ class Recipe(Section):
     """D, and what is held out."""
     unlabeled: Source
     """U."""
-    teacher: Teacher
-    """Stage (1)."""
+    teacher: Teacher | None = None
+    """Stage (1); not needed, and not made, where `score.table` or `select.selection` names what it is for."""
     score: Score = Score()
     """Stage (2): ranking."""
     deduplicate: Deduplicate = Deduplicate()
@@ -365,8 +369,42 @@ class Recipe(Section):
     report: Annotated[Report, FREE] = Report()
     """The report."""
 
+    @property
+    def given(self) -> str | None:
+        """The field that names what a teacher is for, and that exists; None where the run makes a teacher."""
+        if self.select.selection is not None:
+            return "select.selection"
+        return None if self.score.table is None else "score.table"
+
+    @property
+    def taught(self) -> Teacher | None:
+        """The teacher that the run makes, if it makes one."""
+        return self.teacher if self.given is None else None
+
+    @model_validator(mode="after")
+    def _from_what_exists(self) -> Self:
+        if self.given is None:
+            if self.teacher is None:
+                raise ValueError(
+                    "teacher must be given: without it, only score.table or select.selection can begin a run"
+                )
+            return self
+        if self.score.table is not None and self.select.selection is not None:
+            raise ValueError("score.table and select.selection exclude each other: a selection needs no scores")
+        if self.rounds > 1:
+            raise ValueError(f"rounds = {self.rounds} must be 1 with {self.given}, which is of one round")
+        if self.select.selection is not None and self.deduplicate.on:
+            raise ValueError("deduplicate must be off with select.selection: images are left out before one is made")
+        if self.deduplicate.near and self.deduplicate.model == TEACHER:
+            raise ValueError(
+                f"deduplicate.model = {TEACHER} is not known with score.table: name its model directory, or {RESNET18}"
+            )
+        return self
+
     @model_validator(mode="after")
     def _selectable(self) -> Self:
+        if self.given is not None:
+            return self  # what exists has settings of its own
         wanted, stored = self.select.classes_per_image, self.score.classes_per_image
         if wanted is not None and wanted > stored:
             raise ValueError(
@@ -396,7 +434,7 @@ class Recipe(Section):
         Raises:
             RecipeError: P is above the class count, or there are not as many weights.
         """
-        if self.score.classes_per_image > classes:
+        if self.given is None and self.score.classes_per_image > classes:
             raise RecipeError(
                 "score.classes_per_image",
                 self.score.classes_per_image,

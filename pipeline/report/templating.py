@@ -16,6 +16,7 @@ TEMPLATES = Path(__file__).parent / "pages"
 _FILTERS = (
     *(text.plain, text.short, text.percent, text.points, text.score, text.duration, text.thousands),
     text.parameters,
+    text.basename,
 )
 
 
