@@ -22,7 +22,7 @@ ROOMS = (
     ("pipeline.report", "pipeline.duplicates"),
     ("pipeline.stages",),
     ("pipeline.ready",),
-    ("pipeline.measuring", "pipeline.teaching"),
+    ("pipeline.exclusion", "pipeline.given", "pipeline.measuring", "pipeline.teaching"),
     ("pipeline.run",),
     ("pipeline.plan",),
     ("pipeline.content",),

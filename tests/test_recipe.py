@@ -45,6 +45,7 @@ def test_every_shipped_recipe_loads(name: str, tmp_path: Path) -> None:
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(recipe.to_yaml())
     assert load(str(resolved)) == recipe
+    assert recipe.teacher is not None
     assert isinstance(recipe.teacher.model, ModelConfig)
     assert recipe.teacher.model.transform.size == network(recipe).transform.size
 
@@ -52,6 +53,7 @@ def test_every_shipped_recipe_loads(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["demo", "fashion-mnist"])
 def test_laptop_recipes_need_no_gpu_and_two_cores(name: str) -> None:
     recipe = load(name)
+    assert recipe.teacher is not None
     assert recipe.teacher.training is not None
     for training in (recipe.teacher.training, recipe.pretrain, recipe.fine_tune.training, recipe.supervised):
         assert training.gpus_per_worker == 0
@@ -63,6 +65,7 @@ def test_laptop_recipes_need_no_gpu_and_two_cores(name: str) -> None:
 def test_paper_states_section_4_1() -> None:
     recipe = load("paper")
     pretrain, fine_tune = recipe.pretrain, recipe.fine_tune.training
+    assert recipe.teacher is not None
     assert isinstance(recipe.teacher.model, ModelConfig)
     assert recipe.teacher.training is not None
     assert recipe.teacher.model.architecture == "resnext101_32x48d"
@@ -524,7 +527,9 @@ def test_a_number_is_read_as_people_write_it(text: str) -> None:
 def test_a_name_may_look_like_a_number() -> None:
     assert load("demo", ["name=007"]).name == "007"
     assert load("demo", ["unlabeled.uri=2024-01-31"]).unlabeled.uri == "2024-01-31"
-    assert load("demo", ["teacher.model=010", "teacher.training=null"]).teacher.ready == "010"
+    teacher = load("demo", ["teacher.model=010", "teacher.training=null"]).teacher
+    assert teacher is not None
+    assert teacher.ready == "010"
 
 
 TEXTS = st.text(

@@ -103,7 +103,10 @@ def score(
     model: Model,
     source: Annotated[str, typer.Option("--source", metavar="URI", help="Images, in any layout.")],
     to: Annotated[
-        str, typer.Option("--out", metavar="URI", help="Folder of the score table; rejects go to its _rejects.")
+        str,
+        typer.Option(
+            "--out", metavar="URI", help="Folder of table/, the scores; rejects/ and listing.parquet beside it."
+        ),
     ],
     classes_per_image: ClassesPerImage = None,
     layout: Layout = "auto",
@@ -117,10 +120,10 @@ def score(
     from cluster import storage
     from cluster.progress import Display
     from models.card import read_card
-    from models.inputs.formats import NEEDS_PLUGIN
-    from pipeline.cli.tables import plugin_note, print_passed_over
+    from pipeline.cli.tables import print_passed_over, rejects_lines
     from pipeline.data.rejects import REJECTS
     from pipeline.recipe.reading import score_settings
+    from pipeline.scoring import beside
     from pipeline.scoring import score as scoring
 
     with in_options("--source"):
@@ -129,13 +132,13 @@ def score(
     images = listed("--source", source_of("--source", source, layout, image_column, label_column))
     images.check_outside("--out", to)
     target = storage.absolute(to)
-    scoring.claim("--out", target, storage.absolute(model), images, settings)
+    beside.claim("--out", target, storage.absolute(model), images, settings)
     session = ray_session(address, verbose, on_start=lambda: scoring.check_cluster(settings))
     with in_options("--source", out=to), session:
         session.start()
         with Display(out).task("scores", None) as progress:
-            rejects = storage.join(target, REJECTS)
-            scored = scoring.score(images, storage.absolute(model), target, rejects, settings, progress)
+            table, rejects = storage.join(target, beside.TABLE), storage.join(target, REJECTS)
+            scored = scoring.score(images, storage.absolute(model), table, rejects, settings, progress)
     counts = {
         "images listed": scored.listed,
         "scored": scored.scored,
@@ -145,6 +148,6 @@ def score(
     counts |= {f"  {reason}": count for reason, count in scored.rejects.items()}
     out.print(pairs(f"Score table {scored.uri}", counts))
     print_passed_over(out, {"--source": images})
-    if scored.rejects.get(NEEDS_PLUGIN):
-        out.print(f"note: {plugin_note(scored.rejects[NEEDS_PLUGIN])}", markup=False)
     out.print(f"images: {scored.listed:,} listed = {scored.scored:,} scored + {scored.rejected:,} rejected")
+    for line in rejects_lines(scored):
+        out.print(line, markup=False)

@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from models.inputs.formats import NEEDS_PLUGIN
-from pipeline.context import Stages, rounds_of, teacher_of
-from pipeline.data.rejects import counted
+from pipeline.context import Stages, begun, rounds_of, teacher_of
+from pipeline.data.rejects import counted, some_rejects
 from pipeline.data.sources import ImageSource
 from pipeline.evaluation import Measured, Trained
 from pipeline.measuring import BASELINE, Evaluated
@@ -22,6 +22,8 @@ from pipeline.selection.tags import Matched
 from pipeline.stages import Surveyed
 
 EXAMPLES = 20
+FEW = 3
+"""Rejects that are named on the terminal."""
 
 
 def table(title: str, *columns: str) -> Table:
@@ -40,7 +42,7 @@ def print_closing(console: Console, stages: Stages) -> None:
     for made in tagged.values():
         print_tags(console, made.outputs, stages["labeled-train"].outputs.class_names)
     for line in conservation_lines(stages):
-        console.print(line, highlight=False)
+        console.print(line, markup=False, highlight=False)
 
 
 def print_accuracies(console: Console, stages: Stages) -> None:
@@ -118,23 +120,32 @@ def conservation_lines(stages: Stages) -> list[str]:
             rejected = f", {counts.rejected:,} rejected" if counts.rejected else ""
             held = f", {counts.held_out:,} held out for validation" if counts.held_out else ""
             lines.append(f"labeled.{name}: {counts.images:,} used{held}{rejected}")
-    for prefix in (name.removesuffix("scores") for name in stages if name.rpartition("/")[2] == "scores"):
+    for prefix in begun(stages):
         said = f"{prefix.strip('/')}: " if prefix else ""
-        scores: Scored = stages[f"{prefix}scores"].outputs
-        lines.append(
-            f"{said}images: {scores.listed:,} listed = {scores.scored:,} scored + {scores.rejected:,} rejected"
-        )
-        if scores.rejects:
-            where = f"; which ones and why: {scores.rejects_uri}"
-            lines.append(f"  rejects: {counted(scores.rejects)}{where}")
-        if scores.rejects.get(NEEDS_PLUGIN):
-            lines.append(f"  {plugin_note(scores.rejects[NEEDS_PLUGIN])}")
-        if scores.unreadable_shards:
+        if f"{prefix}scores" in stages:
+            scores: Scored = stages[f"{prefix}scores"].outputs
             lines.append(
-                f"  {scores.unreadable_shards:,} shards could not be read, or not to their end: see the rejects"
+                f"{said}images: {scores.listed:,} listed = {scores.scored:,} scored + {scores.rejected:,} rejected"
             )
+            lines += rejects_lines(scores)
         if f"{prefix}selection" in stages:
             lines += [said + line for line in selection_lines(stages[f"{prefix}selection"].outputs)]
+    return lines
+
+
+def rejects_lines(scores: Scored) -> list[str]:
+    """Why images have no scores, and the names of some of them."""
+    lines = []
+    if scores.rejects:
+        lines.append(f"  rejects: {counted(scores.rejects)}; which ones and why: {scores.rejects_uri}")
+        some = some_rejects(scores.rejects_uri, FEW)
+        lines += [text.short(f"    {one.where}: {one.reason}", 150) for one in some]
+        if sum(scores.rejects.values()) > len(some):
+            lines.append("    ...")
+    if scores.rejects.get(NEEDS_PLUGIN):
+        lines.append(f"  {plugin_note(scores.rejects[NEEDS_PLUGIN])}")
+    if scores.unreadable_shards:
+        lines.append(f"  {scores.unreadable_shards:,} shards could not be read, or not to their end: see the rejects")
     return lines
 
 

@@ -206,6 +206,8 @@ USUAL_P = 10
 class Score(Section):
     """Stage (2), first half: the teacher on every image of U."""
 
+    table: Uri | None = None
+    """A score table of U that exists, in place of a teacher and a scoring: the `--out` of a `tophat score`, or a run's `scores`. Its classes must be those of D, in their order. What else decides scores is left out, or is what the table was made with."""
     classes_per_image: int | None = Field(default=None, ge=1, le=1000)
     """P: the classes with the highest scores that are kept for each image; by default 10, or every class where there are fewer. Any smaller P can be selected later."""
     views: Views = "center"
@@ -323,6 +325,8 @@ class Deduplicate(Section):
 class Select(Section):
     """Stage (2), second half: the K best images of each class."""
 
+    selection: Uri | None = None
+    """A selection of U that exists, in place of a teacher, scores and the picking: the `--out` of a `tophat select`, or a run's `selection`. Its classes must be those of D, in their order. What else decides a selection is left out, or is what it was made with."""
     images_per_class: int = Field(default=16_000, ge=1, le=10**9)
     """K; with a class distribution, its mean: the total stays K x the number of classes."""
     zipf_exponent: float | None = Field(default=None, ge=0.0, le=10.0)
@@ -410,7 +414,7 @@ class Recipe(Section):
     unlabeled: Source
     """U."""
     teacher: Teacher = Field(default_factory=Teacher)
-    """Stage (1)."""
+    """Stage (1); not made where `score.table` or `select.selection` names what it is for."""
     score: Score = Score()
     """Stage (2): ranking."""
     deduplicate: Deduplicate = Deduplicate()
@@ -430,6 +434,30 @@ class Recipe(Section):
     report: Annotated[Report, FREE] = Report()
     """The report."""
 
+    @property
+    def given(self) -> str | None:
+        """The field that names what a teacher is for, and that exists; None where the run makes a teacher."""
+        if self.select.selection is not None:
+            return "select.selection"
+        return None if self.score.table is None else "score.table"
+
+    @property
+    def taught(self) -> Teacher | None:
+        """The teacher that the run makes, if it makes one."""
+        return self.teacher if self.given is None else None
+
+    @model_validator(mode="after")
+    def _from_what_exists(self) -> Self:
+        if self.given is None:
+            return self
+        if self.score.table is not None and self.select.selection is not None:
+            raise ValueError("score.table and select.selection exclude each other: a selection needs no scores")
+        if self.rounds > 1:
+            raise ValueError(f"rounds = {self.rounds} must be 1 with {self.given}, which is of one round")
+        if self.select.selection is not None and self.deduplicate.on:
+            raise ValueError("deduplicate must be off with select.selection: images are left out before one is made")
+        return self
+
     @field_validator("pretrain", "supervised", mode="before")
     @classmethod
     def _usual_training(cls, given: Any, info: ValidationInfo) -> Any:
@@ -448,7 +476,13 @@ class Recipe(Section):
     @classmethod
     def _comparable(cls, deduplicate: Deduplicate, info: ValidationInfo) -> Deduplicate:
         score: Score | None = info.data.get("score")
-        if score is not None and deduplicate.near and deduplicate.model == TEACHER and not score.embedding:
+        if score is None or not deduplicate.near or deduplicate.model != TEACHER:
+            return deduplicate
+        if score.table is not None:
+            raise ValueError(
+                f"deduplicate.model = {TEACHER} is not known with score.table: name its model directory, or {RESNET18}"
+            )
+        if not score.embedding:
             raise ValueError(
                 "deduplicate.model = teacher compares features that score.embedding = false does not keep: "
                 f"set it to true, or the model to {RESNET18} or a model directory"
@@ -459,8 +493,8 @@ class Recipe(Section):
     @classmethod
     def _selectable(cls, select: Select, info: ValidationInfo) -> Select:
         score: Score | None = info.data.get("score")
-        if score is None:
-            return select
+        if score is None or score.table is not None or select.selection is not None:
+            return select  # what exists has settings of its own
         wanted, stored = select.classes_per_image, score.kept_of(USUAL_P)
         if wanted is not None and wanted > stored:
             raise ValueError(
@@ -487,7 +521,7 @@ class Recipe(Section):
         """
         for section in ("score", "select"):
             wanted = getattr(self, section).classes_per_image
-            if wanted is not None and wanted > classes:
+            if self.given is None and wanted is not None and wanted > classes:
                 rule = f"must be at most {classes}, the number of classes of D"
                 raise RecipeError(f"{section}.classes_per_image", wanted, rule, f"set it to {classes} or less")
         weights = self.select.class_weights

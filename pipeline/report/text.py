@@ -23,6 +23,11 @@ def short(text: str, limit: int = 120) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-(limit - limit // 2 - 1) :]}"
 
 
+def basename(path: str) -> str:
+    """The last part of a path."""
+    return path.rpartition("/")[2] or path
+
+
 def plotly_text(text: str) -> str:
     """`text` so that plotly, which reads a subset of HTML in labels, shows it as it stands."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

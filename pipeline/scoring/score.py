@@ -15,10 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster import storage
-from cluster.errors import RecipeError, RunError, StageError, shown
+from cluster.errors import RecipeError, StageError, shown
 from cluster.progress import Progress
 from cluster.resources import Bundle, Demand, check, cluster_shape
-from cluster.store import publish_json, read_json
 from cluster.tasks import original_errors, parallel_map
 from models.config import Outputs, Transform
 from pipeline.data.rejects import count_rejected, read_rejects
@@ -40,7 +39,6 @@ from pipeline.scoring.ledger import (
 if TYPE_CHECKING:
     import ray.data
 
-OWNER = "_scoring.json"
 GONE = (MissingShardError.reason, ChangedShardError.reason)
 """Reasons of the rejects of shards that the next attempt reads again."""
 
@@ -78,33 +76,6 @@ class Scored:
     rejected: int
     unreadable_shards: int
     rejects: dict[str, int]
-
-
-def claim(field: str, scores_uri: str, model_uri: str, source: ImageSource, settings: Score) -> None:
-    """Makes a folder this scoring's, so that the same command goes on in it and another one is refused.
-
-    Raises:
-        RunError: it holds scores of another model or source, or that other settings made.
-        StorageError: it cannot be written.
-    """
-    from models.card import read_card
-
-    wanted = {
-        "model": read_card(model_uri).fingerprint,
-        "source": source.fingerprint(),
-        **settings.deciding(),
-    }
-    storage.check_writable(field, scores_uri)
-    owner = storage.join(scores_uri, OWNER)
-    if storage.exists(owner):
-        found = read_json(owner)
-        for name in dict.fromkeys((*wanted, *found)):
-            if wanted.get(name) != found.get(name):
-                raise RunError(field, scores_uri, f"holds scores made with another {name}", "give another folder")
-    elif storage.list_files(scores_uri):
-        raise RunError(field, scores_uri, "is not empty and holds no scores", "give another folder")
-    else:
-        publish_json(owner, wanted)
 
 
 def score(
