@@ -20,6 +20,7 @@ ROOMS = (
     ("pipeline.scoring",),
     ("pipeline.selection",),
     ("pipeline.report", "pipeline.duplicates"),
+    ("pipeline.guide",),
     ("pipeline.stages",),
     ("pipeline.teaching",),
     ("pipeline.run",),
