@@ -16,6 +16,8 @@ Channel = Annotated[float, Field(ge=0.0, le=1.0)]
 Deviation = Annotated[float, Field(gt=0.0, le=10.0)]
 Scale = Annotated[float, Field(gt=0.0, le=1.0)]
 Views = Literal["center", "mirrored", "five", "ten"]
+Outputs = tuple[int | tuple[int, ...], ...]
+"""Of each class, the network's output; or several, whose probabilities add up."""
 
 CPU_BATCH, GPU_BATCH = 32, 256
 """Images of a forward pass in inference: on a CPU core, what its caches still help with; on a GPU, what fills it."""
@@ -30,10 +32,16 @@ class Transform(Section):
     size: int = Field(default=224, ge=8, le=1024)
     """Side of the square fed to the network, in pixels."""
     resize: int = Field(default=256, ge=8, le=2048)
-    """Shorter side of the image before the center crop of `size` is taken, in pixels; from `size` to twice `size`."""
+    """Shorter side of the image before the center crop of `size` is taken, in pixels; from `size` to twice `size`. Means nothing beside
+    a `fit` other than `crop`."""
+    fit: Literal["crop", "pad", "squash"] = "crop"
+    """How an image of another shape becomes a square: by the center crop; whole, with the mean color beside it (`pad`), which keeps what is
+    tall or wide; or whole and distorted (`squash`)."""
+    interpolation: Literal["bilinear", "bicubic", "nearest", "lanczos"] = "bilinear"
+    """How pixels are resized, as Pillow does it: with antialiasing, but for `nearest`."""
     crop: Literal["random_resized", "pad", "none"] = "random_resized"
-    """The crop in training: of a random area and aspect ratio (ImageNet), shifted within `padding` (small images), or
-    the center, as in evaluation."""
+    """The crop in training: of a random area and aspect ratio (ImageNet; of the square picture that `fit` makes), shifted within `padding`
+    (small images), or none: the picture is as in evaluation."""
     scale: tuple[Scale, Scale] = (0.08, 1.0)
     """Smallest and largest share of the image's area that `random_resized` keeps."""
     padding: int = Field(default=4, ge=1, le=256)
@@ -49,7 +57,7 @@ class Transform(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if not self.size <= self.resize <= 2 * self.size:
+        if self.fit == "crop" and not self.size <= self.resize <= 2 * self.size:
             raise ValueError(
                 f"resize = {self.resize} must be from size ({self.size}) to twice size ({2 * self.size}): "
                 "the center crop takes `size` pixels out of `resize`"
@@ -135,6 +143,8 @@ class Training(Section):
     """Nesterov's form of momentum."""
     weight_decay: float = Field(default=1e-4, ge=0.0, le=1.0)
     """L2 penalty on all parameters."""
+    freeze: Literal["none", "trunk"] = "none"
+    """`trunk` trains the last layer alone: all before it, its batch statistics too, stays as it is."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the forward and backward passes; weights stay float32. float16 needs a GPU."""
     max_failures: Annotated[int, FREE] = Field(default=3, ge=0, le=1000)

@@ -144,7 +144,7 @@ def start_from(model: nn.Module, initial: str, class_names: list[str], *, fresh_
         number = {name: i for i, name in enumerate(loaded.class_names)}
         known = not fresh_head and all(name in number for name in class_names)
         rows = torch.tensor([number.get(name, 0) for name in class_names])
-        for name in _last_layer(model, len(class_names)):
+        for name in _names_in(model, last_layer(model, len(class_names))):
             of_classes = name in state and state[name].ndim > 0 and len(state[name]) == len(loaded.class_names)
             state[name] = state[name][rows] if known and of_classes else own[name]
     if problem := mismatch(model, state):
@@ -159,12 +159,19 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _last_layer(model: nn.Module, outputs: int) -> list[str]:
-    """Names, in the state dict, of the last layer with `outputs` outputs."""
+def last_layer(model: nn.Module, outputs: int) -> nn.Module | None:
+    """The last layer with `outputs` outputs; None where there is none."""
     layers = [
-        name
-        for name, module in model.named_modules()
+        module
+        for module in model.modules()
         if isinstance(weight := getattr(module, "weight", None), Tensor) and weight.ndim > 1 and len(weight) == outputs
     ]
-    prefix = f"{layers[-1]}." if layers and layers[-1] else ""
-    return [name for name in model.state_dict() if layers and name.startswith(prefix)]
+    return layers[-1] if layers else None
+
+
+def _names_in(model: nn.Module, layer: nn.Module | None) -> list[str]:
+    """Names, in the state dict of the model, of what a layer of it has."""
+    if layer is None:
+        return []
+    prefix = next(name for name, module in model.named_modules() if module is layer)
+    return [name for name in model.state_dict() if name.startswith(f"{prefix}." if prefix else "")]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.config import Transform
+from models.config import Outputs, Transform
 from models.inputs.image import normalize
 
 
@@ -104,15 +104,15 @@ class SomeOutputs(nn.Module):
 
     Args:
         network: maps float32 [N, 3, size, size] to logits [N, outputs of the network].
-        outputs: their numbers, one for each class.
+        outputs: their numbers, one for each class, or several whose probabilities add up.
     """
 
-    def __init__(self, network: nn.Module, outputs: tuple[int, ...]) -> None:
+    def __init__(self, network: nn.Module, outputs: Outputs) -> None:
         super().__init__()
         self.network = network
-        self.outputs = list(outputs)
+        self.outputs = [[one] if isinstance(one, int) else list(one) for one in outputs]
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, classes]."""
-        logits: Tensor = self.network(x)[:, self.outputs]
-        return logits
+        logits: Tensor = self.network(x)
+        return torch.stack([logits[:, group].logsumexp(dim=1) for group in self.outputs], dim=1)

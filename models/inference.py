@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from cluster.errors import ModelError
-from models.config import CPU_BATCH, GPU_BATCH, Views
+from models.config import CPU_BATCH, GPU_BATCH, Outputs, Views
 from models.directory import load
 from models.features import Features
 from models.inputs.image import normalize
@@ -39,7 +39,7 @@ class Inference:
 
     Attributes:
         classes_per_image: P.
-        outputs: the network's outputs that count, in the order of the classes to report: class i is output `outputs[i]`. The softmax
+        outputs: the network's outputs that count, in the order of the classes to report: class i is `outputs[i]`. The softmax
             is over all outputs. None takes every output as the class of its own number.
         batch_size: images of a forward pass; by default what suits the device.
         views: which crops of an image are scored; their softmax (or logits) is averaged, as the paper does over the clips of
@@ -55,7 +55,7 @@ class Inference:
     """
 
     classes_per_image: int
-    outputs: tuple[int, ...] | None = None
+    outputs: Outputs | None = None
     batch_size: int | None = None
     views: Views = "center"
     logits: bool = False
@@ -112,6 +112,27 @@ def _few_sizes(batch_size: int) -> list[int]:
     return sorted({max(1, batch_size // part) for part in (8, 4, 2, 1)})
 
 
+class _Picked:
+    """The scores of classes, out of those of a network's outputs."""
+
+    def __init__(self, outputs: Outputs, device: torch.device) -> None:
+        groups = [(one,) if isinstance(one, int) else one for one in outputs]
+        self.numbers = torch.tensor([number for group in groups for number in group], device=device)
+        places = [place for place, group in enumerate(groups) for _ in group]
+        self._places = torch.tensor(places, device=device) if len(places) > len(groups) else None
+        self._classes = len(groups)
+
+    def of(self, scores: Tensor, logits: bool) -> Tensor:
+        """float32 [N, outputs] to float32 [N, classes]."""
+        picked = scores[:, self.numbers]
+        if self._places is None:
+            return picked
+        most = picked.amax(dim=1, keepdim=True) if logits else None
+        parts = picked if most is None else (picked - most).exp()
+        summed = picked.new_zeros(len(picked), self._classes).index_add_(1, self._places, parts)
+        return summed if most is None else summed.log() + most
+
+
 class Predictor:
     """A model directory's network, ready for as many images as come.
 
@@ -137,10 +158,12 @@ class Predictor:
         if self._device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = False  # of convolutions, where torch has it on
         self.how, self.transform = how, loaded.config.transform
-        if missing := {*(how.outputs or ())} - {*range(len(loaded.class_names))}:
-            rule = f"has {len(loaded.class_names)} outputs, and output {max(missing)} is wanted"
-            raise ModelError("model", uri, rule, "name outputs that it has")
-        self._outputs = None if how.outputs is None else torch.tensor(how.outputs, device=self._device)
+        self._outputs: _Picked | None = None
+        if how.outputs is not None:
+            self._outputs = _Picked(how.outputs, self._device)
+            if missing := {*self._outputs.numbers.tolist()} - {*range(len(loaded.class_names))}:
+                rule = f"has {len(loaded.class_names)} outputs, and output {max(missing)} is wanted"
+                raise ModelError("model", uri, rule, "name outputs that it has")
         self.batch_size = how.batch_size or (CPU_BATCH if self._device.type == "cpu" else GPU_BATCH)
         model = folded(loaded.model, self.transform.size).requires_grad_(False)
         model = model.to(self._device).to(memory_format=torch.channels_last)
@@ -194,7 +217,9 @@ class Predictor:
             if self._features is not None:
                 seen.append(self._features.take()[: len(batch)])
         scores = outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(dim=0)
-        return scores if self._outputs is None else scores[:, self._outputs], seen[0] if seen else None
+        if self._outputs is not None:
+            scores = self._outputs.of(scores, self.how.logits)
+        return scores, seen[0] if seen else None
 
     def _moved(self, images: Tensor) -> Tensor:
         """Images as one batch on the device; a GPU copies them while it computes what was asked of it before."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from cluster.progress import SILENT, Progress
 from cluster.tasks import cpus, parallel_map
+from models.config import Outputs
 from models.training.job import Row
 from pipeline.data.loading import TrainingSet
 from tuning.sweep import Trial
@@ -26,7 +27,7 @@ class Trained:
         history: of its training, a row at each of some steps.
         learning_rate: the best of a sweep, per 256 images.
         trials: of that sweep.
-        class_outputs: where its outputs are not the classes of D in their order: the output of each class.
+        class_outputs: where its outputs are not the classes of D in their order: the output of each class, or several whose probabilities add up.
     """
 
     images: int
@@ -36,7 +37,7 @@ class Trained:
     history: list[Row]
     learning_rate: float | None = None
     trials: tuple[Trial, ...] = ()
-    class_outputs: tuple[int, ...] | None = None
+    class_outputs: Outputs | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Candidate:
     """
 
     uri: str
-    outputs: tuple[int, ...] | None = None
+    outputs: Outputs | None = None
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def check_networks(recipe: Recipe, planned: Sequence[Planned], sources: Sources)
     networks: dict[str, ModelConfig] = {}
     if not isinstance(recipe.teacher.model, str) and unmade & {"teacher", "weak-pretrained"}:
         networks["teacher.model"] = recipe.teacher.model
-    if unmade & {"pretrained", "student", "supervised"}:
+    if recipe.student.model is not None and unmade & {"pretrained", "student", "supervised"}:
         networks["student.model"] = recipe.student.model
     if not networks:
         return

@@ -1,10 +1,11 @@
 """The paper's pipeline: section 3.2, from a recipe to a student. Section 3.3 and supplement 3 change the teacher alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.store import Made
 from pipeline.context import Run
 from pipeline.evaluation import Trained
+from pipeline.ready import existing, fit_linear_head, ready_model
 from pipeline.recipe.sections import Recipe
 from pipeline.stages import (
     Evaluated,
@@ -19,7 +20,7 @@ from pipeline.stages import (
     show_gallery,
     survey_labeled,
 )
-from pipeline.teaching import Network, Round, fine_tune, pretrain_on_weak_labels, ready_model, train
+from pipeline.teaching import Network, Round, fine_tune, pretrain_on_weak_labels, train
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def run(this: Run, recipe: Recipe) -> Result:
     data = survey_labeled(this, recipe)  # D
     pool = list_unlabeled(this, recipe.unlabeled)  # U
     teacher = first = obtain_teacher(this, recipe, data, pool)  # (1)
-    student = Network(recipe.student.model, recipe.seed_of("student"))
+    student = network_of_student(this, recipe, data)
     rounds = []
     for number in range(1, recipe.rounds + 1):
         with this.named(f"round-{number}" if recipe.rounds > 1 else ""):
@@ -63,25 +64,47 @@ def run(this: Run, recipe: Recipe) -> Result:
 def obtain_teacher(this: Run, recipe: Recipe, data: LabeledData, pool: Made[Listed]) -> Made[Trained]:
     """(1) The teacher: trained on D, or ready; pre-trained on weak labels before that (section 3.3); taught by itself after that
     (supplement 3)."""
-    wanted, seed = recipe.teacher, recipe.seed_of("teacher")
+    wanted = recipe.teacher
     with this.named("self-training" if wanted.self_training else ""):
-        if wanted.ready is not None and wanted.training is None:
-            teacher = ready_model(this, wanted.ready, data)
-        else:
-            assert wanted.training is not None
-            network = Network.of(wanted, seed)
+        teacher, itself = begin_teacher(this, recipe, data)
+        network = itself
+        if wanted.training is not None:
             if wanted.weak is not None:
                 network = pretrain_on_weak_labels(this, wanted.weak, network, data)
             teacher = train(this, "teacher", network, wanted.training, data.train, data)
+        assert teacher is not None
         if wanted.self_training is None:
             return teacher
-        itself = Network.of(wanted, seed).afresh()
         course = recipe.model_copy(
             update={"pretrain": wanted.self_training.pretrain, "fine_tune": wanted.self_training.fine_tune}
         )
-        teacher = distill(this, course, itself, teacher, data, pool).student
+        teacher = distill(this, course, replace(itself, fresh_head=False, afresh=True), teacher, data, pool).student
     this.call("teacher", teacher)
     return teacher
+
+
+def begin_teacher(this: Run, recipe: Recipe, data: LabeledData) -> tuple[Made[Trained] | None, Network]:
+    """The teacher before any training, where it is one that exists; and the network as which it is trained."""
+    wanted, seed = recipe.teacher, recipe.seed_of("teacher")
+    if not isinstance(wanted.model, str):
+        return None, Network(wanted.model, seed)
+    model, made = existing(this, "teacher", wanted.model, data, wanted), None
+    if wanted.head == "linear":
+        name = "teacher" if wanted.training is None else "teacher-head"
+        made = fit_linear_head(this, name, model, recipe.score, data, seed)
+        model = model.now(made)
+    elif wanted.training is None:
+        made = ready_model(this, model, wanted.class_map, data)
+    return made, Network.of(model, seed, fresh_head=wanted.head == "fresh")
+
+
+def network_of_student(this: Run, recipe: Recipe, data: LabeledData) -> Network:
+    """The student's network, with random weights or those of a model that exists and a new last layer."""
+    wanted, seed = recipe.student, recipe.seed_of("student")
+    if wanted.start is None:
+        return Network(wanted.model, seed)
+    model = existing(this, "student", wanted.start, data)
+    return Network.of(model, seed, config=wanted.model, fresh_head=True)
 
 
 def distill(

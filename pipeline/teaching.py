@@ -4,21 +4,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any, Protocol
-from unicodedata import normalize
 
 from cluster import storage
-from cluster.errors import LastingError, ModelError, StageError, shown
+from cluster.errors import LastingError, StageError
 from cluster.progress import Progress
 from cluster.resources import Bundle, Demand
 from cluster.store import WORK, Key, Made, Outside, RunStore, Watched
-from models.card import CARD, WEIGHTS, read_card, read_weights
+from models.card import read_card
 from models.config import ModelConfig, Training
 from models.training.job import TrainingJob
 from models.training.launch import fit
 from pipeline.context import Run
 from pipeline.data.loading import TrainingSet
 from pipeline.evaluation import Trained
-from pipeline.recipe.sections import FineTune, Teacher, Weak
+from pipeline.ready import Existing, class_outputs, copy_model
+from pipeline.recipe.sections import FineTune, Weak
 from pipeline.scoring.score import Scored
 from pipeline.selection.select import Selected
 from pipeline.selection.tags import Matched
@@ -32,43 +32,54 @@ class Network:
     """What is to be trained.
 
     Attributes:
-        model: the network and its input.
+        model: the network and its input; None for that of `start`.
         seed: of the initial weights, and of the order and the crops of the images.
         start: the model directory whose weights it begins with; random ones when None.
         start_fingerprint: what those weights depend on.
         fresh_head: whether its last layer begins with random weights all the same.
+        afresh: whether all of it does, so that of `start`, nothing but the network is taken.
     """
 
-    model: ModelConfig
+    model: ModelConfig | None
     seed: int
     start: str | None = None
     start_fingerprint: str | Outside = ""
     fresh_head: bool = False
+    afresh: bool = False
 
     @classmethod
-    def of(cls, teacher: Teacher, seed: int) -> "Network":
-        """The teacher's.
+    def of(cls, model: Existing, seed: int, *, config: ModelConfig | None = None, fresh_head: bool) -> "Network":
+        """One that begins as a model that exists.
+
+        Args:
+            model: that model.
+            seed: of everything random.
+            config: the network and its input, where it is not what the model says.
+            fresh_head: whether its last layer begins with random weights.
 
         Raises:
-            ModelError: the model that is to be ready is not.
+            ModelError: it is no model directory.
         """
-        if not isinstance(teacher.model, str):
-            return cls(teacher.model, seed)
-        uri, found = storage.absolute(teacher.model), _given_model(teacher.model)
-        return cls(_card(teacher.model).model, seed, uri, found, teacher.head == "fresh")
+        own = model.card().model if model.given else None
+        return cls(config or own, seed, model.uri, model.fingerprint, fresh_head)
 
-    def afresh(self) -> "Network":
-        """The same, with random weights."""
-        return Network(self.model, self.seed)
+    @property
+    def config(self) -> ModelConfig:
+        """The network and its input, where a stage works."""
+        if self.model is not None:
+            return self.model
+        assert self.start is not None
+        return read_card(self.start).model
 
     def starting_from(self, made: Made[Trained]) -> "Network":
         """The same, with the weights of a stage."""
-        return replace(self, start=made.uri, start_fingerprint=made.fingerprint, fresh_head=False)
+        return replace(self, start=made.uri, start_fingerprint=made.fingerprint, fresh_head=False, afresh=False)
 
     @property
     def sections(self) -> dict[str, Any]:
         """What of a recipe decides it."""
-        return {"model": self.model, "seed": self.seed, "fresh_head": self.fresh_head}
+        afresh = {"afresh": True} if self.afresh and self.model is None else {}
+        return {"model": self.model, "seed": self.seed, "fresh_head": self.fresh_head, **afresh}
 
 
 class Examples(Protocol):
@@ -100,17 +111,6 @@ class Round:
     student: Made[Trained]
 
 
-def _card(uri: str) -> Any:
-    try:
-        return read_card(storage.absolute(uri))
-    except ModelError as error:
-        raise ModelError("teacher.model", uri, error.rule, error.fix) from None
-
-
-def _given_model(uri: str) -> Outside:
-    return Outside.at("teacher.model", uri, lambda: str(_card(uri).fingerprint))
-
-
 def train(
     this: Run, name: str, network: Network, training: Training, examples: Examples, data: LabeledData
 ) -> Made[Trained]:
@@ -137,7 +137,8 @@ def train(
 
 
 def _key(name: str, network: Network, training: Training, examples: Examples, data: LabeledData) -> Key:
-    start = {"start": network.start_fingerprint} if network.start is not None else {}
+    begins = network.start is not None and not (network.afresh and network.model is not None)
+    start = {"start": network.start_fingerprint} if begins else {}
     return Key(
         name,
         {**network.sections, "training": training},
@@ -157,12 +158,12 @@ def _job(
 ) -> TrainingJob:
     return TrainingJob(
         name=name,
-        model=network.model,
+        model=network.config,
         class_names=list(data.class_names),
         training=training,
         data=images,
         validation=data.validation.load(),
-        initial=network.start,
+        initial=None if network.afresh else network.start,
         fresh_head=network.fresh_head,
         out="",
         seed=network.seed,
@@ -293,64 +294,9 @@ class _FineTuning:
 # Teachers
 
 
-def ready_model(this: Run, uri: str, data: LabeledData) -> Made[Trained]:
-    """A teacher that exists, as it is; copied, so that the run has all that it depends on.
-
-    Raises:
-        ModelError: it is no model directory, or does not know every class of D.
-    """
-    card, source = _card(uri), storage.absolute(uri)
-    given = _given_model(uri)
-
-    def work(place: str) -> Trained:
-        outputs = class_outputs(uri, card.class_names, data.class_names)
-        copy_model(source, place)
-        read_weights(place, read_card(place))  # the copy is whole, and of one model
-        same = outputs == tuple(range(len(card.class_names)))
-        metrics = dict(card.metrics)
-        return Trained(
-            0, card.model.architecture, card.parameters, metrics, [], class_outputs=None if same else outputs
-        )
-
-    key = Key("teacher", {}, {"model": given, "labeled.train": data.train.made.fingerprint})
-    return this.once(key, Trained, work, needs_ray=False)
-
-
-def class_outputs(uri: str, known: list[str], wanted: tuple[str, ...]) -> tuple[int, ...]:
-    """The model's output for each class of D, found by name.
-
-    Raises:
-        ModelError: it has none for some of them, or several for one.
-    """
-    places: dict[str, list[int]] = {}
-    for number, name in enumerate(known):
-        places.setdefault(normalize("NFC", name), []).append(number)
-    found = [places.get(normalize("NFC", name), []) for name in wanted]
-    missing = [name for name, numbers in zip(wanted, found, strict=True) if not numbers]
-    for name, numbers in zip(wanted, found, strict=True):
-        if len(numbers) > 1:
-            rule = f"has {len(numbers)} outputs of the name {shown(name, 60)}, a class of D"
-            raise ModelError("teacher.model", uri, rule, "give its outputs names that differ, in its model.json")
-    if missing:
-        raise ModelError(
-            "teacher.model",
-            uri,
-            f"has no output for {len(missing)} of the {len(wanted)} classes of D ({_few(missing)}); "
-            f"its own {len(known)} are {_few(known)}",
-            "rename the classes of D, or train a new last layer with teacher.head: fresh and teacher.training",
-        )
-    return tuple(number for numbers in found for number in numbers)
-
-
-def _few(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-    return ", ".join(shown(name, 60) for name in names[:5]) + more
-
-
 def _check_head(network: Network, data: LabeledData) -> None:
     """A model that begins a training with its own last layer knows every class."""
-    if network.start is not None and not network.fresh_head:
+    if network.start is not None and not (network.fresh_head or network.afresh):
         class_outputs(network.start, read_card(network.start).class_names, data.class_names)
 
 
@@ -377,10 +323,3 @@ def pretrain_on_weak_labels(this: Run, weak: Weak, network: Network, data: Label
     tagged = Tagged("teacher.weak.tags", weak.tags, weak.images, lambda: this.sources[field], {})
     images = _WeakImages(match_tags(this, "weak-tags", tagged, data), data)
     return network.starting_from(train(this, "weak-pretrained", network, weak.training, images, data))
-
-
-def copy_model(source: str, target: str) -> None:
-    """Copies a model directory; the card, which makes it complete, goes last."""
-    for file in (WEIGHTS, CARD):
-        with storage.local_copy(storage.join(source, file)) as local:
-            storage.publish(storage.join(target, file), local)

@@ -20,6 +20,12 @@ from pipeline.recipe.reading import load, load_text, shipped, validate
 from pipeline.recipe.sections import Recipe
 
 
+def network(recipe: Recipe) -> ModelConfig:
+    """The student's."""
+    assert recipe.student.model is not None
+    return recipe.student.model
+
+
 def message(path: str, *overrides: str) -> str:
     with pytest.raises(RecipeError) as error:
         load(path, overrides)
@@ -39,7 +45,7 @@ def test_every_shipped_recipe_loads(name: str, tmp_path: Path) -> None:
     resolved.write_text(recipe.to_yaml())
     assert load(str(resolved)) == recipe
     assert isinstance(recipe.teacher.model, ModelConfig)
-    assert recipe.teacher.model.transform.size == recipe.student.model.transform.size
+    assert recipe.teacher.model.transform.size == network(recipe).transform.size
 
 
 @pytest.mark.parametrize("name", ["demo", "fashion-mnist"])
@@ -59,7 +65,7 @@ def test_paper_states_section_4_1() -> None:
     assert isinstance(recipe.teacher.model, ModelConfig)
     assert recipe.teacher.training is not None
     assert recipe.teacher.model.architecture == "resnext101_32x48d"
-    assert recipe.student.model.architecture == "resnet50"
+    assert network(recipe).architecture == "resnet50"
     assert recipe.score.classes_per_image == 10
     assert recipe.select.images_per_class == 16_000
     for training in (recipe.teacher.training, pretrain, fine_tune, recipe.supervised):
@@ -103,7 +109,7 @@ def test_overrides_take_yaml_values() -> None:
     assert recipe.labeled.validation is None
     assert recipe.labeled.classes == ("a", "b: c")
     assert recipe.select.min_score == 0.25
-    assert recipe.student.model.options == {"width": 6, "slope": 0.001}
+    assert network(recipe).options == {"width": 6, "slope": 0.001}
     assert recipe.unlabeled.uri == "s3://bucket/a=b"
     assert recipe.dhat.images_per_shard == 100
 
@@ -115,7 +121,7 @@ def test_a_minimum_score_of_logits_may_be_any_number() -> None:
 def test_an_override_changes_its_own_section_alone() -> None:
     """The shipped recipes share sections by YAML anchors."""
     demo, changed = load("demo"), load("demo", ["student.model.transform.padding=1"])
-    assert changed.student.model.transform.padding == 1
+    assert network(changed).transform.padding == 1
     assert changed.teacher == demo.teacher
     paper, changed = load("paper"), load("paper", ["supervised.epochs=7"])
     assert changed.supervised.epochs == 7
@@ -309,7 +315,7 @@ def test_a_value_without_quotes_is_what_its_field_is(text: str, said: object) ->
     quoted = text[0] in "\"'!"
     found = load("demo", [f"labeled.classes=[{text}]", f"student.model.options={{x: {text}}}"])
     assert found.labeled.classes == (said if quoted else text,)
-    option = found.student.model.options["x"]
+    option = network(found).options["x"]
     assert (option, type(option)) == (said, type(said))
     assert load_text("RUN", "recipe.yaml", found.to_yaml().encode()) == found
 
@@ -345,8 +351,8 @@ def test_a_resolved_recipe_is_read_as_the_same(classes: list[str], options: dict
     recipe = validate(document)
     again = load_text("RUN", "recipe.yaml", recipe.to_yaml().encode())
     assert again == recipe
-    kinds = [(name, type(value)) for name, value in recipe.student.model.options.items()]
-    assert [(name, type(value)) for name, value in again.student.model.options.items()] == kinds
+    kinds = [(name, type(value)) for name, value in network(recipe).options.items()]
+    assert [(name, type(value)) for name, value in network(again).options.items()] == kinds
 
 
 def test_json_is_a_recipe() -> None:
@@ -368,7 +374,7 @@ def test_parts_of_lists_are_set_by_their_place() -> None:
     )
     assert recipe.labeled.classes == ("a", "007")
     assert recipe.fine_tune.sweep.learning_rates == (0.1, 0.5, 1.0)
-    assert recipe.student.model.transform.mean == (0.0, 0.5, 0.5)
+    assert network(recipe).transform.mean == (0.0, 0.5, 0.5)
     assert load("demo").fine_tune.sweep.learning_rates == (0.1, 0.5, 2.0)
     for place in ("3", "-1", "01", "x", "\u0661"):
         said = message("demo", f"fine_tune.sweep.learning_rates.{place}=1")

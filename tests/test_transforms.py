@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from pydantic import ValidationError
 from torchvision.transforms import v2
 
+from cluster.errors import RecipeError
 from models.config import Transform
 from models.inputs.image import (
     REASONS,
@@ -28,7 +29,10 @@ from models.inputs.image import (
     normalize,
     random_box,
     training_image,
+    whole_box,
 )
+from pipeline.recipe.sections import Score
+from pipeline.scoring.score import check_views
 
 SMALL = Transform(size=28, resize=32)
 
@@ -57,6 +61,81 @@ def test_evaluation_is_torchvisions_resize_and_center_crop(width: int, height: i
     assert got.shape == (3, 28, 28)
     assert got.dtype == np.uint8
     assert difference(got, reference) <= 1
+
+
+SHAPES = [(32, 32), (28, 28), (100, 60), (61, 99), (31, 300), (640, 480), (9, 9)]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
+
+@pytest.mark.parametrize("kind", ["nearest", "bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize(("width", "height"), SHAPES)
+def test_each_fit_and_interpolation_is_pils(width: int, height: int, kind: Interpolation) -> None:
+    image, method = picture(width, height), Image.Resampling[kind.upper()]
+    crop = v2.Compose([v2.Resize(32, v2.InterpolationMode(kind)), v2.CenterCrop(28)])
+    mean = tuple(round(255 * value) for value in SMALL.mean)
+    references = {
+        "crop": crop(image),
+        "pad": ImageOps.pad(image, (28, 28), method, mean),
+        "squash": image.resize((28, 28), method),
+    }
+    data = encoded(image)
+    for fit, reference in references.items():
+        got = evaluation_image(
+            data, Transform.model_validate({**SMALL.model_dump(), "fit": fit, "interpolation": kind})
+        )
+        away = np.abs(got.astype(int) - np.asarray(reference).transpose(2, 0, 1))
+        # A coordinate between two pixels is rounded either way: the nearest pixel is then the one or the other.
+        assert (
+            (away > 1).mean() < 0.1 if (fit, kind) == ("crop", "nearest") else away.max() <= 1 + (kind == "lanczos")
+        ), fit
+
+
+def test_a_padded_image_is_zero_where_nothing_is() -> None:
+    transform = Transform(size=28, fit="pad")
+    got = torch.from_numpy(evaluation_image(encoded(picture(20, 60)), transform))[None]
+    there = normalize(got, transform, torch.device("cpu"))[0]
+    assert there[:, :, :9].abs().max() < 0.01
+    assert there[:, :, 19:].abs().max() < 0.01
+    assert (there[:, :, 9:19].abs() > 0.05).float().mean() > 0.8
+
+
+FITS: list[Literal["crop", "pad", "squash"]] = ["crop", "pad", "squash"]
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_random_parts_lie_where_the_picture_is(fit: Literal["crop", "pad", "squash"]) -> None:
+    transform = Transform(size=28, resize=32, fit=fit, scale=(0.05, 1.0))
+    rng = random.Random(0)
+    for width, height in [(1, 5000), (5000, 1), (60, 200), (200, 60), (50, 50)]:
+        whole = whole_box(width, height, transform) if fit == "pad" else (0, 0, width, height)
+        boxes = np.array([random_box(width, height, transform, rng) for _ in range(500)])
+        assert (boxes[:, :2] >= np.array(whole[:2]) - 1e-6).all()
+        assert (boxes[:, 2:] <= np.array(whole[2:]) + 1e-6).all()
+        left, top = np.maximum(boxes[:, :2], 0).T
+        right, bottom = np.minimum(boxes[:, 2:], (width, height)).T
+        sides = np.minimum(boxes[:, 2:] - boxes[:, :2], (width, height))
+        np.testing.assert_allclose(
+            np.stack([right - left, bottom - top], axis=1), sides
+        )  # as much of it as there can be
+    if fit == "squash":
+        wide = np.array([random_box(200, 50, transform, rng) for _ in range(500)])
+        ratio = (wide[:, 2] - wide[:, 0]) / (wide[:, 3] - wide[:, 1])
+        assert ratio.min() > 2.8  # from 3/4 to 4/3 of 4, the picture's own
+        assert ratio.max() < 5.5
+
+
+def test_a_tall_drawing_keeps_its_subject() -> None:
+    image = Image.new("RGB", (40, 200), "white")
+    image.paste("red", (0, 0, 40, 20))
+    image.paste("blue", (0, 180, 40, 200))
+    for fit, both in (("crop", False), ("pad", True), ("squash", True)):
+        got = evaluation_image(encoded(image), Transform.model_validate({"size": 40, "resize": 40, "fit": fit}))
+        assert ([255, 0, 0] in got[:, :, 20].T.tolist(), [0, 0, 255] in got[:, :, 20].T.tolist()) == (both, both)
+
+
+def test_a_fit_at_its_default_changes_no_fingerprint() -> None:
+    assert Transform(fit="crop", interpolation="bilinear").deciding() == {}
+    assert Transform(fit="pad", interpolation="bicubic").deciding() == {"fit": "pad", "interpolation": "bicubic"}
 
 
 def test_an_image_of_the_networks_size_is_untouched() -> None:
@@ -190,14 +269,23 @@ def test_the_pixel_limit_counts_the_header_not_the_crop() -> None:
         evaluation_image(data, Transform(size=28, resize=32, max_pixels=10_099))
 
 
-@pytest.mark.parametrize(("width", "height"), [(1, 40_000), (40_000, 1), (1, 1), (2, 9)])
-def test_an_extreme_shape_costs_no_more_than_its_output(width: int, height: int) -> None:
-    data = encoded(Image.new("RGB", (width, height), (9, 8, 7)))
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize(("width", "height"), [(1, 40_000), (40_000, 1), (1, 5000), (5000, 1), (1, 1), (2, 9)])
+def test_an_extreme_shape_costs_no_more_than_its_output(
+    width: int, height: int, fit: Literal["crop", "pad", "squash"]
+) -> None:
     crops: list[Literal["random_resized", "pad", "none"]] = ["random_resized", "pad", "none"]
-    for crop in crops:
-        transform = Transform(size=224, resize=256, crop=crop)
-        assert evaluation_image(data, transform)[:, 100, 100].tolist() == [9, 8, 7]
-        assert training_image(data, transform, random.Random(1)).shape == (3, 224, 224)
+    for kind in ("PNG", "JPEG"):
+        data = encoded(Image.new("RGB", (width, height), (9, 8, 7)), kind)
+        for crop in crops:
+            transform = Transform(size=224, resize=256, crop=crop, fit=fit)
+            seen = evaluation_image(data, transform)
+            assert difference(seen[:, 112, 112], np.array([9, 8, 7])) <= 2
+            trained = [training_image(data, transform, random.Random(seed)) for seed in range(5)]
+            assert all(image.shape == (3, 224, 224) for image in trained)
+            assert all((image[2] < 12).any() for image in trained)  # not the padding alone
+    if fit == "pad" and (width, height) == (1, 5000):
+        assert [int(column.max()) for column in seen[2].T].count(int(seen[2, 0, 112])) == 1
 
 
 def test_a_hostile_exif_says_nothing_on_the_terminal(tmp_path: Path) -> None:
@@ -283,3 +371,11 @@ def test_normalize_is_torchvisions() -> None:
 def test_a_transform_that_cannot_be_is_refused(values: dict[str, object], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         Transform.model_validate(values)
+
+
+def test_corners_are_of_the_crop_alone() -> None:
+    five = Score(views="five")
+    check_views(SMALL, five)
+    for fit, said in (("pad", "transform.fit is pad"), ("squash", "transform.fit is squash")):
+        with pytest.raises(RecipeError, match=said):
+            check_views(Transform.model_validate({"size": 28, "resize": 32, "fit": fit}), five)

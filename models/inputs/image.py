@@ -45,6 +45,14 @@ DECODE_SECONDS = 10.0
 UNSIGNED = ("BMP", "PPM")
 """Formats of which a signature tells too little to be `known` by it."""
 
+RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+"""Of each `Transform.interpolation`."""
+
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -85,7 +93,7 @@ class UndecodableImage(TophatError):  # noqa: N818 - the design's word for it
 
 
 class Box(NamedTuple):
-    """A rectangle in an upright image, in pixels from the upper left corner; edges may lie between pixels."""
+    """A rectangle in an upright image, in pixels from the upper left corner; edges may lie between pixels, and outside the image."""
 
     left: float
     top: float
@@ -123,19 +131,20 @@ def decode(data: bytes, transform: Transform) -> NDArray[np.uint8]:
 def evaluation_image(data: bytes, transform: Transform, seconds: float = DECODE_SECONDS) -> NDArray[np.uint8]:
     """The image as evaluation and scoring see it: uint8 [3, size, size], RGB.
 
-    The shorter side is resized to `resize` (bilinear, antialiased), then the center `size` x `size` is cropped, as by
-    torchvision's `Resize` and `CenterCrop` on PIL images.
+    By `transform.fit`: `crop` resizes the shorter side to `resize`, then crops the center `size` x `size`, as torchvision's
+    `Resize` and `CenterCrop` on PIL images; `pad` resizes the longer side to `size` and puts the whole image in the middle of
+    the transform's mean color, as `PIL.ImageOps.pad`; `squash` resizes both sides to `size`.
 
     Args:
         data: an encoded image.
-        transform: the sizes.
+        transform: the sizes, `fit` and `interpolation`.
         seconds: of CPU time, after which decoding is given up.
 
     Raises:
         UndecodableImage: whatever the bytes are.
     """
     with _opened(data, transform, seconds) as encoded:
-        return _channels_first(_crop(encoded, center_box(*encoded.size, transform), transform.size))
+        return _channels_first(_crop(encoded, whole_box(*encoded.size, transform), transform))
 
 
 def training_image(data: bytes, transform: Transform, rng: random.Random) -> NDArray[np.uint8]:
@@ -151,8 +160,8 @@ def training_image(data: bytes, transform: Transform, rng: random.Random) -> NDA
     """
     with _opened(data, transform) as encoded:
         size = encoded.size
-        box = random_box(*size, transform, rng) if transform.crop == "random_resized" else center_box(*size, transform)
-        pixels = _crop(encoded, box, transform.size)
+        box = random_box(*size, transform, rng) if transform.crop == "random_resized" else whole_box(*size, transform)
+        pixels = _crop(encoded, box, transform)
     if transform.crop == "pad":
         pixels = _shifted(pixels, transform.padding, rng)
     if transform.flip and rng.random() < 0.5:
@@ -170,8 +179,13 @@ def upright_size(data: bytes, transform: Transform) -> tuple[int, int]:
         return encoded.size
 
 
-def center_box(width: int, height: int, transform: Transform) -> Box:
-    """What of a `width` x `height` image the center crop shows, after its shorter side became `resize`."""
+def whole_box(width: int, height: int, transform: Transform) -> Box:
+    """What of a `width` x `height` image evaluation shows, by `transform.fit`."""
+    if transform.fit == "squash":
+        return Box(0, 0, width, height)
+    if transform.fit == "pad":
+        side = max(width, height)
+        return Box((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
     shorter = min(width, height)
     new_width = transform.resize if width == shorter else int(transform.resize * width / shorter)
     new_height = transform.resize if height == shorter else int(transform.resize * height / shorter)
@@ -184,10 +198,25 @@ def center_box(width: int, height: int, transform: Transform) -> Box:
 def random_box(width: int, height: int, transform: Transform, rng: random.Random) -> Box:
     """A random part of a `width` x `height` image: a share of its area in `scale`, an aspect ratio from 3/4 to 4/3.
 
-    As torchvision's `RandomResizedCrop`: ten attempts, then the largest center crop of a permitted aspect ratio.
+    Where `fit` is `pad` or `squash`, area and aspect ratio are of the square picture. The part of a padded one is moved so that,
+    along each side, it lies within the image or holds all of it: none shows the padding alone.
     """
+    if transform.fit == "crop":
+        return _random_part(width, height, transform.scale, rng)
+    side = max(width, height)
+    part = _random_part(side, side, transform.scale, rng)
+    if transform.fit == "squash":
+        across, down = width / side, height / side
+        return Box(part.left * across, part.top * down, part.right * across, part.bottom * down)
+    across, down = part.right - part.left, part.bottom - part.top
+    left, top = _placed(width, across, side, rng), _placed(height, down, side, rng)
+    return Box(left, top, left + across, top + down)
+
+
+def _random_part(width: int, height: int, scale: tuple[float, float], rng: random.Random) -> Box:
+    """As torchvision's `RandomResizedCrop`: ten attempts, then the largest center crop of a permitted aspect ratio."""
     for _ in range(10):
-        area = width * height * rng.uniform(*transform.scale)
+        area = width * height * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         across, down = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < across <= width and 0 < down <= height:
@@ -196,6 +225,13 @@ def random_box(width: int, height: int, transform: Transform, rng: random.Random
     across, down = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
     left, top = (width - across) // 2, (height - down) // 2
     return Box(left, top, left + across, top + down)
+
+
+def _placed(length: int, extent: float, side: int, rng: random.Random) -> float:
+    """Where a part of that extent begins, along a side of an image of that length in the middle of a padded one of `side`."""
+    first = max(min(0, length - extent), (length - side) / 2)
+    last = min(max(0, length - extent), (length + side) / 2 - extent)
+    return rng.uniform(first, last)
 
 
 def normalize(images: "Tensor", transform: Transform, device: "torch.device") -> "Tensor":
@@ -365,9 +401,9 @@ def _gray(image: Image.Image) -> Image.Image:
     return Image.fromarray(gray)
 
 
-def _crop(encoded: _Encoded, box: Box, size: int) -> NDArray[np.uint8]:
-    """Decodes and resizes `box`, given in the upright header's pixels, to uint8 [size, size, 3]."""
-    width, height = encoded.size
+def _crop(encoded: _Encoded, box: Box, transform: Transform) -> NDArray[np.uint8]:
+    """Decodes and resizes `box`, given in the upright header's pixels, to uint8 [size, size, 3]; outside the image is the mean color."""
+    size, (width, height) = transform.size, encoded.size
     scale = max(size / (box.right - box.left), size / (box.bottom - box.top))
     pixels = encoded.pixels(scale)
     if pixels.size == (size, size) and box == (0, 0, size, size):
@@ -379,7 +415,23 @@ def _crop(encoded: _Encoded, box: Box, size: int) -> NDArray[np.uint8]:
         min(float(pixels.width), box.right * across),
         min(float(pixels.height), box.bottom * down),
     )
-    return np.asarray(pixels.resize((size, size), Image.Resampling.BILINEAR, box=scaled))
+    (left, columns), (top, rows) = _span(box.left, box.right, width, size), _span(box.top, box.bottom, height, size)
+    shown = np.asarray(pixels.resize((columns, rows), RESAMPLING[transform.interpolation], box=scaled))
+    if (columns, rows) == (size, size):
+        return shown
+    padded = np.empty((size, size, 3), np.uint8)
+    padded[:] = [round(255 * value) for value in transform.mean]
+    padded[top : top + rows, left : left + columns] = shown
+    return padded
+
+
+def _span(start: float, end: float, length: int, size: int) -> tuple[int, int]:
+    """Where an image from 0 to `length` begins in `size` pixels that show `start` to `end`, and how many it takes: at least one."""
+    before, after = max(0.0, -start), max(0.0, end - length)
+    if before + after == 0:
+        return 0, size
+    taken = max(1, round(size * (1 - (before + after) / (end - start))))
+    return round((size - taken) * before / (before + after)), taken
 
 
 def _shifted(pixels: NDArray[np.uint8], padding: int, rng: random.Random) -> NDArray[np.uint8]:

@@ -100,10 +100,11 @@ class _Trainer:
         self.model = build(job.model, len(job.class_names))
         if job.initial is not None:
             checkpoint.start_from(self.model, job.initial, job.class_names, fresh_head=job.fresh_head)
+        self.trained = self._freeze()
         self.layout = layout(self.model, self.device)
         self.model.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             lr=self.training.peak_learning_rate,
             momentum=self.training.momentum,
             nesterov=self.training.nesterov,
@@ -130,6 +131,8 @@ class _Trainer:
         network = self._distributed()
         meter = _Meter(self.device)
         self._reseed()
+        self.model.train(self.trained is self.model)
+        self.trained.train()
         while self.step < steps:
             tracer.at(self.step + 1)
             images, labels = next(batches)
@@ -150,6 +153,14 @@ class _Trainer:
                 provenance=job.provenance,
             )
         return self.history
+
+    def _freeze(self) -> nn.Module:
+        """The part that is trained; the others' parameters need no gradient."""
+        if self.training.freeze == "none":
+            return self.model
+        last = checkpoint.last_layer(self.model, len(self.job.class_names)) or self.model
+        self.model.requires_grad_(False)
+        return last.requires_grad_(True)
 
     def _learn(self, network: nn.Module, images: Tensor, labels: Tensor, steps: int, meter: "_Meter") -> None:
         """One step of SGD."""
@@ -214,6 +225,7 @@ class _Trainer:
         )
         with self._autocast():
             own = evaluate_batches(self.model, batches, job.model.transform, self.device)
+        self.trained.train()
         counts = torch.tensor([own.images, own.hits1, own.hits5, own.loss_sum], dtype=torch.float64, device=self.device)
         found = evaluation_of(self._summed(counts))
         return {"val_loss": found.loss, "val_top1": found.top1, "val_top5": found.top5}
@@ -251,7 +263,7 @@ class _Trainer:
             self.next_checkpoint = now + max(CHECKPOINT_SECONDS, CHECKPOINT_RATIO * (now - started))
 
     def _write(self, folder: Path) -> None:
-        names = [name for name, _ in self.model.named_parameters()]
+        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         state = self.optimizer.state_dict()["state"]
         momentum = {
             names[i]: entry["momentum_buffer"].cpu().contiguous()

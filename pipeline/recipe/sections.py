@@ -114,11 +114,17 @@ class Teacher(Section):
     """Stage (1): a network trained on D, or a model that exists; before that pre-trained on weak labels, after that taught by itself, if wanted."""
 
     model: Annotated[Annotated[ModelConfig, Tag(NETWORK)] | Annotated[Uri, Tag(READY)], Discriminator(_form_of_model)]
-    """A network to train, or the URI of a model directory that is ready."""
+    """A network to train; or a model that exists: the URI of a model directory, or a name that `tophat teacher` knows, such as `timm:resnet50` or `package.module:factory`."""
     training: Training | None = None
-    """How it is trained on D; a ready model without it is used as it is."""
-    head: Literal["native", "fresh"] = "native"
-    """Of a ready model: `native` keeps its outputs for the classes of D, found by name; `fresh` trains a new last layer on D."""
+    """How it is trained on D; a model that exists is used as it is without it."""
+    head: Literal["native", "linear", "zero-shot", "fresh"] = "native"
+    """Of a model that exists, its last layer. `native`: its own outputs for the classes of D, found by name; `linear`: logistic regression on its features of D, with the L2 that is best on held-out images; `zero-shot`: the classes' names, as `open_clip` reads them; `fresh`: a random one, which `training` trains."""
+    class_map: Uri | None = None
+    """Of `native`: a CSV file of two columns, a class of the model and the class of D that it stands for. The probabilities of several that stand for one add up."""
+    templates: (
+        Annotated[tuple[Annotated[str, Field(min_length=2, max_length=500)], ...], Field(min_length=1)] | None
+    ) = None
+    """Of `zero-shot`: sentences with {} for the class's name, whose meanings are averaged; by default the usual ones of CLIP."""
     weak: Weak | None = None
     """Weakly labeled images to pre-train on (section 3.3)."""
     self_training: SelfTraining | None = None
@@ -126,7 +132,7 @@ class Teacher(Section):
 
     @property
     def ready(self) -> str | None:
-        """The URI of the model directory; None where a network is trained from random weights."""
+        """The model that exists; None where a network is trained from random weights."""
         return self.model if isinstance(self.model, str) else None
 
     @model_validator(mode="after")
@@ -138,16 +144,32 @@ class Teacher(Section):
                 raise ValueError("head = fresh needs training: the new last layer has random weights")
             if self.weak is not None:
                 raise ValueError("weak needs training: after weak labels, the teacher is fine-tuned on D (section 3.3)")
-        if self.head == "fresh" and self.ready is None:
-            raise ValueError("head = fresh is for a model that exists; a network to train has a new last layer anyway")
+        if self.head != "native" and self.ready is None:
+            raise ValueError(f"head = {self.head} is for a model that exists; a network to train has a new last layer")
+        if self.head == "zero-shot" and not str(self.model).startswith("open_clip:"):
+            raise ValueError("head = zero-shot needs a model that knows words: model: open_clip:NAME/WEIGHTS")
+        if self.class_map is not None and (self.head != "native" or self.ready is None):
+            raise ValueError("class_map is for the own classes of a model that exists (head = native)")
+        if self.templates is not None and self.head != "zero-shot":
+            raise ValueError("templates are for head = zero-shot")
+        if any("{}" not in template for template in self.templates or ()):
+            raise ValueError("templates must have {} where the class's name goes")
         return self
 
 
 class Student(Section):
     """The network whose size is fixed by where it will be used."""
 
-    model: ModelConfig
-    """The network."""
+    model: ModelConfig | None = None
+    """The network; by default that of `start`."""
+    start: Uri | None = None
+    """A model that exists, as of `teacher.model`: the student and the baseline both begin with its weights, and a new last layer; by default with random weights."""
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if self.model is None and self.start is None:
+            raise ValueError("model must be given, or start")
+        return self
 
 
 class Score(Section):

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from cluster import storage
 from cluster.errors import RecipeError, ResourceError, TophatError, one_line
 from cluster.tasks import told_errors
-from models.config import Transform
+from models.config import Outputs, Transform
 from pipeline.data.reader import Reader
 from pipeline.data.rejects import Reject, publish_rejects
 from pipeline.recipe.sections import Score
@@ -57,7 +57,7 @@ class Scoring:
     transform: Transform
     classes: int
     settings: Score
-    outputs: tuple[int, ...] | None = None
+    outputs: Outputs | None = None
 
 
 class RangeScorer:

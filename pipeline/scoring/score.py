@@ -20,7 +20,7 @@ from cluster.progress import Progress
 from cluster.resources import Bundle, Demand, check, cluster_shape
 from cluster.store import publish_json, read_json
 from cluster.tasks import original_errors, parallel_map
-from models.config import Transform
+from models.config import Outputs, Transform
 from pipeline.data.rejects import count_rejected, read_rejects
 from pipeline.data.shards import ChangedShardError, MissingShardError
 from pipeline.data.sources import ImageSource
@@ -114,7 +114,7 @@ def score(
     rejects_uri: str,
     settings: Score,
     progress: Progress,
-    outputs: tuple[int, ...] | None = None,
+    outputs: Outputs | None = None,
 ) -> Scored:
     """Scores every image of a source that has no score yet, on the Ray that is running.
 
@@ -159,7 +159,14 @@ def check_views(transform: Transform, settings: Score) -> None:
     Raises:
         RecipeError: there is not.
     """
-    if settings.views in ("five", "ten") and transform.resize == transform.size:
+    if settings.views not in ("five", "ten"):
+        return
+    if transform.fit != "crop":
+        rule = (
+            f"has no corners to see where the model's transform.fit is {transform.fit}: the center is the whole image"
+        )
+        raise RecipeError("score.views", settings.views, rule, "set it to center or mirrored")
+    if transform.resize == transform.size:
         rule = f"has no corners to see where the model's transform.resize and size are both {transform.size}"
         raise RecipeError("score.views", settings.views, rule, "set it to center or mirrored")
 
