@@ -48,6 +48,7 @@ class Surveyed:
         per_class: `images` of each class.
         source: fingerprint of its listing.
         held_out: images of D that are kept for validation, beside `images`.
+        held_for_test: images of D that are kept for the test set, beside those.
     """
 
     class_names: tuple[str, ...]
@@ -57,6 +58,7 @@ class Surveyed:
     per_class: tuple[int, ...]
     source: str
     held_out: int = 0
+    held_for_test: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,24 +113,30 @@ _ONE_CPU = Demand("labeled", 1, (Bundle(1, 1.0),))
 
 
 def survey_labeled(this: Run, recipe: Recipe) -> LabeledData:
-    """D and the labeled sets that are held out: each read once, every image checked."""
+    """D and the labeled sets that are held out: each read once, every image checked. What D itself gives up for the test set is drawn
+    first, so that it stays where more or less is held out for validation."""
     settings, seed = recipe.labeled, recipe.seed_of("data")
-    holds_out = settings.validation is None
-    draw = {"validation_fraction": settings.validation_fraction, "seed": seed} if holds_out else {}
+    fractions = {"test": settings.test_fraction} if settings.test is None else {}
+    fractions |= {"validation": settings.validation_fraction} if settings.validation is None else {}
+    draw = {f"{name}_fraction": fraction for name, fraction in fractions.items()} | (
+        {"seed": seed} if fractions else {}
+    )
 
     def survey_train(place: str) -> Surveyed:
         found = _survey(this, "train")
         names = labeled_stage.class_names(found, settings.classes)
         recipe.check_class_count(len(names))
-        labels, held = labeled_stage.number_labels("labeled.train", found, names, complete=True), None
-        if holds_out:
-            labels, held = labeled_stage.hold_out(labels, settings.validation_fraction, seed)
-            if not labeled_stage.count_labels(held, len(names)).any():
-                rule = "can hold out no image, as every class of D has a single one"
-                fix = "add images, or name a labeled.validation source"
-                raise RecipeError("labeled.validation_fraction", settings.validation_fraction, rule, fix)
-            labeled_stage.save_labels(storage.join(place, "validation"), found.source, held, ())
-        return _surveyed(place, "train", found, labels, names, held)
+        labels = labeled_stage.number_labels("labeled.train", found, names, complete=True)
+        held = dict.fromkeys(("test", "validation"), 0)
+        for name, fraction in fractions.items():
+            number = labeled_stage.TEST if name == "test" else labeled_stage.VALIDATION
+            labels, drawn = labeled_stage.hold_out(labels, fraction, seed, draw=number)
+            if not labeled_stage.count_labels(drawn, len(names)).any():
+                rule = "can hold out no image, as every class of D has a single one left"
+                fix = f"add images, or name a labeled.{name} source"
+                raise RecipeError(f"labeled.{name}_fraction", fraction, rule, fix)
+            held[name] = labeled_stage.save_labels(storage.join(place, name), found.source, drawn, ())
+        return _surveyed(place, "train", found, labels, names, **held)
 
     def survey_other(name: str, place: str) -> Surveyed:
         found, names = _survey(this, name), train.outputs.class_names
@@ -138,7 +146,9 @@ def survey_labeled(this: Run, recipe: Recipe) -> LabeledData:
             raise SourceError(f"labeled.{name}.uri", root, "holds no image that can be used", "look at the files")
         return _surveyed(place, name, found, labels, names)
 
-    def other(name: str, source: Source) -> LabeledSet:
+    def other(name: str, source: Source | None) -> LabeledSet:
+        if source is None:
+            return LabeledSet(train, name)
         inputs = {"labeled.train": train.fingerprint}
         key = Key(f"labeled-{name}", {name: source}, inputs, watched=_listing(this, f"labeled.{name}"))
         return LabeledSet(this.once(key, Surveyed, lambda place: survey_other(name, place), demand=_ONE_CPU), name)
@@ -148,8 +158,7 @@ def survey_labeled(this: Run, recipe: Recipe) -> LabeledData:
     train = this.once(key, Surveyed, survey_train, demand=_ONE_CPU)
     if train.record is not None:
         recipe.check_class_count(len(train.outputs.class_names))
-    given = settings.validation
-    validation = LabeledSet(train, "validation") if given is None else other("validation", given)
+    validation = other("validation", settings.validation)
     return LabeledData(LabeledSet(train, "train"), validation, other("test", settings.test))
 
 
@@ -168,7 +177,8 @@ def _surveyed(
     found: Survey,
     labels: labeled_stage.Labels,
     names: tuple[str, ...],
-    held: labeled_stage.Labels | None = None,
+    validation: int = 0,
+    test: int = 0,
 ) -> Surveyed:
     images = labeled_stage.save_labels(storage.join(place, name), found.source, labels, found.rejects)
     return Surveyed(
@@ -178,7 +188,8 @@ def _surveyed(
         shards=len(found.source.shards()),
         per_class=tuple(labeled_stage.count_labels(labels, len(names)).tolist()),
         source=found.source.fingerprint(),
-        held_out=0 if held is None else int(labeled_stage.count_labels(held, len(names)).sum()),
+        held_out=validation,
+        held_for_test=test,
     )
 
 

@@ -20,6 +20,7 @@ ROOMS = (
     ("pipeline.scoring",),
     ("pipeline.selection",),
     ("pipeline.report", "pipeline.duplicates"),
+    ("pipeline.guide",),
     ("pipeline.stages",),
     ("pipeline.ready",),
     ("pipeline.exclusion", "pipeline.given", "pipeline.measuring", "pipeline.teaching"),

@@ -169,6 +169,16 @@ def training_image(data: bytes, transform: Transform, rng: random.Random) -> NDA
     return _channels_first(pixels)
 
 
+def upright_size(data: bytes, transform: Transform) -> tuple[int, int]:
+    """Width and height as the header says, upright; no pixel is decoded.
+
+    Raises:
+        UndecodableImage: there is no such header, or it tells of more than `transform.max_pixels`.
+    """
+    with _opened(data, transform) as encoded:
+        return encoded.size
+
+
 def whole_box(width: int, height: int, transform: Transform) -> Box:
     """What of a `width` x `height` image evaluation shows, by `transform.fit`."""
     if transform.fit == "squash":

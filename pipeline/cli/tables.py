@@ -119,6 +119,7 @@ def conservation_lines(stages: Stages) -> list[str]:
             counts: Surveyed = stages[f"labeled-{name}"].outputs
             rejected = f", {counts.rejected:,} rejected" if counts.rejected else ""
             held = f", {counts.held_out:,} held out for validation" if counts.held_out else ""
+            held += f", {counts.held_for_test:,} for the test set" if counts.held_for_test else ""
             lines.append(f"labeled.{name}: {counts.images:,} used{held}{rejected}")
     for prefix in begun(stages):
         said = f"{prefix.strip('/')}: " if prefix else ""

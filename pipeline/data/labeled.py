@@ -25,6 +25,8 @@ from pipeline.data.tar import number_of
 
 REJECTED = -1
 """In a table of labels: an image that cannot be used."""
+VALIDATION, TEST = 1, 2
+"""Draws of what is held out."""
 Labels = Sequence[Integers]
 """Labels of a source: per shard, int64 [rows], the output of each row's class, or `REJECTED`."""
 
@@ -194,7 +196,7 @@ def count_labels(labels: Sequence[Integers], classes: int) -> Integers:
 
 
 def hold_out(
-    labels: Sequence[Integers], fraction: float, seed: int
+    labels: Sequence[Integers], fraction: float, seed: int, *, draw: int = VALIDATION
 ) -> tuple[tuple[Integers, ...], tuple[Integers, ...]]:
     """Splits labels into those to train on and those held out, class by class, by a draw that depends on the seed alone.
 
@@ -202,13 +204,14 @@ def hold_out(
         labels: per shard, int64 [rows].
         fraction: share of every class that is held out; at least one image, and at least one stays.
         seed: of the draw.
+        draw: which of the draws from that seed; what one of them holds out says nothing about another.
 
     Returns:
         Two tuples like `labels`; in each, the other's images are `REJECTED`. A class with a single image keeps it for training.
     """
     flat = np.concatenate(labels)
     held = np.zeros(len(flat), bool)
-    keys = np.random.default_rng([seed, 1]).random(len(flat))
+    keys = np.random.default_rng([seed, draw]).random(len(flat))
     for number in np.unique(flat[flat != REJECTED]):
         members = np.flatnonzero(flat == number)
         count = min(max(1, round(fraction * len(members))), len(members) - 1)

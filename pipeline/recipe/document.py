@@ -49,9 +49,12 @@ def parse(text: str) -> Any:
         raise Unreadable("is not valid YAML (it has the number of a character that there is not)") from None
 
 
-def dump(document: Any) -> str:
-    """Plain data as YAML that `parse` takes for the same, and so do readers of YAML 1.1 and 1.2."""
-    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+def dump(document: Any, *, one_line: bool = False) -> str:
+    """Plain data as YAML that `parse` takes for the same, and so do readers of YAML 1.1 and 1.2; a list or a mapping on one line, if wanted."""
+    width, flow = (10**9, True) if one_line else (120, False)
+    return yaml.dump(
+        document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=width, default_flow_style=flow
+    )
 
 
 def _place(mark: Any) -> str:

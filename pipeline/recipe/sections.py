@@ -66,9 +66,11 @@ class Labeled(Section):
     validation: Source | None = None
     """Labeled images to choose the fine-tuning learning rate on."""
     validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
-    """Without `validation`: the share of D that is held out for it (a fixed draw from `seed`)."""
-    test: Source
+    """Without `validation`: the share of D that is held out for it (a fixed draw from `seed`), of what `test_fraction` leaves."""
+    test: Source | None = None
     """Labeled images that every result is measured on; nothing is chosen on them."""
+    test_fraction: float = Field(default=0.2, gt=0.0, lt=1.0)
+    """Without `test`: the share of D that is held out for it, class by class (a fixed draw from `seed`)."""
     classes: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = None
     """Class names in the order of the network's outputs; by default what D itself says, else sorted."""
 

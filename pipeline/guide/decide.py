@@ -1,0 +1,411 @@
+"""Which settings fit what was found. Each decision is a pure function, and says why; `decide` puts them together.
+
+The numbers come from the shipped recipes (benchmarks/README.md says what they give) and from the paper, where there is no other source.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+from pipeline.guide.findings import Findings, Machine, Ready, fewest
+
+T = TypeVar("T")
+
+SIZES = (28, 32, 64, 96, 128, 160, 224)
+"""Sides of inputs that are chosen from, in pixels."""
+CPU_SIZE = 64
+"""The largest of them without a GPU: a training step at 128 pixels takes four times as long."""
+ELONGATED = 1.5
+"""Longer over shorter side from which a center crop loses a third of the image."""
+HELD_OUT, HELD_OUT_PER_CLASS, MOST_HELD_OUT = 150, 10, 5_000
+"""Images that validation wants, at least, and that it never needs more of."""
+LARGEST_SHARE = 1 / 3
+"""Of D, that validation may take; a test set takes at most a quarter."""
+TESTED, TEST_SHARE = 400, 0.25
+"""Images that a test set wants: the standard error of an accuracy is then at most 2.5 points."""
+FEW_LABELS = 10
+"""Labels of a class that are few."""
+POOL_SHARE = 0.2
+"""Share of U's images, divided by the classes, that is taken for each: of those that show a class, the best; others show none."""
+PAPER_K = 16_000
+"""Section 4.1."""
+MINIBATCH = 20
+"""Images of a step on CPUs, as in the shipped recipes; small, because small sets have few steps."""
+GPU_BATCH = 64
+FLOOR = 1 / 3
+"""What a length is shortened to, at most."""
+
+
+@dataclass(frozen=True)
+class Choice(Generic[T]):
+    """A value, and why it is that."""
+
+    value: T
+    why: str
+
+
+@dataclass(frozen=True)
+class Network:
+    """An architecture that has a name, and its options."""
+
+    architecture: str
+    options: Mapping[str, int]
+
+    @property
+    def shown(self) -> str:
+        """As people read it."""
+        return self.architecture + "".join(f", {name} {value}" for name, value in self.options.items())
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Images seen by each training."""
+
+    teacher: int
+    pretrain: int
+    fine_tune: int
+    supervised: int
+
+    def times(self, factor: float) -> "Lengths":
+        """All of them shortened alike."""
+        return Lengths(*(_round(factor * one) for one in (self.teacher, self.pretrain, self.fine_tune, self.supervised)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a recipe needs to say, with its reasons.
+
+    Attributes:
+        size: side of the input.
+        fit: how an image becomes a square.
+        teacher: a network to train, or None where one is given.
+        student: the network.
+        head: of a teacher that is given; empty where there is none.
+        lengths: of the trainings.
+        rates: of the sweep.
+        selected_classes: P of the selection.
+        images_per_class: K.
+        test_fraction: share of D for the test set; None where one is given.
+        validation_fraction: share of the rest for validation.
+        gpus: that train.
+        drop_copies: whether copies inside U are left out.
+        notes: what was changed to be in time.
+    """
+
+    size: Choice[int]
+    fit: Choice[str]
+    teacher: Choice[Network | None]
+    student: Choice[Network]
+    head: str
+    lengths: Choice[Lengths]
+    rates: Choice[tuple[float, ...]]
+    selected_classes: Choice[int]
+    images_per_class: Choice[int]
+    test_fraction: Choice[float] | None
+    validation_fraction: Choice[float]
+    gpus: int
+    drop_copies: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def small(self) -> bool:
+        """Whether the networks are the small ResNets, which train at small minibatches and high rates."""
+        return self.size.value <= CPU_SIZE
+
+    @property
+    def batch(self) -> int:
+        """Images of a step, on one worker."""
+        return GPU_BATCH if self.gpus else MINIBATCH
+
+
+def standard_error(images: int, accuracy: float = 0.5) -> float:
+    """Of an accuracy that is measured on so many images, in points."""
+    return 100 * math.sqrt(accuracy * (1 - accuracy) / max(1, images))
+
+
+def input_size(shorter: int, gpus: int) -> Choice[int]:
+    """The side of the input, from the median of the images' shorter sides."""
+    most = SIZES[-1] if gpus else CPU_SIZE
+    fitting = [size for size in SIZES if size <= min(shorter, most)]
+    if not fitting:
+        return Choice(max(8, shorter), f"half of the images have a side below {SIZES[0]} pixels")
+    if fitting[-1] == most and not gpus and shorter > most:
+        return Choice(most, f"the images would allow more (their shorter sides have {shorter:,} pixels), CPUs do not")
+    return Choice(fitting[-1], f"the shorter sides of the images have {shorter:,} pixels (median)")
+
+
+def fit(elongation: float) -> Choice[str]:
+    """How an image becomes a square."""
+    if elongation > ELONGATED:
+        return Choice("pad", f"a quarter of the images are over {elongation:.1f} times as long as wide: a crop would cut them off")
+    return Choice("crop", "the images are nearly square")
+
+
+def share_for_test(labeled: int, classes: int) -> Choice[float]:
+    """Without a test set: the share of D that becomes one."""
+    share = min(TEST_SHARE, max(TESTED, HELD_OUT_PER_CLASS * classes) / labeled)
+    count = round(share * labeled)
+    return Choice(_two_digits(share), f"about {count:,} images: a standard error of {standard_error(count):.1f} points")
+
+
+def share_for_validation(labeled: int, classes: int) -> Choice[float]:
+    """The share of D, without its test set, that settings are chosen on."""
+    wanted = min(MOST_HELD_OUT, max(HELD_OUT, HELD_OUT_PER_CLASS * classes, labeled // 10))
+    share = min(LARGEST_SHARE, wanted / labeled)
+    count = round(share * labeled)
+    return Choice(_two_digits(share), f"about {count:,} images: a standard error of {standard_error(count):.1f} points")
+
+
+def rates(held_out: int, *, small: bool) -> Choice[tuple[float, ...]]:
+    """The learning rates that fine-tuning tries, per 256 images: as many as the validation set can tell apart."""
+    every = (0.02, 0.1, 0.5) if small else (0.001, 0.004, 0.016)
+    error = f"the standard error on {held_out:,} validation images is {standard_error(held_out):.0f} points"
+    if held_out < 25:
+        return Choice(every[1:2], f"{error}: too much to choose on")
+    if held_out < 75:
+        return Choice((every[0], every[2]), f"{error}: only what differs much can be told apart")
+    return Choice(every, error)
+
+
+def networks(size: int, classes: int, labeled: int, gpus: int) -> tuple[Choice[Network], Choice[Network]]:
+    """The teacher's and the student's."""
+    if not gpus:
+        width = 16 if classes <= 50 else 32
+        why = f"small ResNets learn {size} pixels on CPUs in minutes"
+        why += "" if classes <= 50 else f"; wide ones, as there are {classes:,} classes"
+        return (
+            Choice(Network("resnet14", {"width": width}), why),
+            Choice(Network("resnet8", {"width": width // 2}), "a half as wide and deep as the teacher; take the one that you need"),
+        )
+    if size <= CPU_SIZE:
+        why = f"the input has {size} pixels"
+        return Choice(Network("resnet56", {"width": 32}), why), Choice(Network("resnet20", {"width": 16}), why)
+    if labeled < 20_000:
+        why = f"{labeled:,} labels are few for a larger one"
+        return Choice(Network("resnet50", {}), why), Choice(Network("resnet18", {}), "smaller than the teacher")
+    why = f"{labeled:,} labels, and a GPU"
+    return Choice(Network("resnext101_32x4d", {}), why), Choice(Network("resnet50", {}), "the paper's student")
+
+
+def head_of(teacher: Ready, names: Mapping[str, int]) -> Choice[str]:
+    """What of a teacher that exists answers for the classes of D."""
+    if teacher.class_names and set(names) <= set(teacher.class_names):
+        return Choice("native", "it knows every class of D by name")
+    middle = sorted(names.values())[len(names) // 2]
+    if teacher.library == "open_clip" and middle < FEW_LABELS:
+        return Choice("zero-shot", f"it reads class names, and half of the classes have {middle:,} labels or fewer")
+    return Choice("linear", "a new last layer for the classes of D is fitted on its features")
+
+
+def selected_classes(classes: int) -> Choice[int]:
+    """P of the selection: as a share of the classes, about the paper's 10 of 1000."""
+    if classes <= 20:
+        return Choice(1, f"with {classes} classes, an image's second-best one is mostly a wrong one")
+    value = min(10, max(2, round(classes / 50)))
+    return Choice(value, f"{classes:,} classes, of which some are hard to tell apart")
+
+
+def images_per_class(pool: int, classes: int, labels: int) -> Choice[int]:
+    """K, from the images of U, the classes, and the labels of a usual class."""
+    value = max(1, min(PAPER_K, pool // classes, max(labels, round(POOL_SHARE * pool / classes))))
+    if pool < classes:
+        return Choice(1, f"U has fewer images ({pool:,}) than there are classes")
+    return Choice(value, f"a fifth of U, over {classes:,} classes; with more, images that show none of them come in")
+
+
+def lengths(labeled: int, dhat: int, gpus: int, *, small: bool) -> Choice[Lengths]:
+    """Images seen by each training, from those that D trains on and those of D-hat."""
+    teacher = max(15_000, min(150 * labeled, 60_000), 30 * labeled)
+    pretrain = max(60_000, (20 if gpus else 5) * dhat)
+    epochs = 40 if small and labeled <= 1_000 else 30
+    fine_tune = epochs * labeled
+    if not small:
+        teacher, fine_tune = max(teacher, 90 * labeled), max(8_000, fine_tune)
+    # The baseline sees as many images as the student does, so that what is compared is what they are.
+    made = Lengths(_round(teacher), _round(pretrain), _round(fine_tune), _round(pretrain + fine_tune))
+    return Choice(made, "the baseline sees as many images as the student does in both of its trainings")
+
+
+def decide(found: Findings) -> Plan:
+    """A plan for what was found, as long as it takes."""
+    labeled, classes, gpus = found.labeled.labeled, found.classes, found.machine.gpus
+    size = input_size(min(found.labeled.shorter, found.unlabeled.shorter), gpus)
+    small = size.value <= CPU_SIZE
+    test = None if found.test is not None else share_for_test(labeled, classes)
+    left = labeled - (0 if test is None else round(test.value * labeled))
+    validation = share_for_validation(left, classes)
+    held_out = round(validation.value * left)
+    network, student = networks(size.value, classes, left, gpus)
+    teacher, head = Choice[Network | None](network.value, network.why), ""
+    if found.teacher is not None:
+        choice = head_of(found.teacher, found.labeled.per_class)
+        teacher, head = Choice(None, choice.why), choice.value
+    middle = sorted(found.labeled.per_class.values())[classes // 2]
+    chosen = images_per_class(found.unlabeled.images, classes, middle)
+    return Plan(
+        size=size,
+        fit=fit(max(found.labeled.elongation, found.unlabeled.elongation)),
+        teacher=teacher,
+        student=student,
+        head=head,
+        lengths=lengths(left - held_out, chosen.value * classes, gpus, small=small),
+        rates=rates(held_out, small=small),
+        selected_classes=selected_classes(classes),
+        images_per_class=chosen,
+        test_fraction=test,
+        validation_fraction=validation,
+        gpus=gpus,
+        drop_copies=found.copies.pool_inside > found.unlabeled.seen / 100,
+    )
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds that one image takes: of a training step and of a forward pass, on one worker, and to read and decode it.
+
+    `size` is the input that they were measured at.
+    """
+
+    size: int
+    teacher_step: float
+    student_step: float
+    teacher_forward: float
+    decode: float
+    score_decode: float
+
+
+TRAINING_START, SCORING_START, OTHERS = 14.0, 14.0, 30.0
+"""Seconds until a training's workers learn, until an actor scores, and of everything that is not one of these (2 cores)."""
+
+
+def estimate(plan: Plan, costs: Costs, found: Findings) -> dict[str, float]:
+    """Seconds of each stage, by name."""
+    larger = (plan.size.value / costs.size) ** 2
+    student = larger * costs.student_step + costs.decode
+    teacher = larger * costs.teacher_step + costs.decode
+    forward = costs.teacher_forward * (larger if plan.teacher.value is not None else 1.0)
+    workers, machine, seen = max(1, plan.gpus), found.machine, plan.lengths.value
+    passes = found.unlabeled.images * (forward + costs.score_decode)
+    if machine.gpus:
+        passes = found.unlabeled.images * max(forward / machine.gpus, costs.score_decode / machine.cores)
+    trials = len(plan.rates.value)
+    once = {
+        "teacher": TRAINING_START + seen.teacher * teacher / workers if plan.teacher.value is not None else 0.0,
+        "scores": SCORING_START + passes / (1 if machine.gpus else machine.cores),
+        "pretrained": TRAINING_START + seen.pretrain * student / workers,
+        "student": trials * (TRAINING_START + seen.fine_tune * student / workers),
+        "supervised": TRAINING_START + seen.supervised * student / workers,
+        "the rest": OTHERS,
+    }
+    return {name: seconds for name, seconds in once.items() if seconds}
+
+
+def in_time(plan: Plan, costs: Costs, found: Findings, minutes: float) -> Plan:
+    """The plan, shortened until it takes no longer: first its trainings, to a third at most, then its input."""
+    whole = sum(estimate(plan, costs, found).values())
+    if whole <= 60 * minutes:
+        return plan
+    for size in [plan.size.value, *(size for size in reversed(SIZES) if size < plan.size.value)]:
+        smaller = replace(plan, size=Choice(size, plan.size.why))
+        fixed = sum(estimate(replace(smaller, lengths=Choice(Lengths(0, 0, 0, 0), "")), costs, found).values())
+        moving = sum(estimate(smaller, costs, found).values()) - fixed
+        factor = min(1.0, (60 * minutes - fixed) / max(moving, 1e-9))
+        if factor >= FLOOR:
+            return _shortened(smaller, plan, factor, minutes)
+    least = _shortened(smaller, plan, FLOOR, minutes)
+    takes = sum(estimate(least, costs, found).values()) / 60
+    return replace(least, notes=(*least.notes, f"that is still {takes:.0f} minutes: take a smaller part of U, or a faster machine"))
+
+
+def _shortened(plan: Plan, before: Plan, factor: float, minutes: float) -> Plan:
+    notes = []
+    if plan.size.value < before.size.value:
+        notes.append(f"the input was made smaller ({plan.size.value} and not {before.size.value} pixels) for {minutes:g} minutes")
+    if factor < 1:
+        notes.append(f"trainings were shortened to {factor:.0%} for {minutes:g} minutes")
+    return replace(plan, lengths=Choice(plan.lengths.value.times(factor), plan.lengths.why), notes=tuple(notes))
+
+
+def warnings_of(found: Findings) -> list[str]:
+    """What a person should know before a run, in plain words, the gravest first."""
+    said = []
+    labeled, copies = found.labeled, found.copies
+    for option in found.inside:
+        what = "test images would be pre-trained on, and the accuracy be too good" if option == "--test" else "its images would be selected, too"
+        said.append(f"{option} lies inside --unlabeled: {what}")
+    if copies.test:
+        names = ", ".join(f"{one.shown} = {other.shown}" for one, other in copies.test[:3])
+        said.append(f"{len(copies.test):,} test images are copies of labeled ones ({names}): the accuracy would be too good; remove them")
+    if copies.contradicting:
+        one, other = copies.contradicting[0]
+        said.append(
+            f"{len(copies.contradicting):,} labeled images are in two classes ({one.shown} is {other.shown}): remove the wrong ones"
+        )
+    if copies.inside > len(copies.contradicting):
+        said.append(f"{copies.inside:,} labeled images are copies of others: what is held out is less new than it seems")
+    few = fewest(labeled.per_class, FEW_LABELS - 1)
+    if few:
+        names = ", ".join(f"{name} {count:,}" for name, count in few[:3])
+        said.append(f"{len(few):,} of {found.classes:,} classes have fewer than {FEW_LABELS} labels ({names}): more of these would help most")
+    most, least = max(labeled.per_class.values()), min(labeled.per_class.values())
+    if most > 5 * least:
+        said.append(f"the classes are unequal: from {least:,} to {most:,} labels; the model will prefer the large ones")
+    for option, one in (("--labeled", labeled), ("--test", found.test), ("--unlabeled", found.unlabeled)):
+        if one is not None and one.unusable:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(one.unusable.items()))
+            of = f" of the {one.decoded:,} looked at" if one.decoded < one.images else ""
+            said.append(f"{option}: {sum(one.unusable.values()):,} images{of} cannot be used ({reasons}), such as {one.examples[0].shown}")
+    if found.unlabeled.images < 5 * labeled.labeled:
+        said.append(f"U is small beside D ({found.unlabeled.images:,} and {labeled.labeled:,} images): expect little")
+    if found.test is not None and found.test.labeled < 100:
+        error = standard_error(found.test.labeled)
+        said.append(f"the test set has {found.test.labeled:,} images: differences below {2 * error:.0f} points say nothing")
+    return said
+
+
+def document_of(plan: Plan, found: Findings) -> dict[str, Any]:
+    """The sections of a recipe that the plan decides, as plain data; `teacher` without a model that is given."""
+    training: dict[str, Any] = {"batch_size": plan.batch}
+    if plan.small:
+        training |= {"learning_rate": 2.0, "drops": 2}
+    if plan.gpus:
+        training |= {"workers": plan.gpus, "gpus_per_worker": 1, "precision": "bfloat16"}
+    seen = plan.lengths.value
+    fine_tuning = {name: value for name, value in training.items() if name != "learning_rate"}
+    score: dict[str, Any] = {"classes_per_image": min(10, found.classes)}
+    if plan.gpus:
+        score |= {"gpus_per_actor": 1, "precision": "bfloat16"}
+    return {
+        "transform": transform_of(plan),
+        "teacher": {"images_seen": seen.teacher, **training, **({"weight_decay": 0.002} if plan.small else {})},
+        "score": score,
+        "pretrain": {"images_seen": seen.pretrain, **training},
+        "fine_tune": {"images_seen": seen.fine_tune, **fine_tuning},
+        "supervised": {"images_seen": seen.supervised, **training},
+    }
+
+
+def transform_of(plan: Plan) -> dict[str, Any]:
+    """`transform`, of a network that is trained."""
+    size = plan.size.value
+    made: dict[str, Any] = {"size": size, "resize": size if plan.small else round(size * 8 / 7)}
+    if size <= 32:
+        return made | {"crop": "pad", "padding": max(1, size // 14), "flip": True}
+    return made | {"crop": "random_resized", "scale": [0.35 if plan.small else 0.08, 1.0], "flip": True}
+
+
+def _two_digits(share: float) -> float:
+    return max(0.0001, float(f"{share:.2g}"))
+
+
+def _round(images: float) -> int:
+    """To two digits: more would say more than is known."""
+    digits = max(0, len(str(int(images))) - 2)
+    return max(1, int(round(images / 10**digits) * 10**digits))
+
+
+def described(machine: Machine) -> str:
+    """A machine, in words."""
+    gpus = f", {machine.gpus} x {machine.gpu}" if machine.gpus else ", no GPU"
+    return f"{machine.cores} cores, {machine.memory:.0f} GiB{gpus}"
