@@ -32,7 +32,7 @@ def ingest(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="A folder of images or shards, or a known data set: digits, fashion-mnist."
+            metavar="SOURCE", help="A folder of images or shards, or a known data set: digits, fashion-mnist, drawings."
         ),
     ],
     to: Annotated[str, typer.Option("--out", metavar="URI", help="An empty or new folder.")],
@@ -59,6 +59,7 @@ def ingest(
 
     lost: tuple[tuple[str, str], ...] = ()
     sources: dict[str, ImageSource] = {}
+    licence: str | None = None
     display = Display(out, here=True)
     if source in datasets.NAMES:
         with display.task("ingest", None) as progress:
@@ -66,6 +67,7 @@ def ingest(
                 source, to, origin=origin, train_per_class=train_per_class, seed=seed, progress=progress
             )
         table = pairs(f"{'Made' if made.fresh else 'Found'} {made.uri}", made.counts)
+        licence = made.licence
     else:
         for option, value in (("--from", origin), ("--train-per-class", train_per_class)):
             if value is not None:
@@ -93,6 +95,8 @@ def ingest(
         lost = written.unreadable
         sources["SOURCE"] = found
     out.print(table)
+    if licence:
+        out.print(f"licence: {licence}", markup=False)
     for shard, reason in lost:
         out.print(one_line(f"not read to its end: {shard}: {reason}"), markup=False)
     print_passed_over(out, sources)
