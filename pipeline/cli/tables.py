@@ -35,18 +35,20 @@ def print_closing(console: Console, stages: Stages) -> None:
     """The closing tables: accuracies as in Table 2, a row for each round; then what became of every image."""
     if "evaluation" in stages:
         evaluated: Evaluated = stages["evaluation"].outputs
-        supervised = evaluated.models["supervised"]
-        columns = ("", "Pre-trained", "Fine-tuned", "Fully supervised", "Gain")
+        supervised = evaluated.models.get("supervised")  # not of a recipe without a baseline
+        columns = ("", "Pre-trained", "Fine-tuned", "Fully supervised", "Gain")[: 5 if supervised else 4]
         accuracy = table(f"Top-1 / top-5 on {text.thousands(evaluated.images)} test images", *columns)
         for prefix in rounds_of(stages):
             pretrained, student = (evaluated.models[f"{prefix}{name}"] for name in ("pretrained", "student"))
-            cells = [_accuracy(one) for one in (pretrained, student, supervised)]
+            cells = [_accuracy(pretrained), _accuracy(student)]
+            if supervised is not None:
+                cells += [_accuracy(supervised), text.points(student.top1 - supervised.top1)]
             name = f"student {_network(stages[f'{prefix}student'].outputs)}"
             name += f", {prefix.strip('/').replace('-', ' ')}" if prefix else ""
-            accuracy.add_row(name, *cells, text.points(student.top1 - supervised.top1))
+            accuracy.add_row(name, *cells)
         teacher = teacher_of(stages)
         assert teacher is not None
-        accuracy.add_row(f"teacher {_network(teacher.outputs)}", "", "", _accuracy(evaluated.models["teacher"]), "")
+        accuracy.add_row(f"teacher {_network(teacher.outputs)}", "", "", _accuracy(evaluated.models["teacher"]))
         console.print(accuracy)
     tagged = {made.fingerprint: made for name, made in stages.items() if made.key.stage in ("weak-tags", "tags")}
     for made in tagged.values():

@@ -403,8 +403,10 @@ class Recipe(Section):
     """Stage (3): the student on D-hat."""
     fine_tune: FineTune = Field(default=USUAL)
     """Stage (4)."""
+    baseline: bool = True
+    """Whether the baseline is trained: the same student on D alone, which tells the gain of the method."""
     supervised: Training = Field(default=USUAL)
-    """The baseline: the same student on D alone (Table 2, "Fully Supervised")."""
+    """How the baseline is trained (Table 2, "Fully Supervised")."""
     report: Annotated[Report, FREE] = Report()
     """The report."""
 
