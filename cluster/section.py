@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, get_args, get_origin
@@ -18,6 +19,25 @@ class _Free:
 
 FREE: Final = _Free()
 """Marks a field that decides nothing about a result: how fast it comes, on what, or how it is shown. `workers: Annotated[int, FREE]`."""
+
+
+USUAL: Final[Any] = None
+"""The default of a field that a section around its own fills in, as it depends on what else is there."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """Marks a type that has words of its own, as a noun: `Annotated[str, Said("a local path or a URI")]`."""
+
+    words: str
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Marks a number that has a unit: `Annotated[int, Unit("in pixels")]`."""
+
+    words: str
+
 
 _WORDS: Final = MappingProxyType(
     {word: said for said, words in ((True, "true yes on"), (False, "false no off")) for word in words.split()}

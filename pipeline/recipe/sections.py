@@ -18,7 +18,7 @@ from pydantic import (
 
 from cluster.config import Cluster
 from cluster.errors import RecipeError
-from cluster.section import FREE, Section
+from cluster.section import FREE, USUAL, Said, Section, Unit
 from models.config import CPU_BATCH, GPU_BATCH, ModelConfig, Training, Views
 from models.usual import usual_fine_tuning, usual_training
 from pipeline.recipe.document import dump
@@ -40,7 +40,10 @@ SIDECAR = "sidecar"
 RESNET18, TEACHER = "resnet18", "teacher"
 """Models that `deduplicate.model` knows by name."""
 Uri = Annotated[
-    str, StringConstraints(min_length=1, max_length=2000, strip_whitespace=True), AfterValidator(_one_spelling)
+    str,
+    StringConstraints(min_length=1, max_length=2000, strip_whitespace=True),
+    AfterValidator(_one_spelling),
+    Said("a local path or a URI"),
 ]
 """A location, in one of its spellings: `a//b/`, `./a/b` and `a/b` are the same local path."""
 
@@ -94,8 +97,13 @@ class Weak(Section):
     """How the network is pre-trained on W."""
 
 
-USUAL: Any = None
-"""The default of a section that a validator fills in, as it depends on the network (`models.usual`)."""
+class FineTune(Section):
+    """Stage (4): the pre-trained student on D."""
+
+    training: Training = Field(default=USUAL)
+    """How; its learning rate is what the sweep replaces."""
+    sweep: Sweep = Field(default=USUAL)
+    """Which initial learning rates are tried."""
 
 
 class SelfTraining(Section):
@@ -103,7 +111,7 @@ class SelfTraining(Section):
 
     pretrain: Training = Field(default=USUAL)
     """Of the network on what the first teacher selected."""
-    fine_tune: "FineTune" = Field(default=USUAL)
+    fine_tune: FineTune = Field(default=USUAL)
     """Of the pre-trained network on D."""
 
 
@@ -206,9 +214,9 @@ class Score(Section):
     """Tasks that read and decode at once; by default what the actors leave of the CPUs."""
     cpus_per_reader: Annotated[float | None, FREE] = Field(default=None, gt=0.0, le=64.0)
     """CPUs reserved for each of them; by default 0.25 beside actors on CPUs and 1 beside actors on GPUs."""
-    range_mib: Annotated[int | None, FREE] = Field(default=None, ge=1, le=4096)
+    range_mib: Annotated[int | None, FREE, Unit("in MiB")] = Field(default=None, ge=1, le=4096)
     """Decoded images of a row range, in MiB, rounded down to whole batches but at least one; by default 8 on CPUs and 128 on GPUs. A range travels together and has one file. A larger shard is scored in several ranges; smaller shards share one with those that follow."""
-    decode_seconds: Annotated[float, FREE] = Field(default=10.0, ge=0.1, le=3600.0)
+    decode_seconds: Annotated[float, FREE, Unit("in seconds")] = Field(default=10.0, ge=0.1, le=3600.0)
     """CPU time that decoding one image may take; one that takes more is a reject."""
     max_reject_fraction: Annotated[float, FREE] = Field(default=1.0, ge=0.0, le=1.0)
     """The run stops when a larger share of U could not be scored."""
@@ -315,7 +323,7 @@ class Select(Section):
     """Tags of U: `sidecar` for those that U has beside its images; else Parquet files with the columns `shard`, `index`, and `tags` (words, as of `teacher.weak`) or `class_ids` (numbers of classes). Then each class gets images at random among those tagged with it, and not the best-scored (section 4.4, "balanced-with-tags")."""
     exclude: tuple[Uri, ...] = ()
     """Parquet files, or folders of them, with columns `shard` and `index`: images that are never selected."""
-    memory_mib: Annotated[int, FREE] = Field(default=2048, ge=64, le=1_000_000)
+    memory_mib: Annotated[int, FREE, Unit("in MiB")] = Field(default=2048, ge=64, le=1_000_000)
     """What each scanning task may hold; with more classes x K, the scores are read once for each range of classes that fits."""
 
     @model_validator(mode="after")
@@ -334,15 +342,6 @@ class Dhat(Section):
 
     images_per_shard: int = Field(default=4096, ge=1, le=1_000_000)
     """Images in one shard."""
-
-
-class FineTune(Section):
-    """Stage (4): the pre-trained student on D."""
-
-    training: Training
-    """How; its learning rate is what the sweep replaces."""
-    sweep: Sweep
-    """Which initial learning rates are tried."""
 
 
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -373,8 +372,8 @@ class Report(Section):
 class Recipe(Section):
     """One run of the paper's pipeline (section 3.2)."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
-    """Letters, digits, dots, dashes. A run directory belongs to one name."""
+    name: str = Field(default="recipe", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """Of the run: letters, digits, dots, dashes; by default the name of the recipe's file. A run directory belongs to one name."""
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     """What random draws begin with: which images are held out, the initial weights, the order of images, their crops."""
     seeds: Seeds = Seeds()
@@ -386,9 +385,9 @@ class Recipe(Section):
     labeled: Labeled
     """D, and what is held out."""
     unlabeled: Source
-    """U."""
+    """U, the images without labels."""
     teacher: Teacher = Field(default_factory=Teacher)
-    """Stage (1)."""
+    """Stage (1): the teacher."""
     score: Score = Score()
     """Stage (2): ranking."""
     deduplicate: Deduplicate = Deduplicate()
@@ -396,13 +395,13 @@ class Recipe(Section):
     select: Select = Select()
     """Stage (2): picking."""
     dhat: Dhat = Dhat()
-    """Stage (2): D-hat."""
+    """Stage (2): D-hat, the copies of what was picked."""
     student: Student = Student()
     """The student's network, in stages (3), (4) and the baseline."""
     pretrain: Training = Field(default=USUAL)
     """Stage (3): the student on D-hat."""
     fine_tune: FineTune = Field(default=USUAL)
-    """Stage (4)."""
+    """Stage (4): the student on D."""
     baseline: bool = True
     """Whether the baseline is trained: the same student on D alone, which tells the gain of the method."""
     supervised: Training = Field(default=USUAL)
