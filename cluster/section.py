@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic.fields import FieldInfo
 
 
 class _Free:
@@ -146,6 +147,14 @@ def sections_in(annotation: object) -> Iterator[type[Section]]:
         yield annotation
     for part in get_args(annotation):
         yield from sections_in(part)
+
+
+def fields_within(section: type[BaseModel], place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+    """Every field of a section and of the sections within, by where it is; a section before its fields."""
+    for name, field in section.model_fields.items():
+        yield (*place, name), field
+        for inside in sections_in(field.annotation):
+            yield from fields_within(inside, (*place, name))
 
 
 def _settled(value: Any, kinds: frozenset[type]) -> Any:

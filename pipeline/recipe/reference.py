@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from cluster.errors import InputError
-from cluster.section import FREE, USUAL, Said, Unit, sections_in
+from cluster.section import FREE, USUAL, Said, Unit, fields_within, sections_in
 from models import usual
 from models.config import SMALL_RESNETS
 from pipeline.recipe.sections import Recipe
@@ -184,13 +184,15 @@ def _about(section: type[BaseModel]) -> str:
     return _flat(inspect.getdoc(section) or "")
 
 
-def places(section: type[BaseModel] = Recipe, prefix: str = "", decides: bool = True) -> Iterator[tuple[str, Entry]]:
+def places() -> Iterator[tuple[str, Entry]]:
     """Every field of a recipe by its whole name, sections before their fields; what a section does not decide, none of its fields does."""
-    for entry in entries(section):
-        one = replace(entry, decides=entry.decides and decides)
-        yield f"{prefix}{one.name}", one
-        for inside in one.sections:
-            yield from places(inside, f"{prefix}{one.name}.", one.decides)
+    free: set[tuple[str, ...]] = set()
+    for place, field in fields_within(Recipe):
+        one = _entry(place[-1], field)
+        if not one.decides or place[:-1] in free:
+            free.add(place)
+            one = replace(one, decides=False)
+        yield ".".join(place), one
 
 
 def _nearest(field: str) -> str:
