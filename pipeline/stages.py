@@ -18,7 +18,8 @@ from pipeline.data.sources import ImageSource
 from pipeline.duplicates import exclude as deduplication
 from pipeline.duplicates.exclude import Excluded
 from pipeline.evaluation import Candidate, Measured, Trained, measure
-from pipeline.recipe.sections import SIDECAR, Recipe, Score, Source
+from pipeline.recipe.sections import Recipe, Score, Source
+from pipeline.recipe.uris import SIDECAR
 from pipeline.report import gallery
 from pipeline.report.gallery import Gallery
 from pipeline.scoring import score as scoring

@@ -202,6 +202,9 @@ def test_what_is_usual_depends_on_the_network(tmp_path: Path) -> None:
     assert taught.self_training is not None
     assert (*lengths(taught.self_training.pretrain), taught.self_training.pretrain.learning_rate) == (90, 60_000, 2.0)
     assert taught.self_training.fine_tune.sweep.learning_rates == (0.02, 0.1, 0.5, 2.0)
+    weak = written(file, MINIMAL, "teacher.model.architecture=resnet8", "teacher.weak.images.uri=w").teacher.weak
+    assert weak is not None
+    assert (*lengths(weak.training), weak.training.learning_rate) == (90, 60_000, 2.0)
 
 
 def test_a_mistake_is_told_without_what_is_usual(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from cluster.errors import InputError
 from cluster.section import FREE, Section, Unit
 from pipeline.recipe.reading import load, load_text
 from pipeline.recipe.reference import entries, explain, page, places
-from pipeline.recipe.sections import Labeled, Uri
+from pipeline.recipe.sections import Labeled
+from pipeline.recipe.uris import Uri
 
 Answer = tuple[int, str, str]
 DOCS = Path(__file__).parent.parent / "docs" / "recipe.md"

@@ -1,15 +1,12 @@
 """The sections of a recipe: everything that decides a run's result, in one validated, immutable object. Imports nothing heavy."""
 
 from collections.abc import Mapping
-from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Self
 from unicodedata import normalize
 
 from pydantic import (
-    AfterValidator,
     Discriminator,
     Field,
-    StringConstraints,
     Tag,
     ValidationInfo,
     field_validator,
@@ -18,34 +15,13 @@ from pydantic import (
 
 from cluster.config import Cluster
 from cluster.errors import RecipeError
-from cluster.section import FREE, USUAL, Said, Section, Unit
+from cluster.section import FREE, USUAL, Section, Unit
 from models.config import CPU_BATCH, GPU_BATCH, ModelConfig, Training, Views
 from models.usual import usual_fine_tuning, usual_training
+from pipeline.recipe.deduplicate import Deduplicate
 from pipeline.recipe.document import dump
+from pipeline.recipe.uris import RESNET18, SIDECAR, TEACHER, Uri
 from tuning.config import Sweep
-
-
-def _one_spelling(uri: str) -> str:
-    scheme, slashes, path = uri.partition("://")
-    if slashes:
-        return f"{scheme}://{path.rstrip('/')}"  # what else has two slashes in an object store is another key
-    plain = str(PurePosixPath(uri))
-    if plain != uri and plain in (SIDECAR, RESNET18, TEACHER):
-        return f"./{plain}"  # a path that is spelled so that it is none of these words
-    return plain[1:] if plain.startswith("//") else plain
-
-
-SIDECAR = "sidecar"
-"""The tags that a source of images has itself, beside them."""
-RESNET18, TEACHER = "resnet18", "teacher"
-"""Models that `deduplicate.model` knows by name."""
-Uri = Annotated[
-    str,
-    StringConstraints(min_length=1, max_length=2000, strip_whitespace=True),
-    AfterValidator(_one_spelling),
-    Said("a local path or a URI"),
-]
-"""A location, in one of its spellings: `a//b/`, `./a/b` and `a/b` are the same local path."""
 
 
 class Source(Section):
@@ -93,7 +69,7 @@ class Weak(Section):
     """W. It may be U."""
     tags: Uri = SIDECAR
     """Words of each image: `sidecar` for those that the source itself has beside its images; else Parquet files with the columns `shard`, `index` and `tags`. A tag counts for a class when it is the words of the class's name, original or stemmed, in any order, joined (supplement 4.1)."""
-    training: Training
+    training: Training = Field(default=USUAL)
     """How the network is pre-trained on W."""
 
 
@@ -142,22 +118,27 @@ class Teacher(Section):
     @field_validator("training", mode="before")
     @classmethod
     def _usual_training(cls, given: Any, info: ValidationInfo) -> Any:
-        model = info.data.get("model")
-        ready = isinstance(model, str)
-        return given if ready and given is None else usual_training(given, None if ready else model, trained=ready)
+        ready = isinstance(info.data.get("model"), str)
+        return given if ready and given is None else usual_training(given, _trained_network(info), trained=ready)
 
     @field_validator("self_training", mode="before")
     @classmethod
     def _usual_course(cls, given: Any, info: ValidationInfo) -> Any:
         if not isinstance(given, Mapping):
             return given
-        model = info.data.get("model")
-        network = None if isinstance(model, str) else model
+        network = _trained_network(info)
         usual = {
             "pretrain": usual_training(given.get("pretrain"), network),
             "fine_tune": usual_fine_tuning(given.get("fine_tune"), network),
         }
         return {**given, **usual}
+
+    @field_validator("weak", mode="before")
+    @classmethod
+    def _usual_weak_training(cls, given: Any, info: ValidationInfo) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        return {**given, "training": usual_training(given.get("training"), _trained_network(info))}
 
     @property
     def ready(self) -> str | None:
@@ -176,6 +157,12 @@ class Teacher(Section):
         if self.head == "fresh" and self.ready is None:
             raise ValueError("head = fresh is for a model that exists; a network to train has a new last layer anyway")
         return self
+
+
+def _trained_network(info: ValidationInfo) -> ModelConfig | None:
+    """The teacher's network; None where a model is ready, whose directory tells what it is, or where it is not valid."""
+    model = info.data.get("model")
+    return model if isinstance(model, ModelConfig) else None
 
 
 class Student(Section):
@@ -252,57 +239,6 @@ class Score(Section):
     def _consistent(self) -> Self:
         if self.precision == "float16" and not self.gpus_per_actor:
             raise ValueError("precision = float16 needs gpus_per_actor above 0; on CPUs use float32")
-        return self
-
-
-class Deduplicate(Section):
-    """What of U is left out before selection: near-duplicates of evaluation images (supplement 5) and copies inside U. Off by default."""
-
-    nearest: int | None = Field(default=None, ge=1, le=10**6)
-    """So many images of U, the nearest to any validation or test image, are left out; 5000 in the paper."""
-    within: float | None = Field(default=None, ge=0.0, le=2.0)
-    """Images of U at most so far from a validation or test image are left out: Euclidean, between L2-normalized features."""
-    copies: bool = False
-    """Of images of U with the same bytes only the first, by shard and index, stays."""
-    model: Uri = RESNET18
-    """Whose features are compared: `resnet18`, torchvision's, trained on ImageNet, downloaded once, which takes a second pass over U; `teacher`, whose features `score.embedding` keeps; or a model directory."""
-    pairs: int = Field(default=10_000, ge=1, le=10**6)
-    """Nearest pairs that are ranked and shown for review: at least as many as are left out."""
-    index: Literal["exact", "ivf", "hnsw"] = "exact"
-    """How the nearest evaluation image is searched (Faiss): by brute force, or approximately in inverted lists or a graph, for large evaluation sets."""
-    probes: int = Field(default=32, ge=1, le=65_536)
-    """Of `ivf`, the lists that are searched; of `hnsw`, the breadth of the search. More finds more and takes longer."""
-    decisions: Uri | None = None
-    """The decision file of a review, which overrides `nearest` and `within` for the pairs that it names."""
-
-    @property
-    def near(self) -> bool:
-        """Whether near-duplicates are looked for."""
-        return self.nearest is not None or self.within is not None
-
-    @property
-    def second_pass(self) -> bool:
-        """Whether U goes through another model than the teacher."""
-        return self.near and self.model != TEACHER
-
-    @property
-    def on(self) -> bool:
-        """Whether anything is left out."""
-        return self.near or self.copies
-
-    @field_validator("model", mode="before")
-    @classmethod
-    def _null_is_the_teacher(cls, model: object) -> object:
-        return TEACHER if model is None else model
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.nearest is not None and self.nearest > self.pairs:
-            raise ValueError(
-                f"pairs = {self.pairs} must be at least nearest = {self.nearest}: only ranked pairs can be left out"
-            )
-        if self.decisions is not None and not self.near:
-            raise ValueError("decisions needs nearest or within: the pairs that it was made on are ranked again")
         return self
 
 
