@@ -91,7 +91,7 @@ def _accuracies(stages: Stages, rounds: list[str]) -> dict[str, Any]:
     return {
         "test_images": evaluated.images,
         "teacher_accuracy": accuracy("teacher") if "teacher" in evaluated.models else None,
-        "supervised": accuracy("supervised"),
+        "supervised": accuracy("supervised") if "supervised" in evaluated.models else None,
         "pretrained": pairs[-1][0],
         "fine_tuned": pairs[-1][1],
         "earlier_rounds": pairs[:-1],

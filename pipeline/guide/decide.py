@@ -69,7 +69,9 @@ class Lengths:
 
     def times(self, factor: float) -> "Lengths":
         """All of them shortened alike."""
-        return Lengths(*(_round(factor * one) for one in (self.teacher, self.pretrain, self.fine_tune, self.supervised)))
+        return Lengths(
+            *(_round(factor * one) for one in (self.teacher, self.pretrain, self.fine_tune, self.supervised))
+        )
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,9 @@ def input_size(shorter: int, gpus: int) -> Choice[int]:
 def fit(elongation: float) -> Choice[str]:
     """How an image becomes a square."""
     if elongation > ELONGATED:
-        return Choice("pad", f"a quarter of the images are over {elongation:.1f} times as long as wide: a crop would cut them off")
+        return Choice(
+            "pad", f"a quarter of the images are over {elongation:.1f} times as long as wide: a crop would cut them off"
+        )
     return Choice("crop", "the images are nearly square")
 
 
@@ -176,7 +180,10 @@ def networks(size: int, classes: int, labeled: int, gpus: int) -> tuple[Choice[N
         why += "" if classes <= 50 else f"; wide ones, as there are {classes:,} classes"
         return (
             Choice(Network("resnet14", {"width": width}), why),
-            Choice(Network("resnet8", {"width": width // 2}), "a half as wide and deep as the teacher; take the one that you need"),
+            Choice(
+                Network("resnet8", {"width": width // 2}),
+                "a half as wide and deep as the teacher; take the one that you need",
+            ),
         )
     if size <= CPU_SIZE:
         why = f"the input has {size} pixels"
@@ -315,13 +322,17 @@ def in_time(plan: Plan, costs: Costs, found: Findings, minutes: float) -> Plan:
             return _shortened(smaller, plan, factor, minutes)
     least = _shortened(smaller, plan, FLOOR, minutes)
     takes = sum(estimate(least, costs, found).values()) / 60
-    return replace(least, notes=(*least.notes, f"that is still {takes:.0f} minutes: take a smaller part of U, or a faster machine"))
+    return replace(
+        least, notes=(*least.notes, f"that is still {takes:.0f} minutes: take a smaller part of U, or a faster machine")
+    )
 
 
 def _shortened(plan: Plan, before: Plan, factor: float, minutes: float) -> Plan:
     notes = []
     if plan.size.value < before.size.value:
-        notes.append(f"the input was made smaller ({plan.size.value} and not {before.size.value} pixels) for {minutes:g} minutes")
+        notes.append(
+            f"the input was made smaller ({plan.size.value} and not {before.size.value} pixels) for {minutes:g} minutes"
+        )
     if factor < 1:
         notes.append(f"trainings were shortened to {factor:.0%} for {minutes:g} minutes")
     return replace(plan, lengths=Choice(plan.lengths.value.times(factor), plan.lengths.why), notes=tuple(notes))
@@ -332,22 +343,32 @@ def warnings_of(found: Findings) -> list[str]:
     said = []
     labeled, copies = found.labeled, found.copies
     for option in found.inside:
-        what = "test images would be pre-trained on, and the accuracy be too good" if option == "--test" else "its images would be selected, too"
+        what = (
+            "test images would be pre-trained on, and the accuracy be too good"
+            if option == "--test"
+            else "its images would be selected, too"
+        )
         said.append(f"{option} lies inside --unlabeled: {what}")
     if copies.test:
         names = ", ".join(f"{one.shown} = {other.shown}" for one, other in copies.test[:3])
-        said.append(f"{len(copies.test):,} test images are copies of labeled ones ({names}): the accuracy would be too good; remove them")
+        said.append(
+            f"{len(copies.test):,} test images are copies of labeled ones ({names}): the accuracy would be too good; remove them"
+        )
     if copies.contradicting:
         one, other = copies.contradicting[0]
         said.append(
             f"{len(copies.contradicting):,} labeled images are in two classes ({one.shown} is {other.shown}): remove the wrong ones"
         )
     if copies.inside > len(copies.contradicting):
-        said.append(f"{copies.inside:,} labeled images are copies of others: what is held out is less new than it seems")
+        said.append(
+            f"{copies.inside:,} labeled images are copies of others: what is held out is less new than it seems"
+        )
     few = fewest(labeled.per_class, FEW_LABELS - 1)
     if few:
         names = ", ".join(f"{name} {count:,}" for name, count in few[:3])
-        said.append(f"{len(few):,} of {found.classes:,} classes have fewer than {FEW_LABELS} labels ({names}): more of these would help most")
+        said.append(
+            f"{len(few):,} of {found.classes:,} classes have fewer than {FEW_LABELS} labels ({names}): more of these would help most"
+        )
     most, least = max(labeled.per_class.values()), min(labeled.per_class.values())
     if most > 5 * least:
         said.append(f"the classes are unequal: from {least:,} to {most:,} labels; the model will prefer the large ones")
@@ -355,12 +376,16 @@ def warnings_of(found: Findings) -> list[str]:
         if one is not None and one.unusable:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(one.unusable.items()))
             of = f" of the {one.decoded:,} looked at" if one.decoded < one.images else ""
-            said.append(f"{option}: {sum(one.unusable.values()):,} images{of} cannot be used ({reasons}), such as {one.examples[0].shown}")
+            said.append(
+                f"{option}: {sum(one.unusable.values()):,} images{of} cannot be used ({reasons}), such as {one.examples[0].shown}"
+            )
     if found.unlabeled.images < 5 * labeled.labeled:
         said.append(f"U is small beside D ({found.unlabeled.images:,} and {labeled.labeled:,} images): expect little")
     if found.test is not None and found.test.labeled < 100:
         error = standard_error(found.test.labeled)
-        said.append(f"the test set has {found.test.labeled:,} images: differences below {2 * error:.0f} points say nothing")
+        said.append(
+            f"the test set has {found.test.labeled:,} images: differences below {2 * error:.0f} points say nothing"
+        )
     return said
 
 

@@ -125,16 +125,16 @@ def _seen(shard: Shard, row: Row, *, decode: bool) -> _Seen:
     return _Seen(place, content, True, None, size, gray, row.data if len(row.data) <= KEPT_BYTES else b"")
 
 
-def _summed(
-    option: str, source: ImageSource, every: list[_Seen], images: int, *, labeled: bool, whole: bool
-) -> Look:
+def _summed(option: str, source: ImageSource, every: list[_Seen], images: int, *, labeled: bool, whole: bool) -> Look:
     decoded = [one for one in every if one.decoded]
     good = [one for one in decoded if one.size is not None]
     bad = [one for one in decoded if one.size is None]
     unusable = Counter(one.problem for one in bad if one.problem is not None)
     if not good:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in unusable.most_common()) or "no image was read"
-        raise SourceError(option, source.reader.root, f"holds no image that can be used ({reasons})", "look at the files")
+        raise SourceError(
+            option, source.reader.root, f"holds no image that can be used ({reasons})", "look at the files"
+        )
     if labeled and (bare := next((one.place for one in good if not one.place.label), None)) is not None:
         fix = "put the images into one folder per class, or labels beside them (docs/sources.md)"
         raise SourceError(option, source.reader.root, f"has no label for {shown(bare.shown)}", fix)
@@ -154,7 +154,9 @@ def _summed(
         shorter=int(np.median(shorter)),
         elongation=float(np.percentile(longer / shorter, 75)),
         gray=sum(one.gray for one in good) / len(good),
-        content={key: tuple(sorted(places, key=lambda p: (p.shard.encode(), p.index))) for key, places in content.items()},
+        content={
+            key: tuple(sorted(places, key=lambda p: (p.shard.encode(), p.index))) for key, places in content.items()
+        },
         some=tuple(one.data for one in random.Random(0).sample(good, min(KEPT, len(good))) if one.data),
     )
 

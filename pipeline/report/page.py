@@ -70,7 +70,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial of the sweep over the fine-tuning learning rate."""
+    """One trial of the sweep over the fine-tuning learning rate, which is per 256 images."""
 
     learning_rate: float
     val_top1: float
@@ -241,7 +241,7 @@ def _sweep_charts(sweep: Sequence[Trial]) -> list[Chart]:
     """Held-out accuracy over the fine-tuning learning rate, the chosen trial marked."""
     trials = sorted(sweep, key=lambda trial: trial.learning_rate)
     chosen = [trial for trial in trials if trial.chosen]
-    hover = "learning rate %{x:.4g}: %{y:.1%}<extra></extra>"
+    hover = "%{x:.4g} per 256 images: %{y:.1%}<extra></extra>"
     traces = [
         _trace(name, [t.learning_rate for t in some], [t.val_top1 for t in some], hovertemplate=hover, **style)
         for name, some, style in (
@@ -252,7 +252,12 @@ def _sweep_charts(sweep: Sequence[Trial]) -> list[Chart]:
     summary = "; ".join(
         f"{t.learning_rate:.3g}: {percent(t.val_top1)}{' (chosen)' if t.chosen else ''}" for t in trials
     )
-    x: dict[str, Any] = {"type": "log", "title": {"text": "fine-tuning learning rate"}, "tickformat": "~g", "dtick": 1}
+    x: dict[str, Any] = {
+        "type": "log",
+        "title": {"text": "fine-tuning learning rate, per 256 images"},
+        "tickformat": "~g",
+        "dtick": 1,
+    }
     if len(trials) <= 8:
         x |= {"tickmode": "array", "tickvals": [trial.learning_rate for trial in trials]}
     y = {"tickformat": ".1%", "title": {"text": "held-out top-1"}}
