@@ -257,3 +257,27 @@ def test_evaluate_tells_what_is_wrong_in_one_line(tophat: Callable[..., Answer],
     renamed = network(tmp_path / "damaged", 1).uri
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"short")
     refused(model, *source, "--against", renamed, said=f"--against = '{renamed}': has a model.safetensors of 5 bytes")
+
+
+def test_the_documents_queries_run(finished: Finished) -> None:
+    """What docs/evaluation.md has people type, on a run of theirs."""
+    import duckdb
+    import pandas  # type: ignore[import-untyped]
+
+    document = Path(__file__).parent.parent.joinpath("docs", "evaluation.md").read_text()
+    python, sql = (
+        document.split(f"```{language}\n")[1].split("```")[0].replace("runs/demo", finished.uri).strip().splitlines()
+        for language in ("python", "sql")
+    )
+    known: dict[str, Any] = {"pandas": pandas}
+    exec(python[0], known)
+    recalls, mistakes = (eval(line, known) for line in python[1:])
+    found: Evaluated = finished.stages["evaluation"].outputs
+    expected = dict(zip(NAMES, found.models["student"].recall, strict=True))
+    assert recalls.to_dict() == pytest.approx(expected)
+    wrong = round(60 * (1 - found.models["student"].top1))
+    assert len(mistakes) == min(20, wrong)
+    confused, purity = (duckdb.execute(query).fetchall() for query in sql)
+    assert sum(count for _, _, count in confused) == wrong
+    teacher = held_out_predictions(finished.stages["evaluation"], "teacher").to_pandas()
+    assert sum(count for _, _, count in purity) == (teacher.score > 0.9).sum()
