@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("ray_local")
 
 Answer = tuple[int, str, str]
 NAMES = ("one", "two", "zero")
-SETTINGS = Score(classes_per_image=1, batch_size=7, actors=1)
+SETTINGS = Score(classes_per_image=1, batch_size=7, actors=1, range_mib=1)
 
 
 def network(uri: Path, seed: int, size: int = 28, classes: tuple[str, ...] = NAMES, **transform: Any) -> Candidate:
@@ -61,12 +61,13 @@ def surveyed(uri: Path) -> TrainingSet:
 
 
 def test_each_image_is_judged_as_the_plain_network_does(folders: Path, tmp_path: Path) -> None:
-    """Models of two sizes, two normalizations and another order of classes; two sets, of which one has a single judge."""
+    """Models of two sizes, two normalizations and another order of classes; two sets, of which one has a single judge. The images of a
+    shard travel in parts of seven, as a MiB holds no more of 224 pixels."""
     seven = ("seven", "two", "zero", "one", "nine", "ten", "four")
     models = {
         "a": network(tmp_path / "a", 1),
         "b": network(tmp_path / "b", 2, mean=(0.2, 0.2, 0.2)),
-        "c": network(tmp_path / "c", 3, size=32),
+        "c": network(tmp_path / "c", 3, size=224),
         "d": Candidate(network(tmp_path / "d", 4, classes=seven).uri, (3, 1, 2)),
     }
     sets = {"test": surveyed(folders / "test"), "validation": surveyed(folders / "validation")}
