@@ -69,15 +69,17 @@ class LabeledSet:
     Attributes:
         made: the stage that surveyed them.
         folder: of the stage's, the one that holds them.
+        balance: whether the images of smaller classes count several times, so that an epoch has of each class as many.
     """
 
     made: Made[Surveyed]
     folder: str
+    balance: bool = False
 
     @property
     def inputs(self) -> Mapping[str, str]:
         """What a stage that uses them depends on."""
-        return {f"labeled.{self.folder}": self.made.fingerprint}
+        return {f"labeled.{self.folder}": self.made.fingerprint, **({"balance": "classes"} if self.balance else {})}
 
     @property
     def uri(self) -> str:
@@ -93,7 +95,7 @@ class LabeledSet:
     def load(self) -> TrainingSet:
         """The images."""
         source, labels = labeled_stage.load_labels(self.uri)
-        return labeled_stage.training_set(source, labels, self.made.outputs.class_names)
+        return labeled_stage.training_set(source, labels, self.made.outputs.class_names, balance=self.balance)
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def survey_labeled(this: Run, recipe: Recipe) -> LabeledData:
     if train.record is not None:
         recipe.check_class_count(len(train.outputs.class_names))
     validation = other("validation", settings.validation)
-    return LabeledData(LabeledSet(train, "train"), validation, other("test", settings.test))
+    return LabeledData(LabeledSet(train, "train", settings.balance), validation, other("test", settings.test))
 
 
 def _listing(this: Run, field: str) -> tuple[Watched, ...]:

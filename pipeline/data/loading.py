@@ -105,7 +105,7 @@ class TrainingSet:
     Attributes:
         reader: of the source.
         shards: those that hold usable images.
-        rows: per shard, int64 [n], ascending indices of its usable images; an index may repeat where `labels` are given.
+        rows: per shard, int64 [n], ascending indices of its usable images; one that repeats counts as often.
         class_ids: the network's output for each label, of the source or of `labels`.
         labels: per shard, int64 [n], the label of each of `rows`, in place of the source's own; None where those are used.
     """

@@ -50,6 +50,8 @@ class Labeled(Section):
     """Labeled images that every result is measured on; nothing is chosen on them."""
     test_fraction: float = Field(default=0.2, gt=0.0, lt=1.0)
     """Without `test`: the share of D that is held out for it, class by class (a fixed draw from `seed`)."""
+    balance: bool = False
+    """Whether trainings on D see as many images of each class: those of smaller classes several times in an epoch, which is as long as if every class were as large as the largest."""
     classes: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = None
     """Class names in the order of the network's outputs; by default what D itself says, else sorted."""
 
