@@ -13,6 +13,7 @@ from typing import Any
 from cluster import storage
 from cluster.store import Key, Made
 from models.judging import calibration, confusion
+from pipeline.advice import advise
 from pipeline.context import Run, Stages, referred, rounds_of, teacher_of
 from pipeline.data.rejects import read_rejects
 from pipeline.evaluation import Measured, Trained, right
@@ -82,6 +83,7 @@ def report_content(this: Run, stages: Stages) -> report.ReportContent:
         run=this.name,
         recipe_yaml=this.recipe,
         created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        advice=advise(stages),
         curves=_curves(stages),
         sweep=_sweep(stages, last),
         stages=[report.StageRow(name, "done", made.seconds, made.images) for name, made in stages.items()],

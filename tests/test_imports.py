@@ -26,6 +26,7 @@ ROOMS = (
     ("pipeline.exclusion", "pipeline.given", "pipeline.measuring", "pipeline.teaching"),
     ("pipeline.run",),
     ("pipeline.plan",),
+    ("pipeline.advice",),
     ("pipeline.content",),
     ("pipeline.cli", "pipeline.__main__"),
 )

@@ -107,6 +107,22 @@ class StageRow:
 
 
 @dataclass(frozen=True)
+class Advice:
+    """A fact, and what to do about it.
+
+    Attributes:
+        fact: what was measured.
+        do: what would help.
+    """
+
+    fact: str
+    do: str
+
+    def __str__(self) -> str:
+        return f"{self.fact}: {self.do}"
+
+
+@dataclass(frozen=True)
 class ReportContent:
     """Everything that the report shows. Sections without data are left out of the page."""
 
@@ -116,6 +132,8 @@ class ReportContent:
     """The resolved recipe."""
     created: str = ""
     """When the report was written, as text."""
+    advice: Sequence[Advice] = ()
+    """What to do next, the most important first."""
     teacher: ModelFacts | None = None
     student: ModelFacts | None = None
     teacher_accuracy: Accuracy | None = None
