@@ -383,10 +383,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _from_what_exists(self) -> Self:
-        if self.given is None and self.teacher is not None:
-            return self
         if self.given is None:
-            raise ValueError("teacher must be given, or score.table, or select.selection")
+            if self.teacher is None:
+                raise ValueError("teacher must be given, or score.table, or select.selection")
+            return self
         if self.score.table is not None and self.select.selection is not None:
             raise ValueError("score.table and select.selection exclude each other: a selection needs no scores")
         if self.rounds > 1:
