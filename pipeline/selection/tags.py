@@ -198,6 +198,7 @@ def match_tags(
     Writes `out_uri/part-00000.parquet` and so on, each for a range of shards, with the columns shard string, index uint32 and class_ids
     list<int32> (ascending, distinct), in the order of shard and index; an image without a class has no row. The bytes do not depend on the
     number of workers. The folder is what `select.tags` and `weak_training_set` read; one that was there before is replaced.
+
     Every image that has a class is read and decoded once, as labeled sets are, so that none ends a training hours in. Those that cannot be
     decoded have no row.
 
