@@ -18,7 +18,7 @@ from pipeline.scoring.forecast import Forecast
 from pipeline.scoring.score import Scored
 from pipeline.selection.select import Selected
 from pipeline.selection.tags import Matched
-from pipeline.stages import Evaluated, Surveyed
+from pipeline.stages import Evaluated, Surveyed, rejects_of
 
 EXAMPLES = 20
 FEW = 3
@@ -110,18 +110,18 @@ def conservation_lines(stages: Stages) -> list[str]:
             lines.append(
                 f"{said}images: {scores.listed:,} listed = {scores.scored:,} scored + {scores.rejected:,} rejected"
             )
-            lines += rejects_lines(scores)
+            lines += rejects_lines(scores, rejects_of(stages[f"{prefix}scores"]))
         if f"{prefix}selection" in stages:
             lines += [said + line for line in selection_lines(stages[f"{prefix}selection"].outputs)]
     return lines
 
 
-def rejects_lines(scores: Scored) -> list[str]:
-    """Why images have no scores, and the names of some of them."""
+def rejects_lines(scores: Scored, uri: str) -> list[str]:
+    """Why images have no scores, and the names of some of them; `uri`: of the rejects."""
     lines = []
     if scores.rejects:
-        lines.append(f"  rejects: {counted(scores.rejects)}; which ones and why: {scores.rejects_uri}")
-        some = some_rejects(scores.rejects_uri, FEW)
+        lines.append(f"  rejects: {counted(scores.rejects)}; which ones and why: {uri}")
+        some = some_rejects(uri, FEW)
         lines += [text.short(f"    {one.where}: {one.reason}", 150) for one in some]
         if sum(scores.rejects.values()) > len(some):
             lines.append("    ...")
