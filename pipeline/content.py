@@ -14,7 +14,7 @@ from cluster import storage
 from cluster.store import Key, Made
 from models.judging import calibration, confusion
 from pipeline.advice import advise
-from pipeline.context import Run, Stages, referred, rounds_of, teacher_of
+from pipeline.context import Run, Stages, rounds_of, teacher_of
 from pipeline.data.rejects import read_rejects
 from pipeline.evaluation import Measured, Trained, right
 from pipeline.measuring import BASELINE, MISTAKES, Evaluated, predictions
@@ -23,7 +23,7 @@ from pipeline.report import page as report
 from pipeline.report.judgment import Judged, Judgment, Tile
 from pipeline.scoring.score import Scored
 from pipeline.selection.select import Selected
-from pipeline.stages import REJECTS
+from pipeline.stages import rejects_of
 
 EXAMPLES = 20
 """Rejects that the report shows, at most."""
@@ -69,9 +69,7 @@ def report_content(this: Run, stages: Stages) -> report.ReportContent:
     if f"{last}student" in stages:
         fields["student"] = _facts(stages[f"{last}student"])
     if f"{last}scores" in stages:
-        made, own = stages[f"{last}scores"], storage.join(stages[f"{last}scores"].uri, REJECTS)
-        rejects = made.outputs.rejects_uri if referred(made, "table") else own
-        reasons, examples = read_rejects(rejects, limit=EXAMPLES)
+        reasons, examples = read_rejects(rejects_of(stages[f"{last}scores"]), limit=EXAMPLES)
         fields["rejects_by_reason"] = reasons
         fields["reject_examples"] = examples
     if f"{last}selection" in stages:

@@ -232,6 +232,12 @@ TABLE, REJECTS = beside.TABLE, rejected.REJECTS
 """Folders of a scoring: the score table, and beside it the images that have no scores."""
 
 
+def rejects_of(scores: Made[Scored]) -> str:
+    """The rejects of a scoring: beside its table."""
+    given: str = scores.outputs.rejects_uri
+    return given if referred(scores, "table") else storage.join(scores.uri, REJECTS)
+
+
 def score_unlabeled(
     this: Run, settings: Score, teacher: Made[Trained], data: LabeledData, pool: Made[Listed]
 ) -> Made[Scored]:

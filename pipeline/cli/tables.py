@@ -19,7 +19,7 @@ from pipeline.scoring.forecast import Forecast
 from pipeline.scoring.score import Scored
 from pipeline.selection.select import Selected
 from pipeline.selection.tags import Matched
-from pipeline.stages import Surveyed
+from pipeline.stages import Surveyed, rejects_of
 
 EXAMPLES = 20
 FEW = 3
@@ -128,18 +128,18 @@ def conservation_lines(stages: Stages) -> list[str]:
             lines.append(
                 f"{said}images: {scores.listed:,} listed = {scores.scored:,} scored + {scores.rejected:,} rejected"
             )
-            lines += rejects_lines(scores)
+            lines += rejects_lines(scores, rejects_of(stages[f"{prefix}scores"]))
         if f"{prefix}selection" in stages:
             lines += [said + line for line in selection_lines(stages[f"{prefix}selection"].outputs)]
     return lines
 
 
-def rejects_lines(scores: Scored) -> list[str]:
-    """Why images have no scores, and the names of some of them."""
+def rejects_lines(scores: Scored, uri: str) -> list[str]:
+    """Why images have no scores, and the names of some of them; `uri`: of the rejects."""
     lines = []
     if scores.rejects:
-        lines.append(f"  rejects: {counted(scores.rejects)}; which ones and why: {scores.rejects_uri}")
-        some = some_rejects(scores.rejects_uri, FEW)
+        lines.append(f"  rejects: {counted(scores.rejects)}; which ones and why: {uri}")
+        some = some_rejects(uri, FEW)
         lines += [text.short(f"    {one.where}: {one.reason}", 150) for one in some]
         if sum(scores.rejects.values()) > len(some):
             lines.append("    ...")
@@ -186,8 +186,10 @@ def print_stages(console: Console, stages: Stages) -> None:
     console.print(made)
 
 
-def print_selections(console: Console, selections: Sequence[Selected]) -> None:
-    """Table 9's columns, a row for each selection."""
+def print_selections(
+    console: Console, selections: Sequence[Selected], class_names: Sequence[str] | None = None
+) -> None:
+    """Table 9's columns, a row for each selection; of several, also the lowest scores of few classes."""
     columns = ("P", "K", "|U|", "|D-hat|", "classes short of K", "lowest score: least", "median", "greatest")
     made = table("Selection", *columns)
     for selection in selections:
@@ -202,26 +204,37 @@ def print_selections(console: Console, selections: Sequence[Selected]) -> None:
         )
         made.add_row(*("–" if number is None else f"{number:,}" for number in numbers), *spread)
     console.print(made)
+    classes = selections[0].num_classes
+    if len(selections) > 1 and classes <= EXAMPLES:
+        heads = [
+            f"K = {one.images_per_class:,}" + (f", P = {one.classes_per_image}" if one.classes_per_image else "")
+            for one in selections
+        ]
+        lows = table("Lowest score of each class", "class", *heads)
+        for number in range(classes):
+            cells = [text.score(one.lowest_scores[number]) for one in selections]
+            lows.add_row(_class_name(number, class_names), *cells)
+        console.print(lows)
 
 
-def print_selection(console: Console, selection: Selected, class_names: tuple[str, ...] | None = None) -> None:
-    """Table 9's columns for one selection, and the classes that are short of K."""
+def _class_name(number: int, class_names: Sequence[str] | None) -> str:
+    return str(number) if class_names is None else escape(text.short(class_names[number]))
+
+
+def print_selection(console: Console, selection: Selected, class_names: Sequence[str] | None = None) -> None:
+    """Table 9's columns for one selection, and its classes: all of few, else those that are short of K."""
     print_selections(console, [selection])
     counts = list(zip(selection.counts, selection.lowest_scores, strict=True))
-    short = [n for n, (count, _) in enumerate(counts) if count < selection.quotas[n]]
-    if short:
-        made = table(
-            f"Classes short of K (first {EXAMPLES} of {len(short):,})"
-            if len(short) > EXAMPLES
-            else "Classes short of K",
-            "class",
-            "images",
-            "lowest score",
-        )
-        for number in short[:EXAMPLES]:
+    shown, title = list(range(len(counts))), "Classes"
+    if len(counts) > EXAMPLES:
+        shown = [n for n, (count, _) in enumerate(counts) if count < selection.quotas[n]]
+        title = "Classes short of K" + (f" (first {EXAMPLES} of {len(shown):,})" if len(shown) > EXAMPLES else "")
+    if shown:
+        made = table(title, "class", "images", "lowest score")
+        for number in shown[:EXAMPLES]:
             count, low = counts[number]
-            name = escape(text.plain(class_names[number])) if class_names else str(number)
-            made.add_row(name, f"{count:,}", "–" if low is None else f"{low:.4f}")
+            short = f" of {selection.quotas[number]:,}" if count < selection.quotas[number] else ""
+            made.add_row(_class_name(number, class_names), f"{count:,}{short}", text.score(low))
         console.print(made)
     for line in selection_lines(selection):
         console.print(line, highlight=False)
