@@ -4,9 +4,10 @@ The numbers come from the shipped recipes (benchmarks/README.md says what they g
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
+from unicodedata import normalize
 
 from pipeline.guide.findings import Findings, Machine, Ready, fewest
 
@@ -30,8 +31,10 @@ POOL_SHARE = 0.2
 """Share of U's images, divided by the classes, that is taken for each: of those that show a class, the best; others show none."""
 PAPER_K = 16_000
 """Section 4.1."""
-MINIBATCH = 20
-"""Images of a step on CPUs, as in the shipped recipes; small, because small sets have few steps."""
+CPU_WORKERS, CPU_THREADS = 2, 4
+"""Of a training on CPUs, at most: the batches that more workers leave each are too small for its statistics."""
+MINIBATCH = 24
+"""Images of a step on CPUs, over all workers, near that of the shipped recipes: small, because small sets have few steps."""
 GPU_BATCH = 64
 FLOOR = 1 / 3
 """What a length is shortened to, at most."""
@@ -69,7 +72,9 @@ class Lengths:
 
     def times(self, factor: float) -> "Lengths":
         """All of them shortened alike."""
-        return Lengths(*(_round(factor * one) for one in (self.teacher, self.pretrain, self.fine_tune, self.supervised)))
+        return Lengths(
+            *(_round(factor * one) for one in (self.teacher, self.pretrain, self.fine_tune, self.supervised))
+        )
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class Plan:
         images_per_class: K.
         test_fraction: share of D for the test set; None where one is given.
         validation_fraction: share of the rest for validation.
-        gpus: that train.
+        machine: that it is for.
         drop_copies: whether copies inside U are left out.
         notes: what was changed to be in time.
     """
@@ -104,7 +109,7 @@ class Plan:
     images_per_class: Choice[int]
     test_fraction: Choice[float] | None
     validation_fraction: Choice[float]
-    gpus: int
+    machine: Machine
     drop_copies: bool
     notes: tuple[str, ...] = ()
 
@@ -114,9 +119,19 @@ class Plan:
         return self.size.value <= CPU_SIZE
 
     @property
+    def workers(self) -> int:
+        """Processes that train together."""
+        return self.machine.gpus or min(CPU_WORKERS, self.machine.cores)
+
+    @property
+    def threads(self) -> int:
+        """Cores of each of them."""
+        return 1 if self.machine.gpus else max(1, min(CPU_THREADS, self.machine.cores // self.workers))
+
+    @property
     def batch(self) -> int:
         """Images of a step, on one worker."""
-        return GPU_BATCH if self.gpus else MINIBATCH
+        return GPU_BATCH if self.machine.gpus else MINIBATCH // self.workers
 
 
 def standard_error(images: int, accuracy: float = 0.5) -> float:
@@ -138,32 +153,45 @@ def input_size(shorter: int, gpus: int) -> Choice[int]:
 def fit(elongation: float) -> Choice[str]:
     """How an image becomes a square."""
     if elongation > ELONGATED:
-        return Choice("pad", f"a quarter of the images are over {elongation:.1f} times as long as wide: a crop would cut them off")
+        return Choice(
+            "pad", f"a quarter of the images are over {elongation:.1f} times as long as wide: a crop would cut them off"
+        )
     return Choice("crop", "the images are nearly square")
 
 
-def share_for_test(labeled: int, classes: int) -> Choice[float]:
+def share_for_test(per_class: Sequence[int]) -> Choice[float]:
     """Without a test set: the share of D that becomes one."""
-    share = min(TEST_SHARE, max(TESTED, HELD_OUT_PER_CLASS * classes) / labeled)
-    count = round(share * labeled)
-    return Choice(_two_digits(share), f"about {count:,} images: a standard error of {standard_error(count):.1f} points")
+    labeled, classes = sum(per_class), len(per_class)
+    return _share(per_class, min(TEST_SHARE, max(TESTED, HELD_OUT_PER_CLASS * classes) / labeled))
 
 
-def share_for_validation(labeled: int, classes: int) -> Choice[float]:
+def share_for_validation(per_class: Sequence[int]) -> Choice[float]:
     """The share of D, without its test set, that settings are chosen on."""
+    labeled, classes = sum(per_class), len(per_class)
     wanted = min(MOST_HELD_OUT, max(HELD_OUT, HELD_OUT_PER_CLASS * classes, labeled // 10))
-    share = min(LARGEST_SHARE, wanted / labeled)
-    count = round(share * labeled)
-    return Choice(_two_digits(share), f"about {count:,} images: a standard error of {standard_error(count):.1f} points")
+    return _share(per_class, min(LARGEST_SHARE, wanted / labeled))
 
 
-def rates(held_out: int, *, small: bool) -> Choice[tuple[float, ...]]:
+def _share(per_class: Sequence[int], share: float) -> Choice[float]:
+    share = max(0.0001, float(f"{share:.2g}"))
+    count = sum(held_out(per_class, share))
+    return Choice(
+        share, f"{count:,} images: the standard error of an accuracy is up to {standard_error(count):.1f} points"
+    )
+
+
+def held_out(per_class: Sequence[int], share: float) -> list[int]:
+    """Images of each class that `pipeline.data.labeled.hold_out` takes: at least one, and not the last one."""
+    return [min(max(1, round(share * count)), count - 1) for count in per_class]
+
+
+def rates(images: int, *, small: bool) -> Choice[tuple[float, ...]]:
     """The learning rates that fine-tuning tries, per 256 images: as many as the validation set can tell apart."""
     every = (0.02, 0.1, 0.5) if small else (0.001, 0.004, 0.016)
-    error = f"the standard error on {held_out:,} validation images is {standard_error(held_out):.0f} points"
-    if held_out < 25:
+    error = f"the standard error on {images:,} validation images is {standard_error(images):.0f} points"
+    if images < 25:
         return Choice(every[1:2], f"{error}: too much to choose on")
-    if held_out < 75:
+    if images < 75:
         return Choice((every[0], every[2]), f"{error}: only what differs much can be told apart")
     return Choice(every, error)
 
@@ -176,7 +204,10 @@ def networks(size: int, classes: int, labeled: int, gpus: int) -> tuple[Choice[N
         why += "" if classes <= 50 else f"; wide ones, as there are {classes:,} classes"
         return (
             Choice(Network("resnet14", {"width": width}), why),
-            Choice(Network("resnet8", {"width": width // 2}), "a half as wide and deep as the teacher; take the one that you need"),
+            Choice(
+                Network("resnet8", {"width": width // 2}),
+                "a half as wide and deep as the teacher; take the one that you need",
+            ),
         )
     if size <= CPU_SIZE:
         why = f"the input has {size} pixels"
@@ -190,7 +221,8 @@ def networks(size: int, classes: int, labeled: int, gpus: int) -> tuple[Choice[N
 
 def head_of(teacher: Ready, names: Mapping[str, int]) -> Choice[str]:
     """What of a teacher that exists answers for the classes of D."""
-    if teacher.class_names and set(names) <= set(teacher.class_names):
+    known = [normalize("NFC", name) for name in teacher.class_names]
+    if all(known.count(normalize("NFC", name)) == 1 for name in names):
         return Choice("native", "it knows every class of D by name")
     middle = sorted(names.values())[len(names) // 2]
     if teacher.library == "open_clip" and middle < FEW_LABELS:
@@ -232,11 +264,17 @@ def decide(found: Findings) -> Plan:
     labeled, classes, gpus = found.labeled.labeled, found.classes, found.machine.gpus
     size = input_size(min(found.labeled.shorter, found.unlabeled.shorter), gpus)
     small = size.value <= CPU_SIZE
-    test = None if found.test is not None else share_for_test(labeled, classes)
-    left = labeled - (0 if test is None else round(test.value * labeled))
-    validation = share_for_validation(left, classes)
-    held_out = round(validation.value * left)
-    network, student = networks(size.value, classes, left, gpus)
+    of_each = [
+        max(1, round(count * labeled / sum(found.labeled.per_class.values())))
+        for count in found.labeled.per_class.values()
+    ]
+    test = None if found.test is not None else share_for_test(of_each)
+    if test is not None:
+        of_each = [count - taken for count, taken in zip(of_each, held_out(of_each, test.value), strict=True)]
+    validation = share_for_validation(of_each)
+    chosen_on = sum(held_out(of_each, validation.value))
+    trained_on = sum(of_each) - chosen_on
+    network, student = networks(size.value, classes, trained_on, gpus)
     teacher, head = Choice[Network | None](network.value, network.why), ""
     if found.teacher is not None:
         choice = head_of(found.teacher, found.labeled.per_class)
@@ -249,22 +287,29 @@ def decide(found: Findings) -> Plan:
         teacher=teacher,
         student=student,
         head=head,
-        lengths=lengths(left - held_out, chosen.value * classes, gpus, small=small),
-        rates=rates(held_out, small=small),
+        lengths=lengths(trained_on, chosen.value * classes, gpus, small=small),
+        rates=rates(chosen_on, small=small),
         selected_classes=selected_classes(classes),
         images_per_class=chosen,
         test_fraction=test,
         validation_fraction=validation,
-        gpus=gpus,
+        machine=found.machine,
         drop_copies=found.copies.pool_inside > found.unlabeled.seen / 100,
     )
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds that one image takes: of a training step and of a forward pass, on one worker, and to read and decode it.
+    """Seconds that one image takes on one worker.
 
-    `size` is the input that they were measured at.
+    Attributes:
+        size: of the input that they were measured at.
+        teacher_step: of the teacher, forward and backward.
+        student_step: of the student.
+        teacher_forward: of the teacher, forward.
+        decode: an image of D, in training.
+        pool_decode: an image of U, in training.
+        score_decode: an image of U, for the teacher.
     """
 
     size: int
@@ -272,6 +317,7 @@ class Costs:
     student_step: float
     teacher_forward: float
     decode: float
+    pool_decode: float
     score_decode: float
 
 
@@ -282,23 +328,22 @@ TRAINING_START, SCORING_START, OTHERS = 14.0, 14.0, 30.0
 def estimate(plan: Plan, costs: Costs, found: Findings) -> dict[str, float]:
     """Seconds of each stage, by name."""
     larger = (plan.size.value / costs.size) ** 2
-    student = larger * costs.student_step + costs.decode
-    teacher = larger * costs.teacher_step + costs.decode
     forward = costs.teacher_forward * (larger if plan.teacher.value is not None else 1.0)
-    workers, machine, seen = max(1, plan.gpus), found.machine, plan.lengths.value
-    passes = found.unlabeled.images * (forward + costs.score_decode)
-    if machine.gpus:
-        passes = found.unlabeled.images * max(forward / machine.gpus, costs.score_decode / machine.cores)
-    trials = len(plan.rates.value)
-    once = {
-        "teacher": TRAINING_START + seen.teacher * teacher / workers if plan.teacher.value is not None else 0.0,
-        "scores": SCORING_START + passes / (1 if machine.gpus else machine.cores),
-        "pretrained": TRAINING_START + seen.pretrain * student / workers,
-        "student": trials * (TRAINING_START + seen.fine_tune * student / workers),
-        "supervised": TRAINING_START + seen.supervised * student / workers,
-        "the rest": OTHERS,
+    machine, seen, pool = found.machine, plan.lengths.value, found.unlabeled.images
+    learnt = {
+        "teacher": seen.teacher * (larger * costs.teacher_step + costs.decode),
+        "pretrained": seen.pretrain * (larger * costs.student_step + costs.pool_decode),
+        "student": len(plan.rates.value) * seen.fine_tune * (larger * costs.student_step + costs.decode),
+        "supervised": seen.supervised * (larger * costs.student_step + costs.decode),
     }
-    return {name: seconds for name, seconds in once.items() if seconds}
+    starts = {name: TRAINING_START * (len(plan.rates.value) if name == "student" else 1) for name in learnt}
+    trained = {name: starts[name] + seconds / plan.workers for name, seconds in learnt.items()}
+    if plan.teacher.value is None:  # features of D, where its head is fitted
+        trained["teacher"] = SCORING_START + found.labeled.images * (forward + costs.score_decode)
+    shared = pool * (forward + costs.score_decode) / machine.cores
+    scored = pool * max(forward / machine.gpus, costs.score_decode / machine.cores) if machine.gpus else shared
+    order = {"teacher": trained.pop("teacher"), "scores": SCORING_START + scored, **trained, "the rest": OTHERS}
+    return order
 
 
 def in_time(plan: Plan, costs: Costs, found: Findings, minutes: float) -> Plan:
@@ -315,13 +360,17 @@ def in_time(plan: Plan, costs: Costs, found: Findings, minutes: float) -> Plan:
             return _shortened(smaller, plan, factor, minutes)
     least = _shortened(smaller, plan, FLOOR, minutes)
     takes = sum(estimate(least, costs, found).values()) / 60
-    return replace(least, notes=(*least.notes, f"that is still {takes:.0f} minutes: take a smaller part of U, or a faster machine"))
+    return replace(
+        least, notes=(*least.notes, f"that is still {takes:.0f} minutes: take a smaller part of U, or a faster machine")
+    )
 
 
 def _shortened(plan: Plan, before: Plan, factor: float, minutes: float) -> Plan:
     notes = []
     if plan.size.value < before.size.value:
-        notes.append(f"the input was made smaller ({plan.size.value} and not {before.size.value} pixels) for {minutes:g} minutes")
+        notes.append(
+            f"the input was made smaller ({plan.size.value} and not {before.size.value} pixels) for {minutes:g} minutes"
+        )
     if factor < 1:
         notes.append(f"trainings were shortened to {factor:.0%} for {minutes:g} minutes")
     return replace(plan, lengths=Choice(plan.lengths.value.times(factor), plan.lengths.why), notes=tuple(notes))
@@ -332,22 +381,37 @@ def warnings_of(found: Findings) -> list[str]:
     said = []
     labeled, copies = found.labeled, found.copies
     for option in found.inside:
-        what = "test images would be pre-trained on, and the accuracy be too good" if option == "--test" else "its images would be selected, too"
+        what = (
+            "test images would be pre-trained on, and the accuracy be too good"
+            if option == "--test"
+            else "its images would be selected, too"
+        )
         said.append(f"{option} lies inside --unlabeled: {what}")
     if copies.test:
         names = ", ".join(f"{one.shown} = {other.shown}" for one, other in copies.test[:3])
-        said.append(f"{len(copies.test):,} test images are copies of labeled ones ({names}): the accuracy would be too good; remove them")
+        said.append(
+            f"{len(copies.test):,} test images are copies of labeled ones ({names}): the accuracy would be too good; remove them"
+        )
     if copies.contradicting:
         one, other = copies.contradicting[0]
         said.append(
             f"{len(copies.contradicting):,} labeled images are in two classes ({one.shown} is {other.shown}): remove the wrong ones"
         )
     if copies.inside > len(copies.contradicting):
-        said.append(f"{copies.inside:,} labeled images are copies of others: what is held out is less new than it seems")
+        said.append(
+            f"{copies.inside:,} labeled images are copies of others: what is held out is less new than it seems"
+        )
+    if copies.pool and not found.unlabeled.whole:
+        share = found.unlabeled.seen / found.unlabeled.images
+        said.append(
+            f"only {share:.0%} of U was read for copies: the rest may have more (deduplicate in the recipe finds them)"
+        )
     few = fewest(labeled.per_class, FEW_LABELS - 1)
     if few:
         names = ", ".join(f"{name} {count:,}" for name, count in few[:3])
-        said.append(f"{len(few):,} of {found.classes:,} classes have fewer than {FEW_LABELS} labels ({names}): more of these would help most")
+        said.append(
+            f"{len(few):,} of {found.classes:,} classes have fewer than {FEW_LABELS} labels ({names}): more of these would help most"
+        )
     most, least = max(labeled.per_class.values()), min(labeled.per_class.values())
     if most > 5 * least:
         said.append(f"the classes are unequal: from {least:,} to {most:,} labels; the model will prefer the large ones")
@@ -355,34 +419,33 @@ def warnings_of(found: Findings) -> list[str]:
         if one is not None and one.unusable:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(one.unusable.items()))
             of = f" of the {one.decoded:,} looked at" if one.decoded < one.images else ""
-            said.append(f"{option}: {sum(one.unusable.values()):,} images{of} cannot be used ({reasons}), such as {one.examples[0].shown}")
+            said.append(
+                f"{option}: {sum(one.unusable.values()):,} images{of} cannot be used ({reasons}), such as {one.examples[0].shown}"
+            )
     if found.unlabeled.images < 5 * labeled.labeled:
         said.append(f"U is small beside D ({found.unlabeled.images:,} and {labeled.labeled:,} images): expect little")
     if found.test is not None and found.test.labeled < 100:
         error = standard_error(found.test.labeled)
-        said.append(f"the test set has {found.test.labeled:,} images: differences below {2 * error:.0f} points say nothing")
+        said.append(
+            f"the test set has {found.test.labeled:,} images: differences below {2 * error:.0f} points say nothing"
+        )
     return said
 
 
-def document_of(plan: Plan, found: Findings) -> dict[str, Any]:
-    """The sections of a recipe that the plan decides, as plain data; `teacher` without a model that is given."""
-    training: dict[str, Any] = {"batch_size": plan.batch}
-    if plan.small:
-        training |= {"learning_rate": 2.0, "drops": 2}
-    if plan.gpus:
-        training |= {"workers": plan.gpus, "gpus_per_worker": 1, "precision": "bfloat16"}
+def trainings_of(plan: Plan) -> dict[str, dict[str, Any]]:
+    """The sections of the trainings, as plain data."""
+    usual: dict[str, Any] = {"batch_size": plan.batch, "workers": plan.workers, "drops": 2 if plan.small else 3}
+    rate = {"learning_rate": 2.0} if plan.small else {}
+    if plan.threads > 1:
+        usual |= {"cpus_per_worker": plan.threads}
+    if plan.machine.gpus:
+        usual |= {"gpus_per_worker": 1, "precision": "bfloat16"}
     seen = plan.lengths.value
-    fine_tuning = {name: value for name, value in training.items() if name != "learning_rate"}
-    score: dict[str, Any] = {"classes_per_image": min(10, found.classes)}
-    if plan.gpus:
-        score |= {"gpus_per_actor": 1, "precision": "bfloat16"}
     return {
-        "transform": transform_of(plan),
-        "teacher": {"images_seen": seen.teacher, **training, **({"weight_decay": 0.002} if plan.small else {})},
-        "score": score,
-        "pretrain": {"images_seen": seen.pretrain, **training},
-        "fine_tune": {"images_seen": seen.fine_tune, **fine_tuning},
-        "supervised": {"images_seen": seen.supervised, **training},
+        "teacher": {"images_seen": seen.teacher, **rate, **usual, **({"weight_decay": 0.002} if plan.small else {})},
+        "pretrain": {"images_seen": seen.pretrain, **rate, **usual},
+        "fine_tune": {"images_seen": seen.fine_tune, **usual},
+        "supervised": {"images_seen": seen.supervised, **rate, **usual},
     }
 
 
@@ -390,13 +453,11 @@ def transform_of(plan: Plan) -> dict[str, Any]:
     """`transform`, of a network that is trained."""
     size = plan.size.value
     made: dict[str, Any] = {"size": size, "resize": size if plan.small else round(size * 8 / 7)}
+    if plan.fit.value != "crop":
+        made["fit"] = plan.fit.value
     if size <= 32:
         return made | {"crop": "pad", "padding": max(1, size // 14), "flip": True}
     return made | {"crop": "random_resized", "scale": [0.35 if plan.small else 0.08, 1.0], "flip": True}
-
-
-def _two_digits(share: float) -> float:
-    return max(0.0001, float(f"{share:.2g}"))
 
 
 def _round(images: float) -> int:

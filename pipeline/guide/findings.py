@@ -169,7 +169,9 @@ def imbalance(per_class: Mapping[str, int]) -> float:
 
 def fewest(per_class: Mapping[str, int], most: int) -> list[tuple[str, int]]:
     """The classes with at most so many images, the fewest first."""
-    return sorted(((name, count) for name, count in per_class.items() if count <= most), key=lambda one: (one[1], one[0]))
+    return sorted(
+        ((name, count) for name, count in per_class.items() if count <= most), key=lambda one: (one[1], one[0])
+    )
 
 
 def total(counts: Sequence[Mapping[str, int]]) -> Counter[str]:

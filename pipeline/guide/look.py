@@ -24,8 +24,8 @@ from pipeline.scoring.sampling import count_images
 
 MOST = 20_000
 """Images of a source that are read."""
-SECONDS = 12.0
-"""After which no more are."""
+SECONDS, LABELED_SECONDS = 10.0, 60.0
+"""After which no more are: U is known well enough by a part of it, and of labeled images every one counts."""
 DECODED = 1_000
 """Images without labels that are decoded; of labeled ones, all that are read."""
 KEPT, KEPT_BYTES = 48, 2**20
@@ -51,7 +51,7 @@ class _Seen:
     data: bytes = b""
 
 
-def look(option: str, source: ImageSource, *, labeled: bool, most: int = MOST, seconds: float = SECONDS) -> Look:
+def look(option: str, source: ImageSource, *, labeled: bool, most: int = MOST) -> Look:
     """Reads a source, or a random part of one that is large.
 
     Args:
@@ -59,7 +59,6 @@ def look(option: str, source: ImageSource, *, labeled: bool, most: int = MOST, s
         source: listed.
         labeled: whether its images have labels.
         most: images that are read.
-        seconds: after which no more are read.
 
     Raises:
         SourceError: an image without a label where there should be one, or no image that can be used.
@@ -68,7 +67,7 @@ def look(option: str, source: ImageSource, *, labeled: bool, most: int = MOST, s
     images, _ = count_images(source)
     jobs, whole = _jobs(source, images, most)
     decoded = 1.0 if labeled else DECODED / max(1, min(images, most))
-    until = time.monotonic() + seconds
+    until = time.monotonic() + (LABELED_SECONDS if labeled else SECONDS)
 
     def read(job: tuple[Shard, tuple[int, ...] | None, int]) -> tuple[list[_Seen], bool]:
         if time.monotonic() > until:
@@ -125,16 +124,16 @@ def _seen(shard: Shard, row: Row, *, decode: bool) -> _Seen:
     return _Seen(place, content, True, None, size, gray, row.data if len(row.data) <= KEPT_BYTES else b"")
 
 
-def _summed(
-    option: str, source: ImageSource, every: list[_Seen], images: int, *, labeled: bool, whole: bool
-) -> Look:
+def _summed(option: str, source: ImageSource, every: list[_Seen], images: int, *, labeled: bool, whole: bool) -> Look:
     decoded = [one for one in every if one.decoded]
     good = [one for one in decoded if one.size is not None]
     bad = [one for one in decoded if one.size is None]
     unusable = Counter(one.problem for one in bad if one.problem is not None)
     if not good:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in unusable.most_common()) or "no image was read"
-        raise SourceError(option, source.reader.root, f"holds no image that can be used ({reasons})", "look at the files")
+        raise SourceError(
+            option, source.reader.root, f"holds no image that can be used ({reasons})", "look at the files"
+        )
     if labeled and (bare := next((one.place for one in good if not one.place.label), None)) is not None:
         fix = "put the images into one folder per class, or labels beside them (docs/sources.md)"
         raise SourceError(option, source.reader.root, f"has no label for {shown(bare.shown)}", fix)
@@ -154,7 +153,9 @@ def _summed(
         shorter=int(np.median(shorter)),
         elongation=float(np.percentile(longer / shorter, 75)),
         gray=sum(one.gray for one in good) / len(good),
-        content={key: tuple(sorted(places, key=lambda p: (p.shard.encode(), p.index))) for key, places in content.items()},
+        content={
+            key: tuple(sorted(places, key=lambda p: (p.shard.encode(), p.index))) for key, places in content.items()
+        },
         some=tuple(one.data for one in random.Random(0).sample(good, min(KEPT, len(good))) if one.data),
     )
 
