@@ -197,7 +197,8 @@ def ours(folder: Path, cores: int, how: How, clock: Clock) -> None:
     from cluster.session import Session
     from pipeline.data.sources import open_source
     from pipeline.recipe.sections import Score, Source
-    from pipeline.scoring.score import claim, score
+    from pipeline.scoring.beside import TABLE, claim
+    from pipeline.scoring.score import score
 
     class Marks(Progress):
         def update(self, done: int, rejected: int = 0, *, total: int | None = None, **facts: float) -> None:
@@ -209,7 +210,7 @@ def ours(folder: Path, cores: int, how: How, clock: Clock) -> None:
     with tempfile.TemporaryDirectory(prefix="scores-", dir=folder) as out, Session(Cluster(cpus=cores)) as session:
         claim("--out", out, str(folder / "model"), source, settings)
         session.start()
-        score(source, str(folder / "model"), out, f"{out}/_rejects", settings, Marks())
+        score(source, str(folder / "model"), f"{out}/{TABLE}", f"{out}/rejects", settings, Marks())
 
 
 def naive(folder: Path, cores: int, how: How, clock: Clock) -> None:

@@ -3,6 +3,7 @@
 TophatError                   anything this project raises on purpose
 ├── InputError                a mistake in what the user gave: one line, exit code 2
 │   ├── RecipeError           a recipe field (unknown key, out of bounds, contradicting another)
+│   ├── RecipeErrors          several of them: a line each
 │   ├── SourceError           a source that is missing, unreadable, or not what it says it is
 │   ├── StorageError          an object store or path that refuses (credentials, bucket, permission)
 │   │   └── MissingError      nothing is at a path or key; a missing bucket is a refusal
@@ -14,6 +15,8 @@ TophatError                   anything this project raises on purpose
 │   └── LastingError          the same stage would fail so again: a loss that is no number
 └── Interrupted               a signal ended what has more to say about it than `cluster.interrupt` has
 """
+
+from collections.abc import Sequence
 
 
 class TophatError(Exception):
@@ -43,6 +46,30 @@ class InputError(TophatError):
 
 class RecipeError(InputError):
     """A field of a recipe."""
+
+
+class RecipeErrors(InputError):  # noqa: N818 - several
+    """Several mistakes of a recipe, told in one answer: how many there are, and below it a line for each.
+
+    Args:
+        mistakes: at least one; what `InputError` says of a mistake is said of the first.
+    """
+
+    MOST = 20
+    """Mistakes that are told; a person corrects no more at once."""
+
+    def __init__(self, mistakes: Sequence[RecipeError]) -> None:
+        first = mistakes[0]
+        super().__init__(first.field, first.value, first.rule, first.fix)
+        self.mistakes = tuple(mistakes)
+
+    def __str__(self) -> str:
+        told = [str(one) for one in self.mistakes[: self.MOST]]
+        more = [f"and {len(self.mistakes) - self.MOST:,} more"] if len(self.mistakes) > self.MOST else []
+        return "\n  ".join([f"{len(self.mistakes):,} mistakes:", *told, *more])
+
+    def __reduce__(self) -> tuple[type["RecipeErrors"], tuple[tuple[RecipeError, ...]]]:  # type: ignore[override]
+        return type(self), (self.mistakes,)
 
 
 class SourceError(InputError):

@@ -1,7 +1,7 @@
 """The base of every section of a recipe, its unquoted values, and the mark of fields that decide nothing."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, get_args, get_origin
@@ -118,6 +118,14 @@ def _kinds(annotation: Any) -> set[type]:
     if arguments:
         return set().union(*map(_kinds, arguments))
     return {annotation} if isinstance(annotation, type) else set()
+
+
+def sections_in(annotation: object) -> Iterator[type[Section]]:
+    """The sections that a field's type is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for part in get_args(annotation):
+        yield from sections_in(part)
 
 
 def _settled(value: Any, kinds: frozenset[type]) -> Any:

@@ -73,6 +73,8 @@ class Transform(Section):
         return self.model_copy(update={"size": self.resize}) if views in ("five", "ten") else self
 
 
+SMALL_RESNETS = ("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56")
+"""For small images (He et al. 2015, section 4.2)."""
 ARCHITECTURES = (
     "resnet18",
     "resnet50",
@@ -81,12 +83,7 @@ ARCHITECTURES = (
     "resnext101_32x8d",
     "resnext101_32x16d",
     "resnext101_32x48d",
-    "resnet8",
-    "resnet14",
-    "resnet20",
-    "resnet32",
-    "resnet44",
-    "resnet56",
+    *SMALL_RESNETS,
 )
 """The architectures that have a name; `models.architectures` builds them."""
 
@@ -114,7 +111,7 @@ class ModelConfig(Section):
 
 
 class Training(Section):
-    """One training by synchronous SGD (section 4.1). State exactly one of `images_seen` and `epochs`."""
+    """One training by synchronous SGD (section 4.1). With `images_seen` and `epochs`, it is as long as the longer of both."""
 
     images_seen: int | None = Field(default=None, ge=1, le=10**13)
     """Length: images processed forward and backward, over all workers (the paper's "#iter")."""
@@ -154,9 +151,8 @@ class Training(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if (self.images_seen is None) == (self.epochs is None):
-            got = "both" if self.epochs is not None else "neither"
-            raise ValueError(f"state exactly one of images_seen and epochs, got {got}")
+        if self.images_seen is None and self.epochs is None:
+            raise ValueError("state its length: images_seen, epochs, or both, and then the longer of them counts")
         if self.warmup > 1 / (self.drops + 1):
             raise ValueError(
                 f"warmup = {self.warmup:g} must end before the first drop: at most {1 / (self.drops + 1):.3g} "
@@ -184,7 +180,7 @@ class Training(Section):
 
     def total_images(self, epoch_images: int) -> int:
         """Images seen in the whole training, when one epoch has `epoch_images`."""
-        return self.images_seen if self.images_seen is not None else (self.epochs or 0) * epoch_images
+        return max(self.images_seen or 0, (self.epochs or 0) * epoch_images)
 
     def steps(self, epoch_images: int) -> int:
         """Optimizer steps in the whole training: the last one completes the minibatch."""

@@ -26,11 +26,13 @@ TOLERANCE = 1e-5
 
 
 class Prediction(NamedTuple):
-    """Of N images: the P best `classes`, int32 [N, P], with their `scores`, float32 [N, P], best first; `features` float16 [N, d]."""
+    """Of N images: the P best `classes`, int32 [N, P], with their `scores`, float32 [N, P], best first; `features` float16 [N, d]; the
+    `label_scores`, float32 [N], of the classes that were asked for."""
 
     classes: NDArray[np.int32]
     scores: NDArray[np.float32]
     features: NDArray[np.float16] | None
+    label_scores: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -175,26 +177,35 @@ class Predictor:
         self._copying = torch.cuda.Stream(self._device) if how.gpu else None  # type: ignore[no-untyped-call]
 
     @torch.inference_mode()
-    def __call__(self, images: NDArray[np.uint8]) -> Prediction:
-        """The best classes of decoded images: uint8 [N, 3, side, side], `side` that of `Transform.seen_by`. Nothing is written to them."""
+    def __call__(self, images: NDArray[np.uint8], labels: NDArray[np.int64] | None = None) -> Prediction:
+        """The best classes of decoded images.
+
+        Args:
+            images: uint8 [N, 3, side, side], `side` that of `Transform.seen_by`. Nothing is written to them.
+            labels: int64 [N], classes of which the scores are wanted too, one for each image.
+        """
         if not len(images):
             empty = None if self._features is None else np.empty((0, self._features.width), np.float16)
             size = (0, self.how.classes_per_image)
-            return Prediction(np.empty(size, np.int32), np.empty(size, np.float32), empty)
+            of_labels = None if labels is None else np.empty(0, np.float32)
+            return Prediction(np.empty(size, np.int32), np.empty(size, np.float32), empty, of_labels)
         with self._passing:
-            answers = [None if one is None else one.to("cpu", non_blocking=True) for one in self._passed(images)]
+            passed = self._passed(images, labels)
+            answers = [None if one is None else one.to("cpu", non_blocking=True) for one in passed]
             answered = None
             if self._copying is not None:
                 answered = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
                 answered.record()
         if answered is not None:
             answered.synchronize()  # while other threads' images pass
-        classes, scores, features = (None if one is None else one.numpy() for one in answers)
-        return Prediction(cast("NDArray[np.int32]", classes), cast("NDArray[np.float32]", scores), features)
+        classes, scores, features, of_labels = (None if one is None else one.numpy() for one in answers)
+        return Prediction(cast("NDArray[np.int32]", classes), cast("NDArray[np.float32]", scores), features, of_labels)
 
-    def _passed(self, images: NDArray[np.uint8]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Classes, scores and features, as in `Prediction`, on the device; on a GPU, nothing here waits for it."""
-        tops, features = [], []
+    def _passed(
+        self, images: NDArray[np.uint8], labels: NDArray[np.int64] | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Classes, scores, features and scores of labels, as in `Prediction`, on the device; on a GPU, nothing here waits for it."""
+        tops, features, of_labels = [], [], []
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # Ray's memory is not
             every = torch.from_numpy(images)
@@ -203,9 +214,13 @@ class Predictor:
             scores, seen = self._scores(every[start : start + step])
             tops.append(scores.topk(self.how.classes_per_image, dim=1))
             features.append(seen)
+            if labels is not None:
+                wanted = torch.from_numpy(labels[start : start + step]).to(self._device, non_blocking=True)
+                of_labels.append(scores.gather(1, wanted[:, None])[:, 0])
         kept = [seen for seen in features if seen is not None]
         classes = torch.cat([top.indices for top in tops]).int()
-        return classes, torch.cat([top.values for top in tops]), torch.cat(kept) if kept else None
+        values = torch.cat([top.values for top in tops])
+        return classes, values, torch.cat(kept) if kept else None, torch.cat(of_labels) if of_labels else None
 
     def _scores(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Of one batch: the score of every class that counts, float32 [N, C], and the features of the first view, float16 [N, d]; on the device."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster import storage
 from cluster.store import Key, Made
-from pipeline.context import Run, Stages, rounds_of, teacher_of
+from pipeline.context import Run, Stages, referred, rounds_of, teacher_of
 from pipeline.data.rejects import read_rejects
 from pipeline.evaluation import Measured, Trained
 from pipeline.report import gallery
@@ -57,7 +57,8 @@ def report_content(this: Run, stages: Stages) -> report.ReportContent:
     if f"{last}student" in stages:
         fields["student"] = _facts(stages[f"{last}student"])
     if f"{last}scores" in stages:
-        rejects = storage.join(stages[f"{last}scores"].uri, REJECTS)
+        made, own = stages[f"{last}scores"], storage.join(stages[f"{last}scores"].uri, REJECTS)
+        rejects = made.outputs.rejects_uri if referred(made, "table") else own
         reasons, examples = read_rejects(rejects, limit=EXAMPLES)
         fields["rejects_by_reason"] = reasons
         fields["reject_examples"] = examples
@@ -89,7 +90,7 @@ def _accuracies(stages: Stages, rounds: list[str]) -> dict[str, Any]:
     pairs = [(accuracy(f"{prefix}pretrained"), accuracy(f"{prefix}student")) for prefix in rounds]
     return {
         "test_images": evaluated.images,
-        "teacher_accuracy": accuracy("teacher"),
+        "teacher_accuracy": accuracy("teacher") if "teacher" in evaluated.models else None,
         "supervised": accuracy("supervised"),
         "pretrained": pairs[-1][0],
         "fine_tuned": pairs[-1][1],
@@ -141,13 +142,13 @@ def _sweep(stages: Stages, last: str) -> list[report.Trial]:
 
 def _selection_fields(this: Run, stages: Stages, last: str) -> dict[str, Any]:
     selection: Selected = stages[f"{last}selection"].outputs
-    scores: Scored = stages[f"{last}scores"].outputs
+    scores: Scored | None = stages[f"{last}scores"].outputs if f"{last}scores" in stages else None
     names = stages["labeled-train"].outputs.class_names
     fields: dict[str, Any] = {
         "conservation": report.Conservation(
-            listed=scores.listed,
-            scored=scores.scored,
-            rejected=scores.rejected,
+            listed=None if scores is None else scores.listed,
+            scored=selection.images if scores is None else scores.scored,
+            rejected=0 if scores is None else scores.rejected,
             candidates=selection.candidates,
             selected=selection.selected,
             unselected=selection.unselected,

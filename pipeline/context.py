@@ -13,7 +13,7 @@ from cluster.progress import Display
 from cluster.resources import Demand
 from cluster.session import Session
 from cluster.storage import absolute, is_remote, join, list_files
-from cluster.store import Key, Made, RunStore
+from cluster.store import Key, Made, Outside, RunStore, Watched
 from pipeline.data.sources import ImageSource, open_source
 from pipeline.recipe.sections import Source
 
@@ -24,10 +24,19 @@ Stages = Mapping[str, Made[Any]]
 """The stages of a run that are made, by name."""
 
 
+BEGINS = ("scores", "selection")
+"""The first stage of a round: its scores, or a selection that exists."""
+
+
+def begun(stages: Stages) -> list[str]:
+    """What the names of the stages of each pass from a teacher to a student begin with, of those that have begun."""
+    names = (name.rpartition("/") for name in stages)
+    return list(dict.fromkeys(f"{prefix}{slash}" for prefix, slash, name in names if name in BEGINS))
+
+
 def rounds_of(stages: Stages) -> list[str]:
     """What the names of each round's stages begin with, of the rounds that have begun: "", or "round-1/", "round-2/", and so on."""
-    begun = [name.removesuffix("scores") for name in stages if name.rpartition("/")[2] == "scores"]
-    return [prefix for prefix in begun if prefix == "" or prefix.startswith("round-")]
+    return [prefix for prefix in begun(stages) if prefix == "" or prefix.startswith("round-")]
 
 
 def teacher_of(stages: Stages) -> Made[Any] | None:
@@ -38,6 +47,18 @@ def teacher_of(stages: Stages) -> Made[Any] | None:
 def _real(uri: str) -> str:
     """A local path without links, of which its absolute form may have some; another URI as it is."""
     return uri if is_remote(uri) else os.path.realpath(uri)
+
+
+def place_of(made: Made[Any], given: str, own: str = "") -> str:
+    """Where a stage's files are: in its own folder, or where the input `given` is, where the stage only refers to that."""
+    outside = made.key.inputs.get(given)
+    return outside.uri if isinstance(outside, Outside) else join(made.uri, own)
+
+
+def referred(made: Made[Any], given: str) -> tuple[Watched, ...]:
+    """What a stage that reads another one's files watches, where that only refers to them."""
+    outside = made.key.inputs.get(given)
+    return (outside,) if isinstance(outside, Outside) else ()
 
 
 class Reached(Exception):  # noqa: N818 - no error

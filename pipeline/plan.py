@@ -19,7 +19,7 @@ from pipeline.run import run
 
 def sources_of(recipe: Recipe) -> Sources:
     """The sources of a recipe, by field."""
-    labeled, weak = recipe.labeled, recipe.teacher.weak
+    labeled, weak = recipe.labeled, None if recipe.taught is None else recipe.taught.weak
     given: dict[str, Source | None] = {
         "labeled.train": labeled.train,
         "labeled.validation": labeled.validation,
@@ -63,8 +63,9 @@ def check_networks(recipe: Recipe, planned: Sequence[Planned], sources: Sources)
     """
     unmade = {one.made.key.stage for one in planned if one.made.record is None}
     networks: dict[str, ModelConfig] = {}
-    if not isinstance(recipe.teacher.model, str) and unmade & {"teacher", "weak-pretrained"}:
-        networks["teacher.model"] = recipe.teacher.model
+    teacher = recipe.taught
+    if teacher is not None and not isinstance(teacher.model, str) and unmade & {"teacher", "weak-pretrained"}:
+        networks["teacher.model"] = teacher.model
     if recipe.student.model is not None and unmade & {"pretrained", "student", "supervised"}:
         networks["student.model"] = recipe.student.model
     if not networks:

@@ -126,13 +126,16 @@ def ready_model(this: Run, model: Existing, class_map: str | None, data: Labeled
 # Classes
 
 
-def class_outputs(uri: str, known: Sequence[str], wanted: Sequence[str], *, merge: bool = False) -> Outputs:
-    """The model's output for each class of D, found by name.
+def class_outputs(
+    uri: str, known: Sequence[str], wanted: Sequence[str], of: str = "D", *, merge: bool = False
+) -> Outputs:
+    """The model's output for each class, of D or of something else, found by name.
 
     Args:
         uri: of the model, for messages.
         known: the name of each output.
-        wanted: the classes of D.
+        wanted: the classes.
+        of: whose they are, for messages.
         merge: whether several outputs of one name are one class, whose probabilities add up.
 
     Raises:
@@ -145,13 +148,13 @@ def class_outputs(uri: str, known: Sequence[str], wanted: Sequence[str], *, merg
     missing = [name for name, numbers in zip(wanted, found, strict=True) if not numbers]
     for name, numbers in zip(wanted, found, strict=True):
         if len(numbers) > 1 and not merge:
-            rule = f"has {len(numbers)} outputs of the name {shown(name, 60)}, a class of D"
+            rule = f"has {len(numbers)} outputs of the name {shown(name, 60)}, a class of {of}"
             raise ModelError("teacher.model", uri, rule, "give its outputs names that differ, in its model.json")
     if missing:
         raise ModelError(
             "teacher.model",
             uri,
-            f"has no output for {len(missing)} of the {len(wanted)} classes of D ({_few(missing)}); "
+            f"has no output for {len(missing)} of the {len(wanted)} classes of {of} ({_few(missing)}); "
             f"its own {len(known)} are {_few(known)}",
             "rename the classes of D, give teacher.class_map, or have a new last layer with teacher.head: linear",
         )

@@ -5,14 +5,15 @@ from dataclasses import dataclass, replace
 from cluster.store import Made
 from pipeline.context import Run
 from pipeline.evaluation import Trained
+from pipeline.exclusion import exclude
+from pipeline.given import given_scores, given_selection
+from pipeline.measuring import Evaluated, evaluate
 from pipeline.ready import existing, fit_linear_head, ready_model
 from pipeline.recipe.sections import Recipe
+from pipeline.scoring.score import Scored
 from pipeline.stages import (
-    Evaluated,
     LabeledData,
     Listed,
-    evaluate,
-    exclude,
     list_unlabeled,
     materialize,
     score_unlabeled,
@@ -28,13 +29,13 @@ class Result:
     """What a run comes to.
 
     Attributes:
-        teacher: the first one.
+        teacher: the first one; None where scores or a selection that exist take its place.
         rounds: each from its teacher to its student, who teaches the next.
         baseline: the student's network, trained on D alone (Table 2, "Fully Supervised").
         evaluation: of all of them, on test images.
     """
 
-    teacher: Made[Trained]
+    teacher: Made[Trained] | None
     rounds: list[Round]
     baseline: Made[Trained]
     evaluation: Made[Evaluated]
@@ -55,16 +56,18 @@ def run(this: Run, recipe: Recipe) -> Result:
         with this.named(f"round-{number}" if recipe.rounds > 1 else ""):
             rounds.append(distill(this, recipe, student, teacher, data, pool))
         teacher = rounds[-1].student
-    this.call("student", teacher)
+    this.call("student", rounds[-1].student)
     baseline = train(this, "supervised", student, recipe.supervised, data.train, data)
-    models = {"teacher": first, **models_of(rounds), "supervised": baseline}
-    return Result(first, rounds, baseline, evaluate(this, data.test, models))
+    models = {**({} if first is None else {"teacher": first}), **models_of(rounds), "supervised": baseline}
+    return Result(first, rounds, baseline, evaluate(this, recipe.score, data, models))
 
 
-def obtain_teacher(this: Run, recipe: Recipe, data: LabeledData, pool: Made[Listed]) -> Made[Trained]:
+def obtain_teacher(this: Run, recipe: Recipe, data: LabeledData, pool: Made[Listed]) -> Made[Trained] | None:
     """(1) The teacher: trained on D, or ready; pre-trained on weak labels before that (section 3.3); taught by itself after that
-    (supplement 3)."""
-    wanted = recipe.teacher
+    (supplement 3). None where what it is for exists."""
+    wanted = recipe.taught
+    if wanted is None:
+        return None
     with this.named("self-training" if wanted.self_training else ""):
         teacher, itself = begin_teacher(this, recipe, data)
         network = itself
@@ -108,12 +111,20 @@ def network_of_student(this: Run, recipe: Recipe, data: LabeledData) -> Network:
 
 
 def distill(
-    this: Run, recipe: Recipe, network: Network, teacher: Made[Trained], data: LabeledData, pool: Made[Listed]
+    this: Run, recipe: Recipe, network: Network, teacher: Made[Trained] | None, data: LabeledData, pool: Made[Listed]
 ) -> Round:
-    """(2) to (4): from a teacher to a student."""
-    scores = score_unlabeled(this, recipe.score, teacher, pool)  # (2), ranking
-    excluded = exclude(this, recipe, teacher, scores, data, pool)
-    selection = select_top_k(this, recipe, scores, excluded, data, pool)  # (2), picking
+    """(2) to (4): from a teacher, or from what exists in its place, to a student."""
+    scores: Made[Scored] | None = None
+    if teacher is None and recipe.select.selection is not None:
+        selection = given_selection(this, recipe, data, pool)
+    else:
+        scores = (  # (2), ranking
+            given_scores(this, recipe, data, pool)
+            if teacher is None
+            else score_unlabeled(this, recipe.score, teacher, data, pool)
+        )
+        excluded = exclude(this, recipe, teacher, scores, data, pool)
+        selection = select_top_k(this, recipe, scores, excluded, data, pool)  # (2), picking
     dhat = materialize(this, recipe, selection, data, pool)  # D-hat
     show_gallery(this, recipe, selection, dhat, data)
     pretrained = train(this, "pretrained", network, recipe.pretrain, dhat, data)  # (3)

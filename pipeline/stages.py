@@ -10,20 +10,23 @@ from cluster import storage
 from cluster.errors import RecipeError, SourceError, StageError
 from cluster.resources import Bundle, Demand
 from cluster.store import Key, Made, Outside, Watched
-from pipeline.context import ListedFiles, Run
+from models.card import read_card
+from pipeline.context import ListedFiles, Run, place_of, referred
 from pipeline.data import labeled as labeled_stage
+from pipeline.data import rejects as rejected
 from pipeline.data.labeled import Survey
 from pipeline.data.loading import TrainingSet, dhat_training_set
 from pipeline.data.sources import ImageSource
-from pipeline.duplicates import exclude as deduplication
 from pipeline.duplicates.exclude import Excluded
-from pipeline.evaluation import Candidate, Measured, Trained, measure
+from pipeline.evaluation import Trained
 from pipeline.recipe.sections import SIDECAR, Recipe, Score, Source
 from pipeline.report import gallery
 from pipeline.report.gallery import Gallery
+from pipeline.scoring import beside
 from pipeline.scoring import score as scoring
 from pipeline.scoring.score import Scored
 from pipeline.selection import dhat as dhat_stage
+from pipeline.selection import record as selection_record
 from pipeline.selection import select as selection
 from pipeline.selection import tags as tags_stage
 from pipeline.selection.dhat import Dhat
@@ -202,7 +205,7 @@ class Listed:
     source: str
 
 
-LISTING = "listing.parquet"
+LISTING = beside.LISTING
 
 
 def list_unlabeled(this: Run, unlabeled: Source) -> Made[Listed]:
@@ -222,58 +225,29 @@ def images_of(pool: Made[Listed] | Made[Matched]) -> ImageSource:
     return ImageSource.load(storage.join(pool.uri, LISTING))
 
 
-TABLE, REJECTS = "table", "rejects"
+TABLE, REJECTS = beside.TABLE, rejected.REJECTS
 """Folders of a scoring: the score table, and beside it the images that have no scores."""
 
 
-def score_unlabeled(this: Run, settings: Score, teacher: Made[Trained], pool: Made[Listed]) -> Made[Scored]:
+def score_unlabeled(
+    this: Run, settings: Score, teacher: Made[Trained], data: LabeledData, pool: Made[Listed]
+) -> Made[Scored]:
     """(2) The teacher on every image of U."""
 
     def work(place: str) -> Scored:
+        source = images_of(pool)
+        record = beside.Record.of(read_card(teacher.uri).fingerprint, source, data.class_names, settings)
+        beside.publish(place, record, source)
         table, rejects = storage.join(place, TABLE), storage.join(place, REJECTS)
         with this.display.task("scores", None) as progress:
             outputs = teacher.outputs.class_outputs
-            return scoring.score(images_of(pool), teacher.uri, table, rejects, settings, progress, outputs)
+            return scoring.score(source, teacher.uri, table, rejects, settings, progress, outputs)
 
     key = Key("scores", {"score": settings}, {"teacher": teacher.fingerprint, "unlabeled": pool.fingerprint})
     return this.once(key, Scored, work, demand=scoring.demand(settings), parts={"scores": TABLE, "rejects": REJECTS})
 
 
 # Selection
-
-
-def exclude(
-    this: Run,
-    recipe: Recipe,
-    teacher: Made[Trained],
-    scores: Made[Scored],
-    data: LabeledData,
-    pool: Made[Listed],
-) -> Made[Excluded] | None:
-    """What of U is left out before selection (supplement 5); None where nothing is looked for."""
-    settings = recipe.deduplicate
-    if not settings.on:
-        return None
-    other = deduplication.features_model(this, "deduplicate.model", settings)
-    model = deduplication.Features(teacher.uri, teacher.fingerprint) if other is None else other
-    inputs = {
-        "unlabeled": pool.fingerprint,
-        **data.validation.inputs,
-        **data.test.inputs,
-        "model": model.fingerprint if settings.near else "",
-        "embeddings": scores.fingerprint if settings.near and other is None else "",
-    }
-    subject = deduplication.Subject(
-        unlabeled=lambda: images_of(pool),
-        sets=lambda: tuple(
-            deduplication.surveyed_set(name, labeled.uri)
-            for name, labeled in (("validation", data.validation), ("test", data.test))
-        ),
-        model_uri=model.uri,
-        embeddings=storage.join(scores.uri, TABLE) if other is None else None,
-        inputs=inputs,
-    )
-    return deduplication.deduplicate(this, subject, settings, recipe.score, "deduplicate.decisions")
 
 
 @dataclass(frozen=True)
@@ -307,9 +281,9 @@ def match_tags(this: Run, name: str, tagged: Tagged, data: LabeledData) -> Made[
         source, where = tagged.listed(), None if tagged.tags == SIDECAR else tagged.tags
         source.save(storage.join(place, LISTING))
         with this.display.task(name, None) as progress:
-            table = storage.join(place, TABLE)
+            table, rejects = storage.join(place, TABLE), storage.join(place, REJECTS)
             return tags_stage.match_tags(
-                tagged.field, source, data.class_names, table, tags_uri=where, progress=progress
+                tagged.field, source, data.class_names, table, rejects, tags_uri=where, progress=progress
             )
 
     listing = "" if tagged.tags == SIDECAR else _outside(tagged.field, tagged.tags)
@@ -344,7 +318,7 @@ def select_top_k(
     def work(place: str) -> Selected:
         with this.display.task("selection", None if tags else scores.outputs.scored) as progress:
             selected = selection.select(
-                tags or storage.join(scores.uri, TABLE),
+                tags or place_of(scores, "table", TABLE),
                 place,
                 images_per_class=settings.images_per_class,
                 classes_per_image=settings.classes_per_image,
@@ -362,10 +336,17 @@ def select_top_k(
             raise StageError(
                 f"{scores.outputs.scored} images are scored, but the selection saw {selected.images}: score again"
             )
+        selection_record.publish(selected, settings.deciding(), data.class_names, images_of(pool))
         return selected
 
     lists = {f"select.exclude {uri}": _outside("select.exclude", uri) for uri in settings.exclude}
-    key = Key("selection", {"select": settings, "seed": seed}, {**inputs, **lists}, version=2)
+    key = Key(
+        "selection",
+        {"select": settings, "seed": seed},
+        {**inputs, **lists},
+        version=2,
+        watched=referred(scores, "table"),
+    )
     return this.once(key, Selected, work)
 
 
@@ -394,7 +375,7 @@ def materialize(this: Run, recipe: Recipe, chosen: Made[Selected], data: Labeled
     def work(place: str) -> Dhat:
         with this.display.task("dhat", chosen.outputs.selected) as progress:
             return dhat_stage.materialize(
-                chosen.uri,
+                place_of(chosen, "selection"),
                 images_of(pool),
                 place,
                 images_per_shard=recipe.dhat.images_per_shard,
@@ -403,7 +384,12 @@ def materialize(this: Run, recipe: Recipe, chosen: Made[Selected], data: Labeled
                 progress=progress,
             )
 
-    key = Key("dhat", {"dhat": recipe.dhat, "seed": seed}, {"selection": chosen.fingerprint})
+    key = Key(
+        "dhat",
+        {"dhat": recipe.dhat, "seed": seed},
+        {"selection": chosen.fingerprint},
+        watched=referred(chosen, "selection"),
+    )
     return DhatImages(this.once(key, Dhat, work), data)
 
 
@@ -431,28 +417,3 @@ def show_gallery(
     # Of models, these settings decide nothing; of these pages, everything.
     sections = {"report": settings.model_dump(mode="json"), "title": recipe.name}
     return this.once(Key("gallery", sections, dhat.inputs), Gallery, work)
-
-
-# Evaluation
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """Models on the test images: how many these are, and what each model did, by the model's name in the run."""
-
-    images: int
-    models: dict[str, Measured]
-
-
-def evaluate(this: Run, test: LabeledSet, models: Mapping[str, Made[Trained]]) -> Made[Evaluated]:
-    """Top-1 and top-5 of models, by their names in the run, on the test set, on which nothing was chosen."""
-
-    def work(place: str) -> Evaluated:
-        images = test.load()
-        candidates = {name: Candidate(made.uri, made.outputs.class_outputs) for name, made in models.items()}
-        with this.display.task("evaluation", images.images * len(models)) as progress:
-            return Evaluated(images.images, measure(candidates, images, progress))
-
-    inputs = {name: made.fingerprint for name, made in models.items()}
-    key = Key("evaluation", {}, {**inputs, **test.inputs}, watched=test.watched)
-    return this.once(key, Evaluated, work, demand=_ONE_CPU)

@@ -102,9 +102,9 @@ class Examples(Protocol):
 
 @dataclass(frozen=True)
 class Round:
-    """One teacher-to-student pass: steps (2) to (4)."""
+    """One teacher-to-student pass: steps (2) to (4); without scores where it began with a selection."""
 
-    scores: Made[Scored]
+    scores: Made[Scored] | None
     selection: Made[Selected]
     dhat: DhatImages
     pretrained: Made[Trained]

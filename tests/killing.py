@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from cluster import storage
 from pipeline.data.rejects import REJECTS, read_rejects
+from pipeline.scoring.beside import TABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("reader", "actor", "raylet", "driver")
@@ -201,9 +202,9 @@ def s3_server(folder: Path) -> Iterator[int]:
 
 
 def table(uri: str) -> pa.Table:
-    """Every row of a score table, sorted by image."""
-    files = [f for f in storage.list_files(uri, ".parquet") if not f.path.startswith(f"{REJECTS}/")]
-    tables = [pq.read_table(storage.join(uri, file.path)) for file in files]
+    """Every row of a score table that `tophat score` made, sorted by image."""
+    files = storage.list_files(storage.join(uri, TABLE), ".parquet")
+    tables = [pq.read_table(storage.join(uri, TABLE, file.path)) for file in files]
     plain = [t.set_column(0, "shard", t["shard"].cast(pa.string())) for t in tables]
     return pa.concat_tables(plain).sort_by([("shard", "ascending"), ("index", "ascending")]).combine_chunks()
 

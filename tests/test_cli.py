@@ -73,6 +73,32 @@ def test_unknown_and_wrong_fields(tophat: Callable[..., Answer], recipe: Callabl
     assert not Path(run).exists()
 
 
+def test_all_mistakes_of_a_recipe_are_told_at_once(
+    tophat: Callable[..., Answer], recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    wrong = ("--set", "select.image_per_class=3", "--set", 'labeled.classes=["a\\nb", ""]', "--set", "seed=x")
+    code, _, errors = tophat("run", recipe(), "--run-dir", str(tmp_path / "run"), *wrong)
+    assert code == 2
+    assert errors.splitlines()[-4:] == [
+        "error: 3 mistakes:",
+        "  select.image_per_class = 3: is not a field of a recipe; did you mean images_per_class?",
+        "  seed = 'x': Input should be a valid integer, unable to parse string as an integer; "
+        "correct it in the recipe, or --set seed=...",
+        "  labeled.classes.1 = '': String should have at least 1 character; "
+        "correct it in the recipe, or --set labeled.classes.1=...",
+    ]
+    options = ("--image-column", "", "--label-column", "")
+    code, _, errors = tophat("ingest", str(tmp_path), "--out", str(tmp_path / "out"), *options)
+    assert (code, errors.splitlines()[-3:]) == (
+        2,
+        [
+            "error: 2 mistakes:",
+            "  --image-column = '': String should have at least 1 character; correct it",
+            "  --label-column = '': String should have at least 1 character; correct it",
+        ],
+    )
+
+
 def test_a_missing_source(tophat: Callable[..., Answer], recipe: Callable[..., str], tmp_path: Path) -> None:
     path = recipe(unlabeled={"uri": str(tmp_path / "nowhere")})
     answer = tophat("run", path, "--run-dir", str(tmp_path / "run"), "--until", "unlabeled")
@@ -163,7 +189,7 @@ def test_wrong_credentials(
 
 def test_no_model_and_no_run(tophat: Callable[..., Answer], folders: Path, tmp_path: Path) -> None:
     source = str(folders / "test")
-    refused(tophat("evaluate", "--model", str(tmp_path), "--source", source), "has no model.json")
+    refused(tophat("evaluate", str(tmp_path), "--source", source), "has no model.json")
     refused(
         tophat("score", "--model", str(tmp_path), "--source", source, "--out", str(tmp_path / "s")), "has no model.json"
     )
@@ -187,7 +213,7 @@ def test_sources_of_other_columns(tophat: Callable[..., Answer], columns: str, t
     model, shards = tiny.save_teacher(str(tmp_path / "model")), str(tmp_path / "shards")
     ingest = ("ingest", columns, "--out", shards)
     score = ("score", "--model", model, "--source", columns, "--out", str(tmp_path / "scores"))
-    evaluate = ("evaluate", "--model", model, "--source", columns)
+    evaluate = ("evaluate", model, "--source", columns)
     for command in (ingest, score, evaluate):
         refused(tophat(*command, "--image-column", "picture"), "--image-column = 'picture': ", "img, thumb")
         refused(tophat(*command, "--image-column", ""), "--image-column = '': ")
@@ -278,7 +304,7 @@ def test_ingest_score_select_evaluate_and_status(
     assert table.column_names == ["class_id", "rank", "score", "shard", "index"]
     assert f"candidates: 150 = {table.num_rows} selected" in output
 
-    code, output, _ = tophat("evaluate", "--model", model, "--source", str(folders / "test"))
+    code, output, _ = tophat("evaluate", model, "--source", str(folders / "test"))
     assert code == 0
     assert "60" in output
 

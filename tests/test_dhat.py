@@ -17,7 +17,8 @@ from pipeline.data.shards import Row, Shard
 from pipeline.data.sources import ImageSource, open_source
 from pipeline.recipe.sections import Source
 from pipeline.selection import dhat
-from pipeline.selection.dhat import Dhat, materialize, permutation
+from pipeline.selection.dhat import Dhat, materialize
+from pipeline.selection.places import permutation
 from pipeline.selection.select import SCHEMA, read_selection, select
 
 SHARDS = {"b/one.parquet": 40, "a two.parquet": 25, "é.parquet": 3, "unused.parquet": 5}
@@ -76,7 +77,7 @@ def test_every_selected_image_is_there_once_for_each_class(selection: str, sourc
     made = materialize(selection, source, str(tmp_path / "dhat"), images_per_shard=20, seed=7, class_names=NAMES)
     chosen = read_selection(selection).to_pylist()
     rows = rows_of(made.uri)
-    assert [*rows[0]] == ["image", "label", "shard", "index", "rank", "score"]
+    assert [*rows[0]] == ["image", "label", "shard", "index", "rank", "score", "file"]
     assert all(row["image"] == image_of(row["shard"], row["index"]) for row in rows)
     key = ("label", "rank", "score", "shard", "index")
     assert sorted(tuple(row[name] for name in key) for row in rows) == [

@@ -56,6 +56,7 @@ from pipeline.duplicates.nearest import (
 from pipeline.plan import plan
 from pipeline.recipe.reading import deduplicate_settings, validate
 from pipeline.recipe.sections import Deduplicate, Score, Source
+from pipeline.scoring import beside
 from pipeline.scoring import score as scoring
 from pipeline.scoring.actors import score_table
 from runs import execute, fresh
@@ -464,8 +465,8 @@ def test_embeddings_of_a_score_table_give_the_same_pairs(
     source = open_source("U", Source(uri=str(planted / "u")))
     scores = str(tmp_path / "scores")
     with_embedding = SCORE.model_copy(update={"embedding": True, "batch_size": 64})
-    scoring.claim("--out", scores, model, source, with_embedding)
-    scoring.score(source, model, scores, f"{scores}/_rejects", with_embedding, SILENT)
+    beside.claim("--out", scores, model, source, with_embedding)
+    scoring.score(source, model, f"{scores}/{beside.TABLE}", f"{scores}/rejects", with_embedding, SILENT)
     words = ["--source", str(planted / "u"), "--against", str(planted / "test"), "--model", model, "--scores", scores]
     words += ["--nearest", "25", "--set", "pairs=100"]
     code, _, errors = tophat("duplicates", "--out", str(tmp_path / "out"), *words)
@@ -475,11 +476,11 @@ def test_embeddings_of_a_score_table_give_the_same_pairs(
     )
     assert storage.list_files(f"{tmp_path}/out/embeddings/unlabeled") == []
     with pytest.raises(RunError, match="holds scores made with another embedding"):
-        scoring.claim("--out", scores, model, source, SCORE.model_copy(update={"batch_size": 64}))
+        beside.claim("--out", scores, model, source, SCORE.model_copy(update={"batch_size": 64}))
     without = str(tmp_path / "without")
-    scoring.claim("--out", without, model, source, SCORE)
+    beside.claim("--out", without, model, source, SCORE)
     with pytest.raises(RunError, match="holds scores made with another embedding"):
-        scoring.claim("--out", without, model, source, with_embedding)
+        beside.claim("--out", without, model, source, with_embedding)
 
 
 # Copies

@@ -218,7 +218,7 @@ def test_a_folder_with_names_like_ours(folders: Path, tmp_path: Path, as_package
     assert (ended.code, ended.errors, ended.left) == (0, [], [])
     source = ["--source", f"{folders}/unlabeled"]
     for words in (
-        ["evaluate", "--model", "run/student", "--source", f"{folders}/test"],
+        ["evaluate", "run/student", "--source", f"{folders}/test"],
         [
             "duplicates",
             *source,

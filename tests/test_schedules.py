@@ -74,8 +74,7 @@ def test_a_rate_is_never_above_the_peak_or_below_the_last_part() -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({}, "exactly one of images_seen and epochs, got neither"),
-        ({"epochs": 1, "images_seen": 10}, "exactly one of images_seen and epochs, got both"),
+        ({}, "state its length: images_seen, epochs, or both"),
         ({"epochs": 1, "warmup": 0.3, "drops": 3}, "at most 0.25"),
         ({"epochs": 1, "precision": "float16"}, "float16 needs gpus_per_worker = 1"),
         ({"epochs": 1, "momentum": 0.0, "nesterov": True}, "momentum above 0"),
@@ -92,3 +91,9 @@ def test_steps_complete_the_last_minibatch() -> None:
     assert Training(images_seen=100, batch_size=24, workers=2).steps(epoch_images=7) == 3
     assert Training(epochs=2, batch_size=24).steps(epoch_images=100) == 9
     assert Training(images_seen=1, batch_size=24).steps(epoch_images=7) == 1
+
+
+def test_of_two_lengths_the_longer_counts() -> None:
+    both = Training(epochs=3, images_seen=1000, batch_size=10)
+    assert [both.total_images(epoch) for epoch in (100, 333, 334, 1000)] == [1000, 1000, 1002, 3000]
+    assert both.steps(epoch_images=400) == 120

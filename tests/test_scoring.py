@@ -26,8 +26,9 @@ from pipeline.data.rejects import Reject, count_rejected, publish_rejects, read_
 from pipeline.data.sources import ImageSource, open_source
 from pipeline.recipe.sections import Score, Source
 from pipeline.scoring.actors import compiler_error
+from pipeline.scoring.beside import claim
 from pipeline.scoring.ledger import Range
-from pipeline.scoring.score import claim, default_actors, prove, score
+from pipeline.scoring.score import default_actors, prove, score
 
 CONFIG = ModelConfig(architecture="resnet8", options={"width": 4}, transform=Transform(size=28, resize=28, flip=False))
 SETTINGS = Score(classes_per_image=3, batch_size=16, actors=1, cpus_per_actor=0.5)

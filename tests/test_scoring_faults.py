@@ -27,6 +27,7 @@ from pipeline.data import reader
 from pipeline.data.rejects import REJECTS
 from pipeline.data.sources import ImageSource, open_source
 from pipeline.recipe.sections import Score, Source
+from pipeline.scoring.beside import TABLE
 from pipeline.scoring.ledger import RangeReader
 from pipeline.scoring.score import score
 
@@ -233,7 +234,7 @@ def undisturbed(
 ) -> str:
     out = str(tmp_path_factory.mktemp("scored") / "scores")
     source = open_source("U", Source(uri=str(pool[0])))
-    found = score(source, teacher, out, storage.join(out, REJECTS), SETTINGS, SILENT)
+    found = score(source, teacher, storage.join(out, TABLE), storage.join(out, REJECTS), SETTINGS, SILENT)
     assert (found.listed, found.scored, found.rejected) == (IMAGES, IMAGES - BROKEN_IMAGES, BROKEN_IMAGES)
     return out
 

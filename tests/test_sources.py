@@ -128,8 +128,8 @@ def test_parquet_of_hugging_face(place: str) -> None:
     source = opened(place)
     assert source.reader.class_names == ("cat", "dog")
     assert list(source.read("data/train-0.parquet")) == [
-        Row(0, b"a", "dog", reason="empty"),
-        Row(1, b"", "cat", "no bytes, only the path y.png", "empty"),
+        Row(0, b"a", "dog", reason="empty", file="data/train-0.parquet/x.png"),
+        Row(1, b"", "cat", "no bytes, only the path y.png", "empty", file="data/train-0.parquet/y.png"),
         Row(2, b"", 5, "no bytes", "empty"),
     ]
 
@@ -236,7 +236,7 @@ def test_a_flat_folder_has_no_labels(tmp_path: object) -> None:
     storage.publish(f"{tmp_path}/a.jpg", b"a")
     source = opened(str(tmp_path))
     assert source.reader.class_names is None
-    assert list(source.read("files-000000")) == [Row(0, b"a", None)]
+    assert list(source.read("files-000000")) == [Row(0, b"a", None, file="a.jpg")]
 
 
 def test_many_files_become_mixed_virtual_shards(tmp_path: object) -> None:

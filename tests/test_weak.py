@@ -22,7 +22,7 @@ from cluster import storage
 from cluster.errors import InputError, SourceError
 from models.config import Transform
 from models.inputs.image import evaluation_image
-from pipeline.data.rejects import REJECTS, read_rejects
+from pipeline.data.rejects import read_rejects
 from pipeline.data.sources import ImageSource, open_source
 from pipeline.recipe.sections import Source
 from pipeline.selection.select import read_selection, select
@@ -209,7 +209,7 @@ def content(uri: str) -> dict[str, bytes]:
 @pytest.mark.parametrize("layout", ["webdataset", "parquet", "folder"])
 def test_tags_in_the_source(place: str, layout: str) -> None:
     source = write(f"{place}/w", layout)
-    matched = match_tags("teacher.tags", source, CLASSES, f"{place}/out")
+    matched = match_tags("teacher.tags", source, CLASSES, f"{place}/out", f"{place}/rejects")
     assert matched == MATCHED
     assert matched.without_images(CLASSES) == ("nobody",)
     assert Matched(**json.loads(json.dumps(asdict(matched)))).tagged == 5
@@ -221,7 +221,7 @@ def test_tags_in_the_source(place: str, layout: str) -> None:
     rows = [(row["shard"], row["index"], tuple(row["class_ids"])) for row in table_rows(f"{place}/out")]
     assert set(rows) == wanted
     assert rows == sorted(rows)
-    counts, rejects = read_rejects(f"{place}/out/{REJECTS}", limit=9)
+    counts, rejects = read_rejects(f"{place}/rejects", limit=9)
     assert [(r.shard, r.index) for r in rejects] == [places(source)[BROKEN]]
     assert sum(counts.values()) == 1
 
@@ -241,7 +241,7 @@ def test_tags_in_the_source(place: str, layout: str) -> None:
 @pytest.mark.usefixtures("ray_local")
 def test_tables_of_tags_give_the_same_bytes_however_they_are_cut(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(f"{place}/w", "webdataset")
-    assert match_tags("tags", source, CLASSES, f"{place}/sidecars") == MATCHED
+    assert match_tags("tags", source, CLASSES, f"{place}/sidecars", f"{place}/rejects") == MATCHED
     wanted = content(f"{place}/sidecars")
     assert len(wanted) == 3
     order = [6, 2, 0, 7, 1, 4, 3, 5]
@@ -260,7 +260,7 @@ def test_tables_of_tags_give_the_same_bytes_however_they_are_cut(place: str, mon
         one["tags"] = [TAGS[row][:1], TAGS[row][::-1]]
         publish_table(f"{place}/cut/{number}.parquet", one, tags=pa.list_(pa.string()))
     for name, read in (("lists.parquet", 8), ("texts", 8), ("ids", 8), ("cut", 16)):
-        found = match_tags("tags", source, CLASSES, f"{place}/out", tags_uri=f"{place}/{name}")
+        found = match_tags("tags", source, CLASSES, f"{place}/out", f"{place}/rejects", tags_uri=f"{place}/{name}")
         assert found == Matched(read, 5, 1, MATCHED.per_class), name
         assert content(f"{place}/out") == wanted, name
 
@@ -268,7 +268,7 @@ def test_tables_of_tags_give_the_same_bytes_however_they_are_cut(place: str, mon
 @pytest.mark.usefixtures("ray_local")
 def test_matched_tags_are_what_selection_reads(tmp_path: Path) -> None:
     source = write(f"{tmp_path}/w", "webdataset")
-    match_tags("tags", source, CLASSES, f"{tmp_path}/out")
+    match_tags("tags", source, CLASSES, f"{tmp_path}/out", f"{tmp_path}/rejects")
     selected = select(
         f"{tmp_path}/out", f"{tmp_path}/selection", images_per_class=9, tags=True, num_classes=len(CLASSES)
     )
@@ -280,14 +280,18 @@ def test_matched_tags_are_what_selection_reads(tmp_path: Path) -> None:
 def test_shards_that_cannot_be_read_are_rejects(tmp_path: Path) -> None:
     source = write(f"{tmp_path}/w", "webdataset")
     (tmp_path / "w/b.tar").write_bytes((tmp_path / "w/b.tar").read_bytes()[:3000])  # its first sample is whole
-    assert match_tags("tags", source, CLASSES, f"{tmp_path}/out") == Matched(5, 3, 1, (2, 1, 1, 1, 0))
-    _, rejects = read_rejects(f"{tmp_path}/out/{REJECTS}", limit=9)
+    assert match_tags("tags", source, CLASSES, f"{tmp_path}/out", f"{tmp_path}/rejects") == Matched(
+        5, 3, 1, (2, 1, 1, 1, 0)
+    )
+    _, rejects = read_rejects(f"{tmp_path}/rejects", limit=9)
     assert [(r.shard, r.index, r.reason) for r in rejects] == [("b.tar", None, "unreadable_shard")]
     table = {"shard": ["a.tar", "b.tar", "b.tar", "b.tar"], "index": [0, 0, 2, 4], "tags": ["zero"] * 4}
     publish_table(f"{tmp_path}/tags.parquet", table)
-    matched = match_tags("tags", source, CLASSES, f"{tmp_path}/out", tags_uri=f"{tmp_path}/tags.parquet")
+    matched = match_tags(
+        "tags", source, CLASSES, f"{tmp_path}/out", f"{tmp_path}/rejects", tags_uri=f"{tmp_path}/tags.parquet"
+    )
     assert matched == Matched(4, 2, 2, (2, 0, 0, 0, 0))
-    _, rejects = read_rejects(f"{tmp_path}/out/{REJECTS}", limit=9)
+    _, rejects = read_rejects(f"{tmp_path}/rejects", limit=9)
     assert [(r.shard, r.index, r.reason) for r in rejects] == [("b.tar", n, "unreadable_shard") for n in (2, 4)]
 
 
@@ -328,11 +332,25 @@ def test_bad_tables_of_tags_are_told_in_one_line(tmp_path: Path) -> None:
     for columns, message in cases:
         publish_table(f"{tmp_path}/tags.parquet", columns)
         with pytest.raises(SourceError, match=f"^select.tags = .*{message}") as caught:
-            match_tags("select.tags", source, CLASSES, f"{tmp_path}/out", tags_uri=f"{tmp_path}/tags.parquet")
+            match_tags(
+                "select.tags",
+                source,
+                CLASSES,
+                f"{tmp_path}/out",
+                f"{tmp_path}/rejects",
+                tags_uri=f"{tmp_path}/tags.parquet",
+            )
         assert "\n" not in str(caught.value)
     (tmp_path / "tags.parquet").write_bytes(b"PAR1 no more than this")
     with pytest.raises(SourceError, match=r"tags.parquet': cannot be used \(Parquet"):
-        match_tags("select.tags", source, CLASSES, f"{tmp_path}/out", tags_uri=f"{tmp_path}/tags.parquet")
+        match_tags(
+            "select.tags",
+            source,
+            CLASSES,
+            f"{tmp_path}/out",
+            f"{tmp_path}/rejects",
+            tags_uri=f"{tmp_path}/tags.parquet",
+        )
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -340,19 +358,21 @@ def test_folders_that_cannot_be_used_are_told_in_one_line(tmp_path: Path) -> Non
     source = write(f"{tmp_path}/w", "webdataset")
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match="holds no Parquet files; give a Parquet file of tags, or a folder"):
-        match_tags("tags", source, CLASSES, f"{tmp_path}/out", tags_uri=f"{tmp_path}/empty")
+        match_tags("tags", source, CLASSES, f"{tmp_path}/out", f"{tmp_path}/rejects", tags_uri=f"{tmp_path}/empty")
     with pytest.raises(InputError, match="does not exist"):
-        match_tags("tags", source, CLASSES, f"{tmp_path}/out", tags_uri=f"{tmp_path}/none.parquet")
+        match_tags(
+            "tags", source, CLASSES, f"{tmp_path}/out", f"{tmp_path}/rejects", tags_uri=f"{tmp_path}/none.parquet"
+        )
     publish_table(f"{tmp_path}/tags/1.parquet", {"shard": ["a.tar"], "index": [0], "tags": ["zero"]})
     with pytest.raises(InputError, match="is inside the table of tags"):
-        match_tags("tags", source, CLASSES, f"{tmp_path}/tags/out", tags_uri=f"{tmp_path}/tags")
+        match_tags("tags", source, CLASSES, f"{tmp_path}/tags/out", f"{tmp_path}/rejects", tags_uri=f"{tmp_path}/tags")
     with pytest.raises(InputError, match=r"1.parquet': cannot be used \(not of matched tags\); give another folder"):
-        match_tags("tags", source, CLASSES, f"{tmp_path}/tags")
+        match_tags("tags", source, CLASSES, f"{tmp_path}/tags", f"{tmp_path}/rejects")
     assert (tmp_path / "tags/1.parquet").exists()
     tiny.write_tar(tmp_path / "plain/a.tar", images())
     plain = open_source("weak", Source(uri=str(tmp_path / "plain")))
     with pytest.raises(SourceError, match=r"^tags = .*plain': has no tags: none of 8 images has one; give a Parquet"):
-        match_tags("tags", plain, CLASSES, f"{tmp_path}/out")
+        match_tags("tags", plain, CLASSES, f"{tmp_path}/out", f"{tmp_path}/rejects")
 
 
 def test_a_folder_of_other_tags_is_no_training_set(tmp_path: Path) -> None:

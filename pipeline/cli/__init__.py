@@ -1,4 +1,4 @@
 """The command line, `tophat`."""
 
-from pipeline.cli import data, init, run, select  # noqa: F401 - each adds its commands to the application
+from pipeline.cli import data, evaluate, init, run, select  # noqa: F401 - each adds its commands to the application
 from pipeline.cli.app import main as main

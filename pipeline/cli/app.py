@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from cluster.environment import prepare_command
-from cluster.errors import InputError, Interrupted, TophatError, one_line
+from cluster.errors import InputError, Interrupted, RecipeErrors, TophatError, one_line
 from cluster.interrupt import INTERRUPTED, Interruption
 
 if TYPE_CHECKING:
@@ -141,7 +141,8 @@ def main() -> None:
             interruption.end(str(error) if isinstance(error, Interrupted) else INTERRUPTED)
         if not isinstance(error, TophatError):
             raise
-        _fail(one_line(str(error)), 2 if isinstance(error, InputError) else 1)
+        message = str(error) if isinstance(error, RecipeErrors) else one_line(str(error))
+        _fail(message, 2 if isinstance(error, InputError) else 1)
     finally:
         if interruption is not None:
             interruption.over = True

@@ -1,11 +1,10 @@
-"""Commands about images: ingest, score, evaluate."""
+"""Commands about images: ingest and score."""
 
-from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.errors import InputError, SourceError, one_line
+from cluster.errors import InputError, one_line
 from pipeline.cli.app import (
     Address,
     ClassesPerImage,
@@ -33,7 +32,7 @@ def ingest(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="A folder of images or shards, or a known data set: digits, fashion-mnist."
+            metavar="SOURCE", help="A folder of images or shards, or a known data set: digits, fashion-mnist, drawings."
         ),
     ],
     to: Annotated[str, typer.Option("--out", metavar="URI", help="An empty or new folder.")],
@@ -60,6 +59,7 @@ def ingest(
 
     lost: tuple[tuple[str, str], ...] = ()
     sources: dict[str, ImageSource] = {}
+    licence: str | None = None
     display = Display(out, here=True)
     if source in datasets.NAMES:
         with display.task("ingest", None) as progress:
@@ -67,6 +67,7 @@ def ingest(
                 source, to, origin=origin, train_per_class=train_per_class, seed=seed, progress=progress
             )
         table = pairs(f"{'Made' if made.fresh else 'Found'} {made.uri}", made.counts)
+        licence = made.licence
     else:
         for option, value in (("--from", origin), ("--train-per-class", train_per_class)):
             if value is not None:
@@ -94,6 +95,8 @@ def ingest(
         lost = written.unreadable
         sources["SOURCE"] = found
     out.print(table)
+    if licence:
+        out.print(f"licence: {licence}", markup=False)
     for shard, reason in lost:
         out.print(one_line(f"not read to its end: {shard}: {reason}"), markup=False)
     print_passed_over(out, sources)
@@ -104,7 +107,10 @@ def score(
     model: Model,
     source: Annotated[str, typer.Option("--source", metavar="URI", help="Images, in any layout.")],
     to: Annotated[
-        str, typer.Option("--out", metavar="URI", help="Folder of the score table; rejects go to its _rejects.")
+        str,
+        typer.Option(
+            "--out", metavar="URI", help="Folder of table/, the scores; rejects/ and listing.parquet beside it."
+        ),
     ],
     classes_per_image: ClassesPerImage = None,
     layout: Layout = "auto",
@@ -118,10 +124,10 @@ def score(
     from cluster import storage
     from cluster.progress import Display
     from models.card import read_card
-    from models.inputs.formats import NEEDS_PLUGIN
-    from pipeline.cli.tables import plugin_note, print_passed_over
+    from pipeline.cli.tables import print_passed_over, rejects_lines
     from pipeline.data.rejects import REJECTS
     from pipeline.recipe.reading import score_settings
+    from pipeline.scoring import beside
     from pipeline.scoring import score as scoring
 
     with in_options("--source"):
@@ -130,13 +136,13 @@ def score(
     images = listed("--source", source_of("--source", source, layout, image_column, label_column))
     images.check_outside("--out", to)
     target = storage.absolute(to)
-    scoring.claim("--out", target, storage.absolute(model), images, settings)
+    beside.claim("--out", target, storage.absolute(model), images, settings)
     session = ray_session(address, verbose, on_start=lambda: scoring.check_cluster(settings))
     with in_options("--source", out=to), session:
         session.start()
         with Display(out).task("scores", None) as progress:
-            rejects = storage.join(target, REJECTS)
-            scored = scoring.score(images, storage.absolute(model), target, rejects, settings, progress)
+            table, rejects = storage.join(target, beside.TABLE), storage.join(target, REJECTS)
+            scored = scoring.score(images, storage.absolute(model), table, rejects, settings, progress)
     counts = {
         "images listed": scored.listed,
         "scored": scored.scored,
@@ -146,49 +152,6 @@ def score(
     counts |= {f"  {reason}": count for reason, count in scored.rejects.items()}
     out.print(pairs(f"Score table {scored.uri}", counts))
     print_passed_over(out, {"--source": images})
-    if scored.rejects.get(NEEDS_PLUGIN):
-        out.print(f"note: {plugin_note(scored.rejects[NEEDS_PLUGIN])}", markup=False)
     out.print(f"images: {scored.listed:,} listed = {scored.scored:,} scored + {scored.rejected:,} rejected")
-
-
-@app.command()
-def evaluate(
-    model: Model,
-    source: Annotated[str, typer.Option("--source", metavar="URI", help="Labeled images.")],
-    layout: Layout = "auto",
-    image_column: ImageColumn = None,
-    label_column: LabelColumn = "label",
-    address: Address = "local",
-    verbose: Verbose = False,
-) -> None:
-    """Measure a model's top-1 and top-5 on labeled images."""
-    from cluster import storage
-    from cluster.progress import Display
-    from models.card import read_card
-    from pipeline.cli import tables
-    from pipeline.data import labeled
-    from pipeline.data.rejects import counted
-    from pipeline.evaluation import Candidate, measure
-    from pipeline.report import text
-
-    with in_options("--source"):
-        names = read_card(model).class_names
-    images = listed("--source", source_of("--source", source, layout, image_column, label_column), labeled=True)
-    with in_options("--source"), ray_session(address, verbose) as session:
-        session.start()
-        display = Display(out)
-        with display.task("reading", None) as progress:
-            found = labeled.survey("--source", images, progress)
-        labels = labeled.number_labels("--source", found, names, complete=False)
-        data = labeled.training_set(images, labels, names)
-        if not data.images:
-            raise SourceError("--source", source, "holds no image that can be used", "look at the files")
-        with display.task("evaluation", data.images) as progress:
-            found_by = measure({"model": Candidate(storage.absolute(model))}, data, progress)["model"]
-    table = tables.table("Evaluation", "images", "rejected", "top-1", "top-5", "loss")
-    top = [text.percent(share) for share in (found_by.top1, found_by.top5)]
-    table.add_row(f"{data.images:,}", f"{len(found.rejects):,}", *top, f"{found_by.loss:.4f}")
-    out.print(table)
-    if found.rejects:
-        out.print(f"rejected: {counted(Counter(one.reason for one in found.rejects))}")
-    tables.print_passed_over(out, {"--source": images})
+    for line in rejects_lines(scored):
+        out.print(line, markup=False)

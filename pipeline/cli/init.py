@@ -44,7 +44,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Write over FILE.")] = False,
 ) -> None:
     """Look at images, and write a recipe that fits them."""
-    from pipeline.guide import decide, timing, writing
+    from pipeline.guide import budget, decide, timing, writing
     from pipeline.guide.findings import Findings, repeats
     from pipeline.guide.look import inside, look, machine
     from pipeline.recipe.reading import load
@@ -79,8 +79,8 @@ def init(
         with _by_option(teacher):
             costs = timing.measure(plan, found, directory)
     if minutes is not None:
-        plan = decide.in_time(plan, costs, found, minutes)
-    seconds = decide.estimate(plan, costs, found)
+        plan = budget.in_time(plan, costs, found, minutes)
+    seconds = budget.estimate(plan, costs, found)
     copies = file.with_suffix(".copies.parquet")
     excluded = [one for one, _ in found.copies.pool]
     given = writing.Sources(
@@ -202,7 +202,7 @@ def _print(found: "Findings", plan: "Plan", seconds: "Mapping[str, float]", file
     from rich.markup import escape
 
     from pipeline.cli.tables import table
-    from pipeline.guide import decide, writing
+    from pipeline.guide import writing
 
     for line in writing.found_lines(found):
         out.print(line, markup=False)
@@ -212,7 +212,7 @@ def _print(found: "Findings", plan: "Plan", seconds: "Mapping[str, float]", file
     for cells in writing.decided_lines(plan, found):
         decided.add_row(*map(escape, cells))
     out.print(decided)
-    for warning in (*decide.warnings_of(found), *plan.notes):
+    for warning in (*writing.warnings_of(found), *plan.notes):
         out.print(one_line(f"warning: {warning}"), markup=False)
     if copies is not None:
         out.print(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich import filesize
 
-from cluster.errors import InputError, RunError
+from cluster.errors import InputError, RecipeError, RunError
 from pipeline.cli.app import RecipeArgument, RunDir, Sets, Until, Verbose, app, out
 
 if TYPE_CHECKING:
@@ -243,6 +243,9 @@ def estimate(
     from pipeline.scoring.forecast import forecast
 
     loaded = load(recipe, sets or [])
+    if loaded.given is not None:
+        value = loaded.score.table or loaded.select.selection
+        raise RecipeError(loaded.given, value, "leaves nothing to score", "leave it out to estimate a scoring")
     where = run_dir or f"runs/{loaded.name}"
     source = Sources({"unlabeled": loaded.unlabeled})["unlabeled"]
     tables.print_warnings(out, {"unlabeled": source})
@@ -276,7 +279,8 @@ def _teacher(recipe: "Recipe", run_dir: str) -> "tuple[str, str] | None":
     teacher = next(one.made for one in planned if one.made.fingerprint == wanted)
     if teacher.record is not None:
         return teacher.uri, "the run's own"
-    return (storage.absolute(recipe.teacher.ready), "the ready one") if recipe.teacher.ready else None
+    ready = None if recipe.taught is None else recipe.taught.ready
+    return (storage.absolute(ready), "the ready one") if ready else None
 
 
 @app.command()

@@ -9,18 +9,21 @@ from rich.table import Table
 from rich.text import Text
 
 from models.inputs.formats import NEEDS_PLUGIN
-from pipeline.context import Stages, rounds_of, teacher_of
-from pipeline.data.rejects import counted
+from pipeline.context import Stages, begun, rounds_of, teacher_of
+from pipeline.data.rejects import counted, some_rejects
 from pipeline.data.sources import ImageSource
 from pipeline.evaluation import Measured, Trained
+from pipeline.measuring import BASELINE, Evaluated
 from pipeline.report import text
 from pipeline.scoring.forecast import Forecast
 from pipeline.scoring.score import Scored
 from pipeline.selection.select import Selected
 from pipeline.selection.tags import Matched
-from pipeline.stages import Evaluated, Surveyed
+from pipeline.stages import Surveyed
 
 EXAMPLES = 20
+FEW = 3
+"""Rejects that are named on the terminal."""
 
 
 def table(title: str, *columns: str) -> Table:
@@ -34,29 +37,44 @@ def table(title: str, *columns: str) -> Table:
 def print_closing(console: Console, stages: Stages) -> None:
     """The closing tables: accuracies as in Table 2, a row for each round; then what became of every image."""
     if "evaluation" in stages:
-        evaluated: Evaluated = stages["evaluation"].outputs
-        supervised = evaluated.models["supervised"]
-        columns = ("", "Pre-trained", "Fine-tuned", "Fully supervised", "Gain")
-        accuracy = table(f"Top-1 / top-5 on {text.thousands(evaluated.images)} test images", *columns)
-        for prefix in rounds_of(stages):
-            pretrained, student = (evaluated.models[f"{prefix}{name}"] for name in ("pretrained", "student"))
-            cells = [_accuracy(one) for one in (pretrained, student, supervised)]
-            name = f"student {_network(stages[f'{prefix}student'].outputs)}"
-            name += f", {prefix.strip('/').replace('-', ' ')}" if prefix else ""
-            accuracy.add_row(name, *cells, text.points(student.top1 - supervised.top1))
-        teacher = teacher_of(stages)
-        assert teacher is not None
-        accuracy.add_row(f"teacher {_network(teacher.outputs)}", "", "", _accuracy(evaluated.models["teacher"]), "")
-        console.print(accuracy)
+        print_accuracies(console, stages)
     tagged = {made.fingerprint: made for name, made in stages.items() if made.key.stage in ("weak-tags", "tags")}
     for made in tagged.values():
         print_tags(console, made.outputs, stages["labeled-train"].outputs.class_names)
     for line in conservation_lines(stages):
-        console.print(line, highlight=False)
+        console.print(line, markup=False, highlight=False)
 
 
-def _accuracy(measured: Measured) -> str:
-    return f"{text.percent(measured.top1)} / {text.percent(measured.top5)}"
+def print_accuracies(console: Console, stages: Stages) -> None:
+    """Table 2 with the intervals of top-1, for the models that the run has; then the students against the baseline, in words."""
+    evaluated: Evaluated = stages["evaluation"].outputs
+    models = evaluated.models
+    columns = ("", "Pre-trained", "Fine-tuned", "Fully supervised", "Gain")
+    title = f"Top-1 (95% interval) / top-5 on {text.thousands(evaluated.images)} test images"
+    accuracy = table(title, *columns)
+    baseline = models.get(BASELINE)
+    for prefix in rounds_of(stages):
+        student = models.get(f"{prefix}student")
+        if student is None:
+            continue
+        cells = [_accuracy(one) for one in (models.get(f"{prefix}pretrained"), student, baseline)]
+        name = f"student {_network(stages[f'{prefix}student'].outputs)}"
+        name += f", {prefix.strip('/').replace('-', ' ')}" if prefix else ""
+        accuracy.add_row(name, *cells, text.points(None if baseline is None else student.top1 - baseline.top1))
+    teacher = teacher_of(stages)
+    if teacher is not None and "teacher" in models:
+        accuracy.add_row(f"teacher {_network(teacher.outputs)}", "", "", _accuracy(models["teacher"]), "")
+    console.print(accuracy)
+    for name, found in evaluated.against.items():
+        prefix = name.rpartition("/")[0].replace("-", " ")
+        of_round = f" of {prefix}" if prefix else ""
+        console.print(f"student{of_round} against baseline: {text.comparison(found)}", highlight=False)
+
+
+def _accuracy(measured: Measured | None) -> str:
+    if measured is None:
+        return text.DASH
+    return f"{text.percent(measured.top1)} ({text.interval(measured.interval)}) / {text.percent(measured.top5)}"
 
 
 def _network(outputs: Trained) -> str:
@@ -103,23 +121,32 @@ def conservation_lines(stages: Stages) -> list[str]:
             held = f", {counts.held_out:,} held out for validation" if counts.held_out else ""
             held += f", {counts.held_for_test:,} for the test set" if counts.held_for_test else ""
             lines.append(f"labeled.{name}: {counts.images:,} used{held}{rejected}")
-    for prefix in (name.removesuffix("scores") for name in stages if name.rpartition("/")[2] == "scores"):
+    for prefix in begun(stages):
         said = f"{prefix.strip('/')}: " if prefix else ""
-        scores: Scored = stages[f"{prefix}scores"].outputs
-        lines.append(
-            f"{said}images: {scores.listed:,} listed = {scores.scored:,} scored + {scores.rejected:,} rejected"
-        )
-        if scores.rejects:
-            where = f"; which ones and why: {scores.rejects_uri}"
-            lines.append(f"  rejects: {counted(scores.rejects)}{where}")
-        if scores.rejects.get(NEEDS_PLUGIN):
-            lines.append(f"  {plugin_note(scores.rejects[NEEDS_PLUGIN])}")
-        if scores.unreadable_shards:
+        if f"{prefix}scores" in stages:
+            scores: Scored = stages[f"{prefix}scores"].outputs
             lines.append(
-                f"  {scores.unreadable_shards:,} shards could not be read, or not to their end: see the rejects"
+                f"{said}images: {scores.listed:,} listed = {scores.scored:,} scored + {scores.rejected:,} rejected"
             )
+            lines += rejects_lines(scores)
         if f"{prefix}selection" in stages:
             lines += [said + line for line in selection_lines(stages[f"{prefix}selection"].outputs)]
+    return lines
+
+
+def rejects_lines(scores: Scored) -> list[str]:
+    """Why images have no scores, and the names of some of them."""
+    lines = []
+    if scores.rejects:
+        lines.append(f"  rejects: {counted(scores.rejects)}; which ones and why: {scores.rejects_uri}")
+        some = some_rejects(scores.rejects_uri, FEW)
+        lines += [text.short(f"    {one.where}: {one.reason}", 150) for one in some]
+        if sum(scores.rejects.values()) > len(some):
+            lines.append("    ...")
+    if scores.rejects.get(NEEDS_PLUGIN):
+        lines.append(f"  {plugin_note(scores.rejects[NEEDS_PLUGIN])}")
+    if scores.unreadable_shards:
+        lines.append(f"  {scores.unreadable_shards:,} shards could not be read, or not to their end: see the rejects")
     return lines
 
 

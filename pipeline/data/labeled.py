@@ -117,7 +117,7 @@ def undecodable(shard: Shard, row: Row) -> Reject | None:
     try:
         evaluation_image(row.image, Transform(size=8, resize=8))
     except UndecodableImage as error:
-        return Reject(shard.name, row.index, error.reason, shard.told(row.index, error.detail))
+        return Reject(shard.name, row.index, error.reason, error.detail, row.file)
     return None
 
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from queue import Full, Queue
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -166,6 +167,31 @@ class TrainingSet:
         pieces = _cut(np.arange(len(self.rows)), self._counts, int(bounds[rank]), int(bounds[rank + 1]))
         items = ((row, shard, 0) for piece in pieces for row, shard in self._read(piece, None))
         return self._batches(items, batch_size, decode)
+
+    def decoded(
+        self, shard: int, start: int, stop: int, transforms: Sequence[Transform]
+    ) -> Iterator[tuple[int, int, list[npt.NDArray[np.uint8]]]]:
+        """Some images of a shard, undistorted, in order.
+
+        Args:
+            shard: its place in `shards`.
+            start, stop: places in its `rows`.
+            transforms: the ways to decode.
+
+        Returns:
+            Iterator of an image's index in the shard, its class, and uint8 [3, size, size] for each of the transforms.
+
+        Raises:
+            StageError: an image that was good before is not.
+        """
+        from models.inputs.image import evaluation_image
+
+        for row in self._rows_of(shard, start, stop):
+            images = [
+                _decoded(row, self.shards[shard], partial(evaluation_image, transform=transform))
+                for transform in transforms
+            ]
+            yield row.index, self.class_ids[row.label], images
 
     @property
     def _counts(self) -> Integers:

@@ -116,10 +116,12 @@ def read_parquet(
             for offset in range(batch.num_rows):
                 if wanted is None or start + offset in wanted:
                     data = column[offset].as_py()
-                    problem = None if data is not None else _no_bytes(paths and paths[offset].as_py())
+                    path = paths[offset].as_py() if paths is not None else None
+                    problem = None if data is not None else _no_bytes(path)
                     label = None if classes is None else classes[offset]
                     found = tuple(word for field in words for word in split_tags(batch.column(field)[offset].as_py()))
-                    yield Row(start + offset, data or b"", label, problem, "empty", words=found)
+                    file = f"{name}/{path}" if isinstance(path, str) else None
+                    yield Row(start + offset, data or b"", label, problem, "empty", words=found, file=file)
             start += batch.num_rows
 
 

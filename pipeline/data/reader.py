@@ -166,7 +166,8 @@ class Reader:
                                 data, problem = b"", "the file changed since it was listed"
                 except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
                     data, problem = b"", one_line(f"{type(error).__name__}: {error.strerror or error}")
-                yield Row(index, data, folder, problem, words=self._words_beside(path) if self.tags else ())
+                words = self._words_beside(path) if self.tags else ()
+                yield Row(index, data, folder, problem, words=words, file=path)
 
     def _words_beside(self, path: str) -> tuple[str, ...]:
         try:

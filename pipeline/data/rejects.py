@@ -11,8 +11,8 @@ from cluster import storage
 if TYPE_CHECKING:
     import pyarrow as pa
 
-REJECTS = "_rejects"
-"""Where rejects go when a score table stands alone: a name that readers of a Parquet folder pass over, as they do the owner's."""
+REJECTS = "rejects"
+"""Folder of the rejects, beside the table of those that are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +24,19 @@ class Reject:
         index: its row; None when the shard itself cannot be read from some row on.
         reason: a short word of a closed set (`truncated`, `not_an_image`, `unreadable_shard`, ...).
         error: what the decoder or the store said, in one line.
+        file: the image's own name, as in `pipeline.data.shards.Row`.
     """
 
     shard: str
     index: int | None
     reason: str
     error: str
+    file: str | None = None
+
+    @property
+    def where(self) -> str:
+        """What to look at: the image's own name, else its place in its shard."""
+        return self.file or (self.shard if self.index is None else f"{self.shard} [{self.index}]")
 
 
 def counted(reasons: Mapping[str, int]) -> str:
@@ -40,7 +47,7 @@ def counted(reasons: Mapping[str, int]) -> str:
 
 
 def publish_rejects(uri: str, rejects: Sequence[Reject]) -> None:
-    """Writes rejects as one Parquet file: columns shard, index (uint32, nullable), reason, error."""
+    """Writes rejects as one Parquet file: columns shard, index (uint32, nullable), reason, error, file (nullable)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -50,6 +57,7 @@ def publish_rejects(uri: str, rejects: Sequence[Reject]) -> None:
             "index": pa.array([r.index for r in rejects], pa.uint32()),
             "reason": pa.array([r.reason for r in rejects], pa.string()),
             "error": pa.array([r.error for r in rejects], pa.string()),
+            "file": pa.array([r.file for r in rejects], pa.string()),
         }
     )
     sink = pa.BufferOutputStream()
@@ -78,6 +86,19 @@ def read_rejects(uri: str, *, limit: int = 0, wholes: bool = False) -> tuple[Cou
         content: list[dict[str, Any]] = chosen.to_pylist()
         rows.extend(Reject(**row) for row in content)
     return counts, rows
+
+
+def some_rejects(uri: str, limit: int) -> list[Reject]:
+    """The first rejects under a folder; no more files are read than that takes."""
+    import pyarrow.parquet as pq
+
+    rows: list[Reject] = []
+    for entry in storage.list_files(uri, ".parquet"):
+        if len(rows) < limit:
+            with storage.open_input(storage.join(uri, entry.path)) as file:
+                content: list[dict[str, Any]] = pq.read_table(file).slice(0, limit - len(rows)).to_pylist()
+            rows.extend(Reject(**row) for row in content)
+    return rows
 
 
 def count_rejected(uri: str) -> Counter[str]:

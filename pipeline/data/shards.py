@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
-from cluster.errors import SourceError, TophatError, one_line
+from cluster.errors import SourceError, TophatError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -63,6 +63,8 @@ class Row:
         reason: in a word, where there is a problem: one of `models.inputs.image.REASONS`.
         offset: in a tar, the byte where its sample begins, or the image itself where the sample has others before it.
         words: its tags, and the words of its caption, where the reader is asked for them.
+        file: its own name: the path of its file from the source's root on, which goes on inside a tar or a Parquet file (`a.tar/dog.1.png`);
+            None where it has none.
     """
 
     index: int
@@ -72,6 +74,7 @@ class Row:
     reason: "Reason" = "unreadable"
     offset: int = 0
     words: tuple[str, ...] = ()
+    file: str | None = None
 
     @property
     def image(self) -> bytes:
@@ -104,10 +107,6 @@ class Shard:
     etag: str
     files: tuple[str, ...] = ()
     etags: tuple[str, ...] = ()
-
-    def told(self, index: int, detail: str) -> str:
-        """What is said about an image, with the name of its file where it is one of its own."""
-        return f"{one_line(self.files[index])}: {detail}" if self.files else detail
 
 
 def shard_table(shards: Iterable[Shard]) -> "pa.Table":

@@ -135,6 +135,7 @@ class _Sample:
         key: the folder, and the name up to the first dot.
         first: name of its first file.
         offset: the byte where it begins.
+        tar: the name of the tar.
         names: of all its files.
         images: those that are no rows yet.
         size: of these images, in bytes.
@@ -149,6 +150,7 @@ class _Sample:
     key: tuple[str, str]
     first: str
     offset: int
+    tar: str
     names: set[str] = field(default_factory=set)
     images: list[_Image] = field(default_factory=list)
     size: int = 0
@@ -171,11 +173,13 @@ class _Sample:
                 label = self.labels.get(image.base, self.labels.get(image.stem, label_of_all))
                 words = self.words.get(image.base, self.words.get(image.stem, words_of_all))
                 offset = image.offset if self.rows else self.offset
-                yield Row(index, image.data, label, image.problem, offset=offset, words=words)
+                file = self._named(f"{self.key[0]}/{image.base}".lstrip("/"))
+                yield Row(index, image.data, label, image.problem, offset=offset, words=words, file=file)
                 index += 1
                 self.rows += 1
         if end and not self.rows and self.first:
-            yield _no_image(index, f"a sample without an image: {self.first}", self.offset)
+            detail = f"a sample without an image: {self.first}"
+            yield _no_image(index, detail, self.offset, self._named(self.first))
             index += 1
         for detail in self.others:
             yield _no_image(index, detail, self.offset)
@@ -184,6 +188,10 @@ class _Sample:
             if image.stem != self.key[1]:
                 self.words.pop(image.stem, None)
         self.images, self.size, self.others = [], 0, []
+
+    def _named(self, member: str) -> str:
+        """The name of a file of the tar, as text: tars hold bytes."""
+        return f"{self.tar}/{member.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')}"
 
     def add(
         self,
@@ -226,8 +234,8 @@ class _Sample:
             self.words[stem] = self.words.get(stem, ()) + words
 
 
-def _no_image(index: int, detail: str, offset: int) -> Row:
-    return Row(index, b"", None, detail, NO_IMAGE, offset=offset)
+def _no_image(index: int, detail: str, offset: int, file: str | None = None) -> Row:
+    return Row(index, b"", None, detail, NO_IMAGE, offset=offset, file=file)
 
 
 def read_tar(name: str, size: int, packed: Any, wanted: frozenset[int] | None, tags: bool) -> Iterator[Row]:
@@ -268,7 +276,7 @@ def read_tar(name: str, size: int, packed: Any, wanted: frozenset[int] | None, t
                 if member.isdir():
                     continue
                 if _is_hidden(folder, base):
-                    sample = sample or _Sample(("", ""), "", member.offset)
+                    sample = sample or _Sample(("", ""), "", member.offset, name)
                     sample.others.append(f"a hidden file: {member.name}")
                     if len(sample.others) >= HELD:
                         yield from rows(end=False)
@@ -276,7 +284,7 @@ def read_tar(name: str, size: int, packed: Any, wanted: frozenset[int] | None, t
                 key = folder, base.partition(".")[0]
                 if sample is None or sample.key != key or not sample.first or base in sample.names:
                     yield from rows(end=True)
-                    sample = _Sample(key, member.name, member.offset)
+                    sample = _Sample(key, member.name, member.offset, name)
                 if _rank(base) is not None and (len(sample.images) >= HELD or sample.size >= HELD_BYTES):
                     yield from rows(end=False)
                 is_wanted = wanted is None or not wanted.isdisjoint(range(index, index + len(sample.images) + 1))

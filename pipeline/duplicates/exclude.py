@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from cluster import storage
 from cluster.errors import InputError, ModelError, RunError
 from cluster.progress import Progress
-from cluster.store import RUN, Key, Made, Outside, RunStore, fingerprint, read_json
+from cluster.store import RUN, Key, Made, Outside, RunStore, fingerprint
 from pipeline.context import Run
 from pipeline.data.labeled import REJECTED, load_labels
 from pipeline.data.sources import ImageSource, open_source
@@ -20,6 +20,7 @@ from pipeline.duplicates.copies import find_copies
 from pipeline.duplicates.nearest import LabeledSet, find_pairs, left_out, read_pairs
 from pipeline.duplicates.review import Review, decided, read_decisions, write_review
 from pipeline.recipe.sections import RESNET18, TEACHER, Deduplicate, Score, Source
+from pipeline.scoring import beside
 from pipeline.scoring import score as scoring
 
 # isort: split
@@ -358,9 +359,9 @@ def prepare(
             raise ModelError("--model", settings.model, error.rule, f"name a model directory, or {RESNET18}") from None
         inputs["model"] = given
         if scores_uri is not None:
-            table = scores_uri = storage.absolute(scores_uri)
-            owner = storage.join(scores_uri, scoring.OWNER)
-            if storage.exists(owner) and read_json(owner).get("model") != given.fingerprint:
+            found = beside.find(scores_uri)
+            table = scores_uri = found.table
+            if (said := found.said()) is not None and said.get("model") != given.fingerprint:
                 raise RunError("--scores", scores_uri, "holds scores made with another model", "give that --model")
             inputs["embeddings"] = Outside.at("--scores", scores_uri, lambda: _table_now(table))
     store.claim(CLAIM, "")

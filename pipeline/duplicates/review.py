@@ -79,6 +79,7 @@ def write_review(out_uri: str, review: Review, progress: Progress = SILENT) -> s
     for (name, shard, index), number in labeled.items():
         wanted.setdefault((name, shard), {}).setdefault(index, []).append(f"l-{number:05d}.jpg")
     shown: set[str] = set()
+    files_of: dict[str, str] = {}  # the images' own names, by the files of their thumbnails
     sources: dict[str | None, ImageSource] = {None: review.unlabeled}
     sources.update(review.sets.items())
     shards = {name: {shard.name: shard for shard in source.shards()} for name, source in sources.items()}
@@ -89,9 +90,10 @@ def write_review(out_uri: str, review: Review, progress: Progress = SILENT) -> s
             raise SourceError("source", sources[owner].reader.root, rule, "give the source that was embedded")
         jobs.append(_Job(sources[owner].reader, shards[owner][shard], files))
     for made in parallel_map(partial(_thumbnails, storage.join(out_uri, "assets")), jobs):
-        shown.update(made)
+        shown.update(thumbnail for thumbnail, _, is_shown in made if is_shown)
+        files_of |= {thumbnail: name for thumbnail, name, _ in made if name is not None}
         progress.add(done=len(made))
-    for file, content in _render(review, pairs, labeled, shown).items():
+    for file, content in _render(review, pairs, labeled, shown, files_of).items():
         storage.publish(storage.join(out_uri, file), content.encode())
     return storage.join(out_uri, "index.html")
 
@@ -109,9 +111,10 @@ class _Job:
     files: dict[int, list[str]]
 
 
-def _thumbnails(out_uri: str, job: _Job) -> list[str]:
-    """Publishes the thumbnails of one shard; runs in a Ray task. Returns the files of those that could be decoded."""
-    made: list[str] = []
+def _thumbnails(out_uri: str, job: _Job) -> list[tuple[str, str | None, bool]]:
+    """Publishes the thumbnails of one shard; runs in a Ray task. Returns their files, each with its image's own name, and whether it is
+    there: whether the image could be decoded."""
+    made: list[tuple[str, str | None, bool]] = []
     left = set(job.files)
     with suppress(
         ShardError
@@ -119,9 +122,10 @@ def _thumbnails(out_uri: str, job: _Job) -> list[str]:
         for row in job.reader.read(job.shard, job.files):
             left.discard(row.index)
             thumbnail = _thumbnail(row.data)
-            for file in job.files[row.index] if thumbnail is not None else ():
-                storage.publish(storage.join(out_uri, file), thumbnail)  # type: ignore[arg-type]
-                made.append(file)
+            for file in job.files[row.index]:
+                if thumbnail is not None:
+                    storage.publish(storage.join(out_uri, file), thumbnail)
+                made.append((file, row.file, thumbnail is not None))
             if not left:
                 break
     return made
@@ -143,13 +147,21 @@ def _thumbnail(data: bytes) -> bytes | None:
 
 
 def _render(
-    review: Review, pairs: list[dict[str, Any]], labeled: Mapping[tuple[str, str, int], int], shown: set[str]
+    review: Review,
+    pairs: list[dict[str, Any]],
+    labeled: Mapping[tuple[str, str, int], int],
+    shown: set[str],
+    files_of: Mapping[str, str],
 ) -> dict[str, str]:
     """The page's text files by their path; `index.html` last."""
     names: dict[str, int] = {}
 
     def number(name: str) -> int:
         return names.setdefault(name, len(names))
+
+    def image(shard: str, index: int, thumbnail: str) -> list[Any]:
+        name = files_of.get(thumbnail)
+        return [number(shard), index, thumbnail if thumbnail in shown else None, name and short(name)]
 
     rows = []
     for pair, proposed in zip(pairs, review.proposed.tolist(), strict=False):
@@ -158,8 +170,8 @@ def _render(
             [
                 round(pair["distance"], 4),
                 int(proposed),
-                [number(pair["shard"]), pair["index"], file if file in shown else None],
-                [number(pair["labeled_shard"]), pair["labeled_index"], other if other in shown else None],
+                image(pair["shard"], pair["index"], file),
+                image(pair["labeled_shard"], pair["labeled_index"], other),
                 number(pair["labeled_set"]),
             ]
         )

@@ -5,11 +5,11 @@ The numbers come from the shipped recipes (benchmarks/README.md says what they g
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 from unicodedata import normalize
 
-from pipeline.guide.findings import Findings, Machine, Ready, fewest
+from pipeline.guide.findings import Findings, Machine, Ready
 
 T = TypeVar("T")
 
@@ -36,8 +36,6 @@ CPU_WORKERS, CPU_THREADS = 2, 4
 MINIBATCH = 24
 """Images of a step on CPUs, over all workers, near that of the shipped recipes: small, because small sets have few steps."""
 GPU_BATCH = 64
-FLOOR = 1 / 3
-"""What a length is shortened to, at most."""
 
 
 @dataclass(frozen=True)
@@ -296,140 +294,6 @@ def decide(found: Findings) -> Plan:
         machine=found.machine,
         drop_copies=found.copies.pool_inside > found.unlabeled.seen / 100,
     )
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Seconds that one image takes on one worker.
-
-    Attributes:
-        size: of the input that they were measured at.
-        teacher_step: of the teacher, forward and backward.
-        student_step: of the student.
-        teacher_forward: of the teacher, forward.
-        decode: an image of D, in training.
-        pool_decode: an image of U, in training.
-        score_decode: an image of U, for the teacher.
-    """
-
-    size: int
-    teacher_step: float
-    student_step: float
-    teacher_forward: float
-    decode: float
-    pool_decode: float
-    score_decode: float
-
-
-TRAINING_START, SCORING_START, OTHERS = 14.0, 14.0, 30.0
-"""Seconds until a training's workers learn, until an actor scores, and of everything that is not one of these (2 cores)."""
-
-
-def estimate(plan: Plan, costs: Costs, found: Findings) -> dict[str, float]:
-    """Seconds of each stage, by name."""
-    larger = (plan.size.value / costs.size) ** 2
-    forward = costs.teacher_forward * (larger if plan.teacher.value is not None else 1.0)
-    machine, seen, pool = found.machine, plan.lengths.value, found.unlabeled.images
-    learnt = {
-        "teacher": seen.teacher * (larger * costs.teacher_step + costs.decode),
-        "pretrained": seen.pretrain * (larger * costs.student_step + costs.pool_decode),
-        "student": len(plan.rates.value) * seen.fine_tune * (larger * costs.student_step + costs.decode),
-        "supervised": seen.supervised * (larger * costs.student_step + costs.decode),
-    }
-    starts = {name: TRAINING_START * (len(plan.rates.value) if name == "student" else 1) for name in learnt}
-    trained = {name: starts[name] + seconds / plan.workers for name, seconds in learnt.items()}
-    if plan.teacher.value is None:  # features of D, where its head is fitted
-        trained["teacher"] = SCORING_START + found.labeled.images * (forward + costs.score_decode)
-    shared = pool * (forward + costs.score_decode) / machine.cores
-    scored = pool * max(forward / machine.gpus, costs.score_decode / machine.cores) if machine.gpus else shared
-    order = {"teacher": trained.pop("teacher"), "scores": SCORING_START + scored, **trained, "the rest": OTHERS}
-    return order
-
-
-def in_time(plan: Plan, costs: Costs, found: Findings, minutes: float) -> Plan:
-    """The plan, shortened until it takes no longer: first its trainings, to a third at most, then its input."""
-    whole = sum(estimate(plan, costs, found).values())
-    if whole <= 60 * minutes:
-        return plan
-    for size in [plan.size.value, *(size for size in reversed(SIZES) if size < plan.size.value)]:
-        smaller = replace(plan, size=Choice(size, plan.size.why))
-        fixed = sum(estimate(replace(smaller, lengths=Choice(Lengths(0, 0, 0, 0), "")), costs, found).values())
-        moving = sum(estimate(smaller, costs, found).values()) - fixed
-        factor = min(1.0, (60 * minutes - fixed) / max(moving, 1e-9))
-        if factor >= FLOOR:
-            return _shortened(smaller, plan, factor, minutes)
-    least = _shortened(smaller, plan, FLOOR, minutes)
-    takes = sum(estimate(least, costs, found).values()) / 60
-    return replace(
-        least, notes=(*least.notes, f"that is still {takes:.0f} minutes: take a smaller part of U, or a faster machine")
-    )
-
-
-def _shortened(plan: Plan, before: Plan, factor: float, minutes: float) -> Plan:
-    notes = []
-    if plan.size.value < before.size.value:
-        notes.append(
-            f"the input was made smaller ({plan.size.value} and not {before.size.value} pixels) for {minutes:g} minutes"
-        )
-    if factor < 1:
-        notes.append(f"trainings were shortened to {factor:.0%} for {minutes:g} minutes")
-    return replace(plan, lengths=Choice(plan.lengths.value.times(factor), plan.lengths.why), notes=tuple(notes))
-
-
-def warnings_of(found: Findings) -> list[str]:
-    """What a person should know before a run, in plain words, the gravest first."""
-    said = []
-    labeled, copies = found.labeled, found.copies
-    for option in found.inside:
-        what = (
-            "test images would be pre-trained on, and the accuracy be too good"
-            if option == "--test"
-            else "its images would be selected, too"
-        )
-        said.append(f"{option} lies inside --unlabeled: {what}")
-    if copies.test:
-        names = ", ".join(f"{one.shown} = {other.shown}" for one, other in copies.test[:3])
-        said.append(
-            f"{len(copies.test):,} test images are copies of labeled ones ({names}): the accuracy would be too good; remove them"
-        )
-    if copies.contradicting:
-        one, other = copies.contradicting[0]
-        said.append(
-            f"{len(copies.contradicting):,} labeled images are in two classes ({one.shown} is {other.shown}): remove the wrong ones"
-        )
-    if copies.inside > len(copies.contradicting):
-        said.append(
-            f"{copies.inside:,} labeled images are copies of others: what is held out is less new than it seems"
-        )
-    if copies.pool and not found.unlabeled.whole:
-        share = found.unlabeled.seen / found.unlabeled.images
-        said.append(
-            f"only {share:.0%} of U was read for copies: the rest may have more (deduplicate in the recipe finds them)"
-        )
-    few = fewest(labeled.per_class, FEW_LABELS - 1)
-    if few:
-        names = ", ".join(f"{name} {count:,}" for name, count in few[:3])
-        said.append(
-            f"{len(few):,} of {found.classes:,} classes have fewer than {FEW_LABELS} labels ({names}): more of these would help most"
-        )
-    most, least = max(labeled.per_class.values()), min(labeled.per_class.values())
-    if most > 5 * least:
-        said.append(f"the classes are unequal: from {least:,} to {most:,} labels; the model will prefer the large ones")
-    for option, one in (("--labeled", labeled), ("--test", found.test), ("--unlabeled", found.unlabeled)):
-        if one is not None and one.unusable:
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(one.unusable.items()))
-            of = f" of the {one.decoded:,} looked at" if one.decoded < one.images else ""
-            said.append(
-                f"{option}: {sum(one.unusable.values()):,} images{of} cannot be used ({reasons}), such as {one.examples[0].shown}"
-            )
-    if found.unlabeled.images < 5 * labeled.labeled:
-        said.append(f"U is small beside D ({found.unlabeled.images:,} and {labeled.labeled:,} images): expect little")
-    if found.test is not None and found.test.labeled < 100:
-        error = standard_error(found.test.labeled)
-        said.append(
-            f"the test set has {found.test.labeled:,} images: differences below {2 * error:.0f} points say nothing"
-        )
-    return said
 
 
 def trainings_of(plan: Plan) -> dict[str, dict[str, Any]]:

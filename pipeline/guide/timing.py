@@ -14,7 +14,8 @@ from models.config import ModelConfig, Transform
 from models.directory import load
 from models.inputs.image import UndecodableImage, evaluation_image, training_image
 from models.training.loop import layout
-from pipeline.guide.decide import Costs, Network, Plan, transform_of
+from pipeline.guide.budget import Costs
+from pipeline.guide.decide import Network, Plan, transform_of
 from pipeline.guide.findings import Findings
 
 SECONDS = 2.0
@@ -70,7 +71,7 @@ def _step(network: nn.Module, batch: int, size: int, device: torch.device) -> fl
     labels = torch.zeros(batch, dtype=torch.long, device=device) % outputs
 
     def once() -> None:
-        functional.cross_entropy(network(images), labels).backward()
+        functional.cross_entropy(network(images), labels).backward()  # type: ignore[no-untyped-call]
 
     return _time(once, device) / batch
 

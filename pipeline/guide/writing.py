@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import one_line
-from pipeline.guide.decide import Plan, described, trainings_of, transform_of
+from pipeline.guide.decide import FEW_LABELS, Plan, described, standard_error, trainings_of, transform_of
 from pipeline.guide.findings import Findings, Look, fewest
 from pipeline.recipe.document import dump
 
@@ -149,6 +149,62 @@ def decided_lines(plan: Plan, found: Findings) -> list[tuple[str, str, str]]:
     rates = ", ".join(f"{rate:g}" for rate in plan.rates.value)
     said.append(("rates", rates, plan.rates.why))
     return [(name, one_line(value), one_line(why)) for name, value, why in said]
+
+
+def warnings_of(found: Findings) -> list[str]:
+    """What a person should know before a run, in plain words, the gravest first."""
+    said = []
+    labeled, copies = found.labeled, found.copies
+    for option in found.inside:
+        what = (
+            "test images would be pre-trained on, and the accuracy be too good"
+            if option == "--test"
+            else "its images would be selected, too"
+        )
+        said.append(f"{option} lies inside --unlabeled: {what}")
+    if copies.test:
+        names = ", ".join(f"{one.shown} = {other.shown}" for one, other in copies.test[:3])
+        said.append(
+            f"{len(copies.test):,} test images are copies of labeled ones ({names}): the accuracy would be too good; remove them"
+        )
+    if copies.contradicting:
+        one, other = copies.contradicting[0]
+        said.append(
+            f"{len(copies.contradicting):,} labeled images are in two classes ({one.shown} is {other.shown}): remove the wrong ones"
+        )
+    if copies.inside > len(copies.contradicting):
+        said.append(
+            f"{copies.inside:,} labeled images are copies of others: what is held out is less new than it seems"
+        )
+    if copies.pool and not found.unlabeled.whole:
+        share = found.unlabeled.seen / found.unlabeled.images
+        said.append(
+            f"only {share:.0%} of U was read for copies: the rest may have more (deduplicate in the recipe finds them)"
+        )
+    few = fewest(labeled.per_class, FEW_LABELS - 1)
+    if few:
+        names = ", ".join(f"{name} {count:,}" for name, count in few[:3])
+        said.append(
+            f"{len(few):,} of {found.classes:,} classes have fewer than {FEW_LABELS} labels ({names}): more of these would help most"
+        )
+    most, least = max(labeled.per_class.values()), min(labeled.per_class.values())
+    if most > 5 * least:
+        said.append(f"the classes are unequal: from {least:,} to {most:,} labels; the model will prefer the large ones")
+    for option, seen in (("--labeled", labeled), ("--test", found.test), ("--unlabeled", found.unlabeled)):
+        if seen is not None and seen.unusable:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(seen.unusable.items()))
+            of = f" of the {seen.decoded:,} looked at" if seen.decoded < seen.images else ""
+            said.append(
+                f"{option}: {sum(seen.unusable.values()):,} images{of} cannot be used ({reasons}), such as {seen.examples[0].shown}"
+            )
+    if found.unlabeled.images < 5 * labeled.labeled:
+        said.append(f"U is small beside D ({found.unlabeled.images:,} and {labeled.labeled:,} images): expect little")
+    if found.test is not None and found.test.labeled < 100:
+        error = standard_error(found.test.labeled)
+        said.append(
+            f"the test set has {found.test.labeled:,} images: differences below {2 * error:.0f} points say nothing"
+        )
+    return said
 
 
 def time_line(seconds: Mapping[str, float], found: Findings) -> str:

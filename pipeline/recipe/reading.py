@@ -1,26 +1,19 @@
 """Recipes read: YAML in, `--set section.field=value` on top, and each mistake told by its field. Imports nothing heavy."""
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from cluster.errors import RecipeError, shown
+from cluster.errors import RecipeError, RecipeErrors, shown
 from pipeline.recipe.document import MOST_BYTES, Unreadable, parse
-from pipeline.recipe.sections import NETWORK, READY, Deduplicate, Recipe, Score, Select, Source
+from pipeline.recipe.mistakes import LONGEST_NAME, mistakes_of, named
+from pipeline.recipe.sections import USUAL_P, Deduplicate, Recipe, Score, Select, Source
 
 SHIPPED = Path(__file__).parent / "shipped"
-PLAIN = ("bool", "int", "float", "str")
-LONGEST_NAME = 60
-"""Of a field, in a message: a key that nobody knows may be of any length."""
-
 CORRECT = "correct it, or quote a text as YAML does, too: --set 'FIELD=\"TEXT\"'"
-RULES = {"tuple_type": "must be a list, as [a, b]", "model_type": "must be a section", "dict_type": "must be a mapping"}
-"""For what pydantic says of Python's types."""
-
 S = TypeVar("S", bound=BaseModel)
 
 
@@ -29,23 +22,52 @@ def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises:
         RecipeError: the file, a field, or an override is wrong; the message names it.
+        RecipeErrors: several fields are.
     """
     document = _read(path)
+    document.setdefault("name", _name_of(path))
+    both = {override.partition("=")[0].strip() for override in overrides}
     for override in overrides:
-        _override(document, override)
+        _override(document, override, both)
     return validate(document)
+
+
+def _name_of(path: str) -> str:
+    """A name for the recipe of a file that has none in it: the file's, without what no name has."""
+    return re.sub(r"[^A-Za-z0-9._-]+|\A[._-]+", "-", Path(path).stem).strip("-")[:100] or "recipe"
 
 
 def validate(document: Mapping[str, Any]) -> Recipe:
     """A recipe from plain data.
 
     Raises:
-        RecipeError: the first field that is wrong.
+        RecipeError: a field is wrong.
+        RecipeErrors: several are.
+    """
+    return _valid(Recipe, document, lambda field: field or "recipe", "correct it in the recipe, or --set {}=...")
+
+
+def _valid(section: type[S], document: Mapping[str, Any], said: Callable[[str], str], fix: str) -> S:
+    """A section from plain data.
+
+    Args:
+        section: which one.
+        document: the data.
+        said: how messages call a field, or several together, whose name is empty.
+        fix: what to do about a wrong value, with `{}` where the field is named.
+
+    Raises:
+        RecipeError: a field is wrong.
+        RecipeErrors: several are.
     """
     try:
-        return Recipe.model_validate(document)
+        return section.model_validate(document)
     except ValidationError as error:
-        raise _first_error(error, Recipe) from None
+        found = mistakes_of(error, section, document)
+    told = [
+        RecipeError(said(one.field), one.value, one.rule, one.fix or fix.format(one.field or "FIELD")) for one in found
+    ]
+    raise RecipeErrors(told) if len(told) > 1 else told[0]
 
 
 def score_settings(overrides: Sequence[str], classes_per_image: int | None, classes: int) -> Score:
@@ -59,11 +81,11 @@ def score_settings(overrides: Sequence[str], classes_per_image: int | None, clas
     Raises:
         RecipeError: an override is wrong, or P is above the class count.
     """
-    document: dict[str, Any] = {"classes_per_image": classes_per_image or min(10, classes)}
+    document: dict[str, Any] = {"classes_per_image": classes_per_image or min(USUAL_P, classes)}
     for override in overrides:
         _override(document, override.removeprefix("score."))
     settings = _of_options(Score, document, "" if classes_per_image is None else "classes_per_image")
-    if settings.classes_per_image > classes:
+    if settings.kept_of(classes) > classes:
         rule = f"must be at most {classes}, the number of classes of the model"
         raise RecipeError("--classes-per-image", settings.classes_per_image, rule, f"set it to {classes} or less")
     return settings
@@ -112,27 +134,19 @@ def source_settings(uri_option: str, uri: str, **options: Any) -> Source:
         RecipeError: a field is wrong.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    try:
-        return _of_options(Source, {"uri": uri, **given}, "uri", *given)
-    except RecipeError as error:
-        if error.field != "--uri":
-            raise
-        raise RecipeError(uri_option, error.value, error.rule, error.fix) from None
+    return _of_options(Source, {"uri": uri, **given}, *given, uri=uri_option)
 
 
-def _of_options(section: type[S], document: Mapping[str, Any], *options: str) -> S:
-    """A section of a command that has no recipe; its fields `options` have options of their own, and the others have --set."""
-    try:
-        return section.model_validate(document)
-    except ValidationError as error:
-        found = _first_mistake(error, section)
-    if not found.field:
-        field = "the options"
-    elif found.field.partition(".")[0] in options:
-        field = f"--{found.field.replace('_', '-')}"
-    else:
-        field = f"--set {found.field}"
-    raise RecipeError(field, found.value, found.rule, found.fix or "correct it")
+def _of_options(section: type[S], document: Mapping[str, Any], *options: str, **others: str) -> S:
+    """A section of a command that has no recipe; its fields `options` have options of their own, `others` are called so, and the rest has
+    --set."""
+    names = {name: f"--{name.replace('_', '-')}" for name in options} | others
+
+    def said(field: str) -> str:
+        name, dot, inside = field.partition(".")
+        return f"{names[name]}{dot}{inside}" if name in names else f"--set {field}" if field else "the options"
+
+    return _valid(section, document, said, "correct it")
 
 
 def shipped() -> dict[str, Path]:
@@ -178,14 +192,15 @@ def load_text(field: str, value: str, text: bytes) -> Recipe:
     return validate(_mapping(field, value, text))
 
 
-def _override(document: dict[str, Any], override: str) -> None:
+def _override(document: dict[str, Any], override: str, together: Collection[str] = ()) -> None:
+    """Sets a field; `together` names all that are set."""
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
         raise RecipeError(
             "--set", override, "must have the form section.field=value", "write e.g. select.images_per_class=200"
         )
-    field = f"--set {_named(parts)}"
+    field = f"--set {named(parts)}"
     try:
         value = parse(text)
     except Unreadable as reason:
@@ -196,12 +211,12 @@ def _override(document: dict[str, Any], override: str) -> None:
             node[part] = {}
         node = node[_place_in(node, part, field, text)]
         if not isinstance(node, dict | list):
-            within = _named(parts[: depth + 1])
+            within = named(parts[: depth + 1])
             raise RecipeError(field, text, f"goes into {within}, which is no section", "check the field's name")
     node[_place_in(node, parts[-1], field, text)] = value
-    # Two ways to state a length exclude each other: setting one takes the other's place.
+    # One way to state a length takes the other's place, where not both are set.
     for one, other in (("epochs", "images_seen"), ("images_seen", "epochs")):
-        if parts[-1] == one and value is not None:
+        if parts[-1] == one and value is not None and ".".join([*parts[:-1], other]) not in together:
             node.pop(other, None)
 
 
@@ -213,62 +228,3 @@ def _place_in(node: dict[str, Any] | list[Any], part: str, field: str, text: str
         fix = f"use a number from 0 to {len(places) - 1}" if places else "set the whole list"
         raise RecipeError(field, text, f"has {shown(part, LONGEST_NAME)} for the place in a list", fix)
     return int(part)
-
-
-def _named(parts: Sequence[str]) -> str:
-    """A field's name, as --set takes it."""
-    return ".".join(part if len(part) <= LONGEST_NAME else f"{part[:LONGEST_NAME]}…" for part in parts)
-
-
-@dataclass(frozen=True)
-class _Mistake:
-    """What is wrong with a field, or with several together, whose name is empty then; `fix` is None where there is nothing to add to the rule."""
-
-    field: str
-    value: object
-    rule: str
-    fix: str | None = None
-
-
-def _first_error(error: ValidationError, section: type[BaseModel]) -> RecipeError:
-    found = _first_mistake(error, section)
-    fix = found.fix or f"correct it in the recipe, or --set {found.field or 'FIELD'}=..."
-    return RecipeError(found.field or "recipe", found.value, found.rule, fix)
-
-
-def _first_mistake(error: ValidationError, section: type[BaseModel]) -> _Mistake:
-    details = error.errors(include_url=False)
-    # An unknown key says more than the missing one that it was meant to be.
-    first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
-    place = [str(part) for part in first["loc"] if part not in (NETWORK, READY)]
-    plain = len(place) > 1 and place[-1] in PLAIN  # which of the kinds of a value pydantic tried first
-    place = place[:-1] if plain else place
-    field = _named(place)
-    if first["type"] == "extra_forbidden":
-        known = _fields_at(section, place[:-1])
-        near = difflib.get_close_matches(place[-1], known, n=1)
-        fix = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
-        return _Mistake(field, first["input"], "is not a field of a recipe", fix)
-    if first["type"] == "missing":
-        return _Mistake(field, "nothing", "must be given", f"add {field} to the recipe, or --set {field}=...")
-    rule = RULES.get(first["type"]) or first["msg"].removeprefix("Value error, ")
-    rule = "must be true, false, a finite number or a text" if plain else rule
-    return _Mistake(field, first["input"] if place else "(several fields)", rule)
-
-
-def _fields_at(section: type[BaseModel], place: Sequence[str]) -> list[str]:
-    for name in place:
-        field = section.model_fields.get(name)
-        nested = None if field is None else next(_sections_in(field.annotation), None)
-        if nested is None:
-            return []
-        section = nested
-    return list(section.model_fields)
-
-
-def _sections_in(annotation: object) -> Iterator[type[BaseModel]]:
-    """The sections that a type is made of."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for part in getattr(annotation, "__args__", ()):
-        yield from _sections_in(part)

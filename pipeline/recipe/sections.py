@@ -1,7 +1,8 @@
 """The sections of a recipe: everything that decides a run's result, in one validated, immutable object. Imports nothing heavy."""
 
+from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from unicodedata import normalize
 
 from pydantic import (
@@ -10,6 +11,7 @@ from pydantic import (
     Field,
     StringConstraints,
     Tag,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -18,6 +20,7 @@ from cluster.config import Cluster
 from cluster.errors import RecipeError
 from cluster.section import FREE, Section
 from models.config import CPU_BATCH, GPU_BATCH, ModelConfig, Training, Views
+from models.usual import usual_fine_tuning, usual_training
 from pipeline.recipe.document import dump
 from tuning.config import Sweep
 
@@ -93,12 +96,16 @@ class Weak(Section):
     """How the network is pre-trained on W."""
 
 
+USUAL: Any = None
+"""The default of a section that a validator fills in, as it depends on the network (`models.usual`)."""
+
+
 class SelfTraining(Section):
     """The teacher taught by itself before it teaches the student (supplement 3): a first teacher of the same network selects for it."""
 
-    pretrain: Training
+    pretrain: Training = Field(default=USUAL)
     """Of the network on what the first teacher selected."""
-    fine_tune: "FineTune"
+    fine_tune: "FineTune" = Field(default=USUAL)
     """Of the pre-trained network on D."""
 
 
@@ -113,10 +120,12 @@ def _form_of_model(value: object) -> str:
 class Teacher(Section):
     """Stage (1): a network trained on D, or a model that exists; before that pre-trained on weak labels, after that taught by itself, if wanted."""
 
-    model: Annotated[Annotated[ModelConfig, Tag(NETWORK)] | Annotated[Uri, Tag(READY)], Discriminator(_form_of_model)]
+    model: Annotated[
+        Annotated[ModelConfig, Tag(NETWORK)] | Annotated[Uri, Tag(READY)], Discriminator(_form_of_model)
+    ] = ModelConfig()
     """A network to train; or a model that exists: the URI of a model directory, or a name that `tophat teacher` knows, such as `timm:resnet50` or `package.module:factory`."""
     training: Training | None = None
-    """How it is trained on D; a model that exists is used as it is without it."""
+    """How it is trained on D; by default as is usual, and a model that exists is used as it is."""
     head: Literal["native", "linear", "zero-shot", "fresh"] = "native"
     """Of a model that exists, its last layer. `native`: its own outputs for the classes of D, found by name; `linear`: logistic regression on its features of D, with the L2 that is best on held-out images; `zero-shot`: the classes' names, as `open_clip` reads them; `fresh`: a random one, which `training` trains."""
     class_map: Uri | None = None
@@ -129,6 +138,26 @@ class Teacher(Section):
     """Weakly labeled images to pre-train on (section 3.3)."""
     self_training: SelfTraining | None = None
     """Whether it is first taught by itself (supplement 3)."""
+
+    @field_validator("training", mode="before")
+    @classmethod
+    def _usual_training(cls, given: Any, info: ValidationInfo) -> Any:
+        model = info.data.get("model")
+        ready = isinstance(model, str)
+        return given if ready and given is None else usual_training(given, None if ready else model, trained=ready)
+
+    @field_validator("self_training", mode="before")
+    @classmethod
+    def _usual_course(cls, given: Any, info: ValidationInfo) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        model = info.data.get("model")
+        network = None if isinstance(model, str) else model
+        usual = {
+            "pretrain": usual_training(given.get("pretrain"), network),
+            "fine_tune": usual_fine_tuning(given.get("fine_tune"), network),
+        }
+        return {**given, **usual}
 
     @property
     def ready(self) -> str | None:
@@ -161,22 +190,28 @@ class Student(Section):
     """The network whose size is fixed by where it will be used."""
 
     model: ModelConfig | None = None
-    """The network; by default that of `start`."""
+    """The network; by default that of `start`, or else as by default everywhere."""
     start: Uri | None = None
     """A model that exists, as of `teacher.model`: the student and the baseline both begin with its weights, and a new last layer; by default with random weights."""
 
-    @model_validator(mode="after")
-    def _something(self) -> Self:
-        if self.model is None and self.start is None:
-            raise ValueError("model must be given, or start")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _some_network(cls, given: Any) -> Any:
+        nothing = isinstance(given, Mapping) and given.get("model") is None and given.get("start") is None
+        return {**given, "model": {}} if nothing else given
+
+
+USUAL_P = 10
+"""P where a recipe does not say (section 4.1), and there are as many classes."""
 
 
 class Score(Section):
     """Stage (2), first half: the teacher on every image of U."""
 
-    classes_per_image: int = Field(default=10, ge=1, le=1000)
-    """P: the classes with the highest scores that are kept for each image. Any smaller P can be selected later."""
+    table: Uri | None = None
+    """A score table of U that exists, in place of a teacher and a scoring: the `--out` of a `tophat score`, or a run's `scores`. Its classes must be those of D, in their order. What else decides scores is left out, or is what the table was made with."""
+    classes_per_image: int | None = Field(default=None, ge=1, le=1000)
+    """P: the classes with the highest scores that are kept for each image; by default 10, or every class where there are fewer. Any smaller P can be selected later."""
     views: Views = "center"
     """Crops of an image that are scored, and their scores averaged: the center, also mirrored, or the center and four corners of a square of `resize`, also mirrored. 2, 5 and 10 times the work."""
     logits: bool = False
@@ -205,6 +240,16 @@ class Score(Section):
     """The run stops when a larger share of U could not be scored."""
     embedding: bool = False
     """Whether each image's pooled features, the input of the teacher's last linear layer, are kept beside its scores (float16); of several views, the center's."""
+
+    def deciding(self) -> dict[str, Any]:
+        """The default of P is what it comes to, which the number of classes says, and that is decided elsewhere."""
+        return {
+            name: value for name, value in super().deciding().items() if (name, value) != ("classes_per_image", USUAL_P)
+        }
+
+    def kept_of(self, classes: int) -> int:
+        """P, where there are so many classes."""
+        return self.classes_per_image or min(USUAL_P, classes)
 
     @property
     def reader_cpus(self) -> float:
@@ -282,6 +327,8 @@ class Deduplicate(Section):
 class Select(Section):
     """Stage (2), second half: the K best images of each class."""
 
+    selection: Uri | None = None
+    """A selection of U that exists, in place of a teacher, scores and the picking: the `--out` of a `tophat select`, or a run's `selection`. Its classes must be those of D, in their order. What else decides a selection is left out, or is what it was made with."""
     images_per_class: int = Field(default=16_000, ge=1, le=10**9)
     """K; with a class distribution, its mean: the total stays K x the number of classes."""
     zipf_exponent: float | None = Field(default=None, ge=0.0, le=10.0)
@@ -368,8 +415,8 @@ class Recipe(Section):
     """D, and what is held out."""
     unlabeled: Source
     """U."""
-    teacher: Teacher
-    """Stage (1)."""
+    teacher: Teacher = Field(default_factory=Teacher)
+    """Stage (1); not made where `score.table` or `select.selection` names what it is for."""
     score: Score = Score()
     """Stage (2): ranking."""
     deduplicate: Deduplicate = Deduplicate()
@@ -378,36 +425,90 @@ class Recipe(Section):
     """Stage (2): picking."""
     dhat: Dhat = Dhat()
     """Stage (2): D-hat."""
-    student: Student
+    student: Student = Student()
     """The student's network, in stages (3), (4) and the baseline."""
-    pretrain: Training
+    pretrain: Training = Field(default=USUAL)
     """Stage (3): the student on D-hat."""
-    fine_tune: FineTune
+    fine_tune: FineTune = Field(default=USUAL)
     """Stage (4)."""
-    supervised: Training
+    supervised: Training = Field(default=USUAL)
     """The baseline: the same student on D alone (Table 2, "Fully Supervised")."""
     report: Annotated[Report, FREE] = Report()
     """The report."""
 
+    @property
+    def given(self) -> str | None:
+        """The field that names what a teacher is for, and that exists; None where the run makes a teacher."""
+        if self.select.selection is not None:
+            return "select.selection"
+        return None if self.score.table is None else "score.table"
+
+    @property
+    def taught(self) -> Teacher | None:
+        """The teacher that the run makes, if it makes one."""
+        return self.teacher if self.given is None else None
+
     @model_validator(mode="after")
-    def _selectable(self) -> Self:
-        wanted, stored = self.select.classes_per_image, self.score.classes_per_image
+    def _from_what_exists(self) -> Self:
+        if self.given is None:
+            return self
+        if self.score.table is not None and self.select.selection is not None:
+            raise ValueError("score.table and select.selection exclude each other: a selection needs no scores")
+        if self.rounds > 1:
+            raise ValueError(f"rounds = {self.rounds} must be 1 with {self.given}, which is of one round")
+        if self.select.selection is not None and self.deduplicate.on:
+            raise ValueError("deduplicate must be off with select.selection: images are left out before one is made")
+        return self
+
+    @field_validator("pretrain", "supervised", mode="before")
+    @classmethod
+    def _usual_training(cls, given: Any, info: ValidationInfo) -> Any:
+        student: Student | None = info.data.get("student")
+        started = student is not None and student.start is not None
+        return usual_training(given, _network_of(info), trained=started)
+
+    @field_validator("fine_tune", mode="before")
+    @classmethod
+    def _usual_fine_tuning(cls, given: Any, info: ValidationInfo) -> Any:
+        return usual_fine_tuning(given, _network_of(info))
+
+    # Rules between sections stand at the later one, so that mistakes elsewhere do not hide them.
+
+    @field_validator("deduplicate")
+    @classmethod
+    def _comparable(cls, deduplicate: Deduplicate, info: ValidationInfo) -> Deduplicate:
+        score: Score | None = info.data.get("score")
+        if score is None or not deduplicate.near or deduplicate.model != TEACHER:
+            return deduplicate
+        if score.table is not None:
+            raise ValueError(
+                f"deduplicate.model = {TEACHER} is not known with score.table: name its model directory, or {RESNET18}"
+            )
+        if not score.embedding:
+            raise ValueError(
+                "deduplicate.model = teacher compares features that score.embedding = false does not keep: "
+                f"set it to true, or the model to {RESNET18} or a model directory"
+            )
+        return deduplicate
+
+    @field_validator("select")
+    @classmethod
+    def _selectable(cls, select: Select, info: ValidationInfo) -> Select:
+        score: Score | None = info.data.get("score")
+        if score is None or score.table is not None or select.selection is not None:
+            return select  # what exists has settings of its own
+        wanted, stored = select.classes_per_image, score.kept_of(USUAL_P)
         if wanted is not None and wanted > stored:
             raise ValueError(
                 f"select.classes_per_image = {wanted} must be at most score.classes_per_image = {stored}: "
                 "only the stored classes can be selected"
             )
-        least = self.select.min_score
-        if least is not None and not self.score.logits and not 0.0 <= least <= 1.0:
+        least = select.min_score
+        if least is not None and not score.logits and not 0.0 <= least <= 1.0:
             raise ValueError(
                 f"select.min_score = {least:g} must be from 0 to 1, as softmax scores are (score.logits = false)"
             )
-        if self.deduplicate.near and self.deduplicate.model == TEACHER and not self.score.embedding:
-            raise ValueError(
-                "deduplicate.model = teacher compares features that score.embedding = false does not keep: "
-                f"set it to true, or the model to {RESNET18} or a model directory"
-            )
-        return self
+        return select
 
     def seed_of(self, what: Literal["data", "teacher", "student"]) -> int:
         """The seed of one of `seeds`."""
@@ -420,13 +521,11 @@ class Recipe(Section):
         Raises:
             RecipeError: P is above the class count, or there are not as many weights.
         """
-        if self.score.classes_per_image > classes:
-            raise RecipeError(
-                "score.classes_per_image",
-                self.score.classes_per_image,
-                f"must be at most {classes}, the number of classes of D",
-                f"set it to {classes} or less",
-            )
+        for section in ("score", "select"):
+            wanted = getattr(self, section).classes_per_image
+            if self.given is None and wanted is not None and wanted > classes:
+                rule = f"must be at most {classes}, the number of classes of D"
+                raise RecipeError(f"{section}.classes_per_image", wanted, rule, f"set it to {classes} or less")
         weights = self.select.class_weights
         if weights is not None and len(weights) != classes:
             rule = f"has {len(weights)} weights for the {classes} classes of D"
@@ -437,3 +536,9 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """The resolved recipe: every field, defaults included."""
         return dump(self.model_dump(mode="json"))
+
+
+def _network_of(info: ValidationInfo) -> ModelConfig | None:
+    """The student's network, as far as it is valid."""
+    student: Student | None = info.data.get("student")
+    return None if student is None else student.model

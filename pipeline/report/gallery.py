@@ -63,6 +63,8 @@ class RankedImage:
     index: int
     shown: bool
     """False: it could not be decoded, and its tile is blank."""
+    file: str | None = None
+    """Its own name, where it has one and D-hat says it."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,8 @@ def _gather(site: "_Site", wanted: NDArray[np.int64], file: str) -> tuple[Any, .
                 continue
             for row in parquet.read_row_group(group).take(hits).to_pylist():
                 made = thumbnail(row["image"])
-                image = RankedImage(row["rank"], row["score"], row["shard"], row["index"], made is not None)
+                names = row["rank"], row["score"], row["shard"], row["index"], made is not None, row.get("file")
+                image = RankedImage(*names)
                 shares[site.group_of(row["label"])].append(Tile(row["label"], image, made))
     return sum(map(len, shares)), *shares
 

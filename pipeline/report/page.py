@@ -44,9 +44,10 @@ class Conservation:
     """The counts which prove that nothing was dropped in silence.
 
     It holds when `listed == scored + rejected` (images) and `candidates == selected + unselected + excluded + nonfinite` (candidates).
+    `listed` is None where the run began with a selection, of which only the candidates are known.
     """
 
-    listed: int
+    listed: int | None
     scored: int
     rejected: int
     candidates: int

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).parent / "pages"
 _FILTERS = (
     *(text.plain, text.short, text.percent, text.points, text.score, text.duration, text.thousands),
-    text.parameters,
+    *(text.parameters, text.interval, text.comparison, text.basename),
 )
 
 

@@ -2,6 +2,10 @@
 
 import math
 import unicodedata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from models.judging import Comparison
 
 DASH = "\u2013"
 MINUS = "\u2212"
@@ -17,6 +21,11 @@ def short(text: str, limit: int = 120) -> str:
     """`plain(text)`, cut in the middle to `limit` characters."""
     text = plain(text)
     return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-(limit - limit // 2 - 1) :]}"
+
+
+def basename(path: str) -> str:
+    """The last part of a path."""
+    return path.rpartition("/")[2] or path
 
 
 def plotly_text(text: str) -> str:
@@ -39,6 +48,19 @@ def points(difference: float | None) -> str:
     if difference is None or finite(difference) is None:
         return DASH
     return f"{round(100 * difference, 1) + 0.0:+.1f}".replace("-", MINUS)
+
+
+def interval(bounds: tuple[float, float]) -> str:
+    """Bounds of a share, in percent: "82.9–85.4"."""
+    return f"{100 * bounds[0]:.1f}{DASH}{100 * bounds[1]:.1f}"
+
+
+def comparison(found: "Comparison") -> str:
+    """A paired comparison: "+2.1 points (95% interval −0.3 to +4.5), p = 0.09: within the noise"."""
+    low, high = found.interval
+    p = f"p = {found.p:.2g}" if found.p >= 0.001 else "p < 0.001"
+    verdict = "within the noise" if found.p >= 0.05 else "better" if found.difference > 0 else "worse"
+    return f"{points(found.difference)} points (95% interval {points(low)} to {points(high)}), {p}: {verdict}"
 
 
 def score(value: float | None, decimals: int = 4) -> str:

@@ -75,7 +75,7 @@ class RangeScorer:
 
         settings = scoring.settings
         how = Inference(
-            classes_per_image=settings.classes_per_image,
+            classes_per_image=settings.kept_of(scoring.classes),
             outputs=scoring.outputs,
             batch_size=settings.batch,
             views=settings.views,
@@ -90,7 +90,7 @@ class RangeScorer:
         self._problem: TophatError | None = None
         try:
             with told_errors():
-                _check_gpu(settings)
+                check_gpu(settings)
                 self._predict = Predictor(scoring.model_uri, how, ray.get(weights[0]))
         except TophatError as error:
             # Raised at the first range: of an actor that fails as it is made, only a text comes back.
@@ -107,7 +107,7 @@ class RangeScorer:
 
     def _score(self, table: pa.Table) -> dict[str, Any]:
         side = self._scoring.transform.size
-        images = _only_value(table["images"]).reshape(-1, 3, side, side)
+        images = only_value(table["images"]).reshape(-1, 3, side, side)
         indices = table["indices"].combine_chunks().flatten().to_numpy()
         row: dict[str, Any] = table.drop_columns(["images", "indices"]).to_pylist()[0]
         began = time.monotonic()
@@ -162,7 +162,7 @@ class RangeScorer:
         storage.publish(storage.join(scoring.scores_uri, file), sink.getvalue().to_pybytes())
 
 
-def _only_value(values: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
+def only_value(values: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
     """The bytes of the only one of binary values, where they lie: `as_buffer` would be a copy."""
     (chunk,) = values.chunks
     _, offsets, content = chunk.buffers()
@@ -170,7 +170,7 @@ def _only_value(values: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
     return np.frombuffer(content, np.uint8)[start:stop]
 
 
-def _check_gpu(settings: Score) -> None:
+def check_gpu(settings: Score) -> None:
     """Raises a ResourceError where an actor holds a GPU that torch does not find."""
     import torch
 

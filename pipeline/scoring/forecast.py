@@ -250,9 +250,10 @@ def _untrained(recipe: Recipe, uri: str) -> tuple[str, str]:
     from models.architectures import build
     from models.directory import save
 
-    assert not isinstance(recipe.teacher.model, str)
-    classes = len(recipe.labeled.classes or ()) or max(1000, recipe.score.classes_per_image)
-    config, names = recipe.teacher.model, [str(number) for number in range(classes)]
+    assert recipe.taught is not None
+    assert not isinstance(recipe.taught.model, str)
+    classes = len(recipe.labeled.classes or ()) or 1000
+    config, names = recipe.taught.model, [str(number) for number in range(classes)]
     save(uri, build(config, classes), config=config, class_names=names, metrics={}, provenance={})
     return uri, f"a {config.architecture} of random weights, as the run has trained none yet"
 

@@ -8,7 +8,7 @@ one is read again, and nothing else keeps track.
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
@@ -21,7 +21,7 @@ from cluster import storage
 from cluster.tasks import told_errors
 from models.config import Transform
 from pipeline.data.reader import Reader
-from pipeline.data.rejects import REJECTS
+from pipeline.data.rejects import Reject
 from pipeline.data.shards import ChangedShardError, MissingShardError, Row, Shard, ShardError, shard_table, shards_of
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def ledger(scores_uri: str) -> dict[str, list[Range]]:
     """The published ranges of every shard, in row order; of several shards, those of the first."""
     found: dict[str, list[Range]] = {}
     for entry in storage.list_files(scores_uri, ".parquet"):
-        published = None if entry.path.startswith(f"{REJECTS}/") else Range.of_file(entry.path)
+        published = Range.of_file(entry.path)
         if published is not None:
             found.setdefault(published.shard, []).append(published)
     for ranges in found.values():
@@ -339,7 +339,7 @@ class _Decoded:
             self.images.append(decoder(row.image))
             self.indices.append(row.index)
         except UndecodableImage as error:
-            self._reject(row.index, error.reason, self.shard.told(row.index, error.detail))
+            self._reject(row.index, error.reason, error.detail, row.file)
 
     def end(self, problem: ShardError | None) -> "_Decoded":
         """Nothing more of the shard is to come, because of a problem or because it ends here."""
@@ -349,8 +349,9 @@ class _Decoded:
             self._reject(None, problem.reason, str(problem))
         return self
 
-    def _reject(self, index: int | None, reason: str, error: str) -> None:
-        self.rejects.append({"shard": self.shard.name, "index": index, "reason": reason, "error": error})
+    def _reject(self, index: int | None, reason: str, error: str, file: str | None = None) -> None:
+        reject = Reject(self.shard.name, index, reason, error, file)
+        self.rejects.append(asdict(reject))
 
 
 def _table(held: list[_Decoded]) -> pa.Table:
@@ -371,13 +372,13 @@ def _table(held: list[_Decoded]) -> pa.Table:
             "size": pa.array([sum(part.shard.size for part in parts)], pa.int64()),
             "counts": pa.array([[len(part.indices) for part in parts]], pa.list_(pa.int32())),
             "indices": pa.array([[index for part in parts for index in part.indices]], pa.list_(pa.uint32())),
-            "images": _one_value(images),
+            "images": one_value(images),
             "rejects": pa.array([[reject for part in parts for reject in part.rejects]], pa.list_(_REJECT)),
         }
     )
 
 
-def _one_value(images: Sequence[npt.NDArray[np.uint8]]) -> pa.LargeBinaryArray:
+def one_value(images: Sequence[npt.NDArray[np.uint8]]) -> pa.LargeBinaryArray:
     """Images of one size as one binary value, copied once."""
     size = sum(image.nbytes for image in images)
     value = pa.allocate_buffer(size)
@@ -388,4 +389,6 @@ def _one_value(images: Sequence[npt.NDArray[np.uint8]]) -> pa.LargeBinaryArray:
     )
 
 
-_REJECT = pa.struct([("shard", pa.string()), ("index", pa.uint32()), ("reason", pa.string()), ("error", pa.string())])
+_REJECT = pa.struct(
+    [("index", pa.uint32()), *((name, pa.string()) for name in ("shard", "reason", "error", "file"))],
+)

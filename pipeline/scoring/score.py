@@ -5,7 +5,7 @@ score a range at a time and publish it as one Parquet file. The published files 
 scored again, and nothing else keeps track.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -15,10 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster import storage
-from cluster.errors import RecipeError, RunError, StageError, shown
+from cluster.errors import RecipeError, StageError, shown
 from cluster.progress import Progress
 from cluster.resources import Bundle, Demand, check, cluster_shape
-from cluster.store import publish_json, read_json
 from cluster.tasks import original_errors, parallel_map
 from models.config import Outputs, Transform
 from pipeline.data.rejects import count_rejected, read_rejects
@@ -40,7 +39,6 @@ from pipeline.scoring.ledger import (
 if TYPE_CHECKING:
     import ray.data
 
-OWNER = "_scoring.json"
 GONE = (MissingShardError.reason, ChangedShardError.reason)
 """Reasons of the rejects of shards that the next attempt reads again."""
 
@@ -78,33 +76,6 @@ class Scored:
     rejected: int
     unreadable_shards: int
     rejects: dict[str, int]
-
-
-def claim(field: str, scores_uri: str, model_uri: str, source: ImageSource, settings: Score) -> None:
-    """Makes a folder this scoring's, so that the same command goes on in it and another one is refused.
-
-    Raises:
-        RunError: it holds scores of another model or source, or that other settings made.
-        StorageError: it cannot be written.
-    """
-    from models.card import read_card
-
-    wanted = {
-        "model": read_card(model_uri).fingerprint,
-        "source": source.fingerprint(),
-        **settings.deciding(),
-    }
-    storage.check_writable(field, scores_uri)
-    owner = storage.join(scores_uri, OWNER)
-    if storage.exists(owner):
-        found = read_json(owner)
-        for name in dict.fromkeys((*wanted, *found)):
-            if wanted.get(name) != found.get(name):
-                raise RunError(field, scores_uri, f"holds scores made with another {name}", "give another folder")
-    elif storage.list_files(scores_uri):
-        raise RunError(field, scores_uri, "is not empty and holds no scores", "give another folder")
-    else:
-        publish_json(owner, wanted)
 
 
 def score(
@@ -275,6 +246,30 @@ def _stream(scoring: Scoring, unfinished: Unfinished) -> Iterator[dict[str, Any]
     tasks = unfinished.tasks(_readers(settings, actors))
     rows = range_rows(scoring.transform, settings.range_bytes, settings.batch)
     read = RangeReader(scoring.reader, scoring.transform, rows, settings.decode_seconds, ray.put(unfinished))
+    for found in through_actors(tasks, read, RangeScorer, (scoring, [weights]), settings, actors):
+        yield from found.to_pylist()
+
+
+def through_actors(
+    tasks: list[dict[str, int]],
+    read: Callable[[pa.Table], Iterator[pa.Table]],
+    actor: type,
+    arguments: tuple[Any, ...],
+    settings: Score,
+    actors: int,
+) -> "Iterator[pa.Table]":
+    """What actors that hold models make of what tasks read, as it comes, on the Ray that is running.
+
+    Args:
+        tasks: a row for each task.
+        read: gives the tables of a task, of one row each, which hold decoded images.
+        actor: makes one table of one of those.
+        arguments: that each actor is made with.
+        settings: resources of both.
+        actors: how many.
+    """
+    import ray
+
     with ray.data.DataContext.current(_context(settings, actors)):
         ranges = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
             read,
@@ -284,8 +279,8 @@ def _stream(scoring: Scoring, unfinished: Unfinished) -> Iterator[dict[str, Any]
             compute=ray.data.TaskPoolStrategy(settings.readers),
         )
         scored = ranges.map_batches(
-            RangeScorer,
-            fn_constructor_args=(scoring, [weights]),
+            actor,
+            fn_constructor_args=arguments,
             batch_size=1,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
@@ -301,7 +296,7 @@ def _stream(scoring: Scoring, unfinished: Unfinished) -> Iterator[dict[str, Any]
         # A single split runs in a process of Ray's, where what Ray says of its own actors goes to its log.
         (followed,) = scored.streaming_split(1)
     for batch in followed.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
-        yield from cast("pa.Table", batch).to_pylist()
+        yield cast("pa.Table", batch)
 
 
 def _context(settings: Score, actors: int) -> "ray.data.DataContext":

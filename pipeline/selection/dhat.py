@@ -6,7 +6,6 @@ the images in their places, and is published. Pieces and shards are published wh
 the work starts again. Which place an image gets is decided beforehand, by sorting random keys: it depends on the selection and the seed alone.
 """
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
@@ -20,6 +19,7 @@ from cluster import storage
 from cluster.errors import InputError, SourceError, StageError, StorageError, TophatError, one_line, shown
 from cluster.progress import SILENT, Progress
 from cluster.tasks import parallel_map
+from pipeline.selection.places import Plan, plan
 from pipeline.selection.select import read_selection
 
 # isort: split
@@ -38,9 +38,12 @@ SCHEMA = pa.schema(
         pa.field("index", pa.uint32(), nullable=False),
         pa.field("rank", pa.int32(), nullable=False),
         pa.field("score", pa.float32(), nullable=False),
+        pa.field("file", pa.string()),
     ]
 )
-PIECE_SCHEMA = pa.schema([pa.field("place", pa.int64()), pa.field("image", pa.large_binary())])
+PIECE_SCHEMA = pa.schema(
+    [pa.field("place", pa.int64()), pa.field("image", pa.large_binary()), pa.field("file", pa.string())]
+)
 METADATA = b"tophat.dhat"
 PIECES = "pieces"
 ROW_GROUP_ROWS = 256
@@ -55,7 +58,7 @@ class Images(Protocol):
         ...
 
     def read(self, shard_name: str, rows: Collection[int] | None = None) -> Iterator[Any]:
-        """The images of one shard, in row order: objects with an `index` and `data`, the encoded bytes."""
+        """The images of one shard, in row order: objects with an `index`, `data`, the encoded bytes, and `file`, their names."""
         ...
 
 
@@ -78,39 +81,6 @@ class Dhat:
     bytes: int
     shards: int
     counts: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which rows of the selection go where.
-
-    Rows (N) are in the order of shard, index, class, so that what is read from one source shard is a range of rows.
-
-    Attributes:
-        label, rank: int32 [N].
-        score: float32 [N].
-        shard: int32 [N], ordinals in `shards`.
-        index: uint32 [N].
-        row_at: int64 [N], the row at each place of D-hat as a whole, a permutation.
-        place: int64 [N], its inverse: the place of each row.
-        shards: names of the source's shards, in the order of their bytes.
-        edges: int64 [outputs + 1]; output shard o holds the places from edges[o] up to edges[o + 1].
-        request: a hash of all that decides the content of the output.
-    """
-
-    label: NDArray[np.int32]
-    rank: NDArray[np.int32]
-    score: NDArray[np.float32]
-    shard: NDArray[np.int32]
-    index: NDArray[np.uint32]
-    row_at: NDArray[np.int64]
-    place: NDArray[np.int64]
-    shards: pa.StringArray
-    edges: NDArray[np.int64]
-    request: str
-
-    def __len__(self) -> int:
-        return len(self.label)
 
 
 @dataclass(frozen=True)
@@ -141,53 +111,6 @@ class Share:
     columns: pa.Table
 
 
-def permutation(count: int, seed: int) -> NDArray[np.int64]:
-    """A random permutation of 0 to count - 1 (int64 [count]), the same in every version of NumPy.
-
-    It sorts raw 64-bit draws, because NumPy promises the streams of its bit generators and not those of its methods.
-    """
-    return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")
-
-
-def plan(selection: pa.Table, images_per_shard: int, seed: int, salt: str = "") -> Plan:
-    """Places for the rows of a selection, in as few output shards of nearly equal size as hold them.
-
-    Args:
-        selection: as `read_selection` gives it; at least one row.
-        images_per_shard: rows in an output shard, at most.
-        seed: of the permutation.
-        salt: enters the request's hash; for what else decides the content.
-    """
-    coded = selection["shard"].combine_chunks()
-    shards = coded.dictionary.take(pc.sort_indices(coded.dictionary))
-    ordinal = pc.index_in(coded.dictionary, shards).to_numpy(zero_copy_only=False).astype(np.int32)
-    shard = ordinal[coded.indices.to_numpy(zero_copy_only=False)]
-    columns = [selection[name].to_numpy() for name in ("class_id", "rank", "score", "index")]
-    order = np.lexsort((columns[0], columns[3], shard))
-    label, rank, score, index = (np.ascontiguousarray(column[order]) for column in columns)
-    shard = shard[order]
-    count = len(order)
-    row_at = permutation(count, seed)
-    place = np.empty_like(row_at)
-    place[row_at] = np.arange(count)
-    outputs = -(-count // images_per_shard)
-    digest = hashlib.sha256(repr((images_per_shard, seed, salt, shards.to_pylist())).encode("utf-8", "surrogatepass"))
-    for array in (label, rank, score, shard, index):
-        digest.update(array.tobytes())
-    return Plan(
-        label=label,
-        rank=rank,
-        score=score,
-        shard=shard,
-        index=index,
-        row_at=row_at,
-        place=place,
-        shards=shards,
-        edges=np.arange(outputs + 1, dtype=np.int64) * count // outputs,
-        request=digest.hexdigest()[:32],
-    )
-
-
 def materialize(
     selection_uri: str,
     source: Images,
@@ -201,8 +124,9 @@ def materialize(
     """Copies the selected images of `source` into shuffled, labeled Parquet shards, on the Ray that is initialized.
 
     Writes `out_uri/part-00000.parquet` and so on: columns image (binary, the original encoded bytes), label int32 (the
-    class that selected it), shard, index, rank, score; with class names also the metadata by which Hugging Face's
-    `datasets` knows them. The bytes depend on the selection, source and arguments, not on the number of workers.
+    class that selected it), shard, index, rank, score, file (the image's own name, where it has one); with class names
+    also the metadata by which Hugging Face's `datasets` knows them. The bytes depend on the selection, source and
+    arguments, not on the number of workers.
 
     Args:
         selection_uri: a selection (`pipeline.selection.select.select`).
@@ -218,15 +142,35 @@ def materialize(
         StageError: nothing is selected, or a selected image is not in `source` any more.
         StorageError: a location that refuses, or an `out_uri` that holds other Parquet files.
     """
-    selection = read_selection(selection_uri)
+    return copy_selected(
+        read_selection(selection_uri),
+        source,
+        out_uri,
+        images_per_shard=images_per_shard,
+        seed=seed,
+        class_names=class_names,
+        progress=progress,
+    )
+
+
+def copy_selected(
+    selection: pa.Table,
+    source: Images,
+    out_uri: str,
+    *,
+    images_per_shard: int,
+    seed: int = 0,
+    class_names: Sequence[str] | None = None,
+    progress: Progress = SILENT,
+) -> Dhat:
+    """`materialize` of a selection, or of some rows of one, as `read_selection` gives it."""
     if not len(selection):
         raise StageError("D-hat is empty: no candidate was selected; lower min_score, or score more images")
     names = None if class_names is None else list(class_names)
     most = pc.max(selection["class_id"]).as_py()
     if names is not None and most >= len(names):
         raise StageError(f"the selection has class {most}, and only {len(names)} classes have names")
-    work = plan(selection, images_per_shard, seed, salt=repr((_used_shards(selection, source), names)))
-    del selection
+    work = plan(selection, images_per_shard, seed, salt=repr((_used_shards(selection, source), names, SCHEMA.names)))
     try:
         sizes = _copy(work, source, out_uri, images_per_shard, names, progress)
     except OSError as error:
@@ -311,10 +255,10 @@ def _gather(source: Images, pieces: str, edges: NDArray[np.int64], order: Order)
     with tempfile.TemporaryDirectory(prefix="tophat-") as folder:
         file = Path(folder, order.piece)
         with pa.ipc.new_file(str(file), PIECE_SCHEMA) as writer:
-            held: list[tuple[int, bytes]] = []
+            held: list[tuple[int, bytes, str | None]] = []
             size = 0
-            for rows, data in _images(source, order):
-                held += [(int(place), data) for place in order.place[rows]]
+            for rows, data, name in _images(source, order):
+                held += [(int(place), data, name) for place in order.place[rows]]
                 size += len(data)
                 if size > GATHER_BYTES:
                     _write_round(writer, edges, held)
@@ -325,8 +269,8 @@ def _gather(source: Images, pieces: str, edges: NDArray[np.int64], order: Order)
     return count
 
 
-def _images(source: Images, order: Order) -> Iterator[tuple[slice, bytes]]:
-    """Every image of `order` once: which of its rows want it, and its bytes."""
+def _images(source: Images, order: Order) -> Iterator[tuple[slice, bytes, str | None]]:
+    """Every image of `order` once: which of its rows want it, its bytes, and its name."""
     for number, name in enumerate(order.shards):
         start, end = np.searchsorted(order.shard, [number, number + 1])
         wanted, firsts = np.unique(order.index[start:end], return_index=True)
@@ -335,7 +279,7 @@ def _images(source: Images, order: Order) -> Iterator[tuple[slice, bytes]]:
         try:
             for image in source.read(name, frozenset(rows)):
                 if image.data:
-                    yield rows.pop(image.index), image.data
+                    yield rows.pop(image.index), image.data, image.file
         except InputError:
             raise
         except TophatError as error:
@@ -345,12 +289,15 @@ def _images(source: Images, order: Order) -> Iterator[tuple[slice, bytes]]:
             raise StageError(f"shard {shown(name)} of the source has lost {lost}; score it again")
 
 
-def _write_round(writer: pa.ipc.RecordBatchFileWriter, edges: NDArray[np.int64], held: list[tuple[int, bytes]]) -> None:
+def _write_round(
+    writer: pa.ipc.RecordBatchFileWriter, edges: NDArray[np.int64], held: list[tuple[int, bytes, str | None]]
+) -> None:
     held.sort(key=lambda item: item[0])
-    places = np.array([place for place, _ in held], np.int64)
+    places = np.array([place for place, _, _ in held], np.int64)
     for start, end in pairwise(np.searchsorted(places, edges).tolist()):
-        images = pa.array([data for _, data in held[start:end]], pa.large_binary())
-        writer.write_batch(pa.record_batch([pa.array(places[start:end]), images], schema=PIECE_SCHEMA))
+        images = pa.array([data for _, data, _ in held[start:end]], pa.large_binary())
+        files = pa.array([name for _, _, name in held[start:end]], pa.string())
+        writer.write_batch(pa.record_batch([pa.array(places[start:end]), images, files], schema=PIECE_SCHEMA))
 
 
 def _share(work: Plan, output: int) -> Share:
@@ -385,7 +332,8 @@ def _assemble(
     count = len(share.columns)
     if not np.array_equal(table["place"].to_numpy()[order], np.arange(share.start, share.start + count)):
         raise StageError(f"output shard {share.output} of D-hat got {len(order)} images, and {count} were selected")
-    image = table["image"].combine_chunks()
+    image, files = table["image"].combine_chunks(), table["file"].combine_chunks().take(pa.array(order))
+    columns = share.columns.append_column("file", files)
     size = int(pc.sum(pc.binary_length(image)).as_py())
     schema = SCHEMA.with_metadata(_metadata(class_names, request, count, size))
     sink = pa.BufferOutputStream()
@@ -393,7 +341,7 @@ def _assemble(
     with pq.ParquetWriter(sink, schema, compression=codecs, use_dictionary=["shard"], write_statistics=False) as writer:
         for first in range(0, count, ROW_GROUP_ROWS):
             images = image.take(pa.array(order[first : first + ROW_GROUP_ROWS])).cast(pa.binary())
-            others = share.columns.slice(first, ROW_GROUP_ROWS).combine_chunks()
+            others = columns.slice(first, ROW_GROUP_ROWS).combine_chunks()
             writer.write_table(others.add_column(0, "image", images).cast(schema))
     storage.publish(storage.join(out_uri, _name(share.output)), sink.getvalue().to_pybytes())
     return share.output, size
@@ -406,7 +354,7 @@ def _name(output: int) -> str:
 def _metadata(class_names: Sequence[str] | None, request: str, rows: int, size: int) -> dict[bytes, str]:
     metadata = {METADATA: json.dumps({"request": request, "rows": rows, "bytes": size})}
     if class_names is not None:
-        kinds = {"shard": "string", "index": "uint32", "rank": "int32", "score": "float32"}
+        kinds = {"shard": "string", "index": "uint32", "rank": "int32", "score": "float32", "file": "string"}
         features: dict[str, Any] = {
             "image": {"_type": "Image"},
             "label": {"names": list(class_names), "_type": "ClassLabel"},

@@ -39,6 +39,8 @@ SCHEMA = pa.schema(
 ENCODED = SCHEMA.set(3, SCHEMA.field(3).with_type(pa.dictionary(pa.int32(), pa.string())))
 """The same, with the names of shards as they are held in memory."""
 METADATA = b"tophat.selection"
+RECORD = "_selection.json"
+"""Beside the files: what they were made of; see `pipeline.selection.record`."""
 
 ROW_GROUP_ROWS = 1 << 18
 PART_ROWS = 1 << 19
@@ -181,7 +183,7 @@ def select_several(
 
         def clear() -> None:
             for out in outs:
-                for former in _former_parts(out):
+                for former in (RECORD, *_former_parts(out)):
                     storage.delete_file(storage.join(out, former))
 
         reduced = reduction.run([plan.request() for plan in plans], partial(_publish, plans), clear)

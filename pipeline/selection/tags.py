@@ -19,7 +19,7 @@ from cluster.errors import SourceError, StorageError, one_line, shown
 from cluster.progress import SILENT, Progress
 from cluster.tasks import scatter
 from pipeline.data.labeled import undecodable
-from pipeline.data.rejects import REJECTS, Reject, publish_rejects
+from pipeline.data.rejects import Reject, publish_rejects
 from pipeline.data.shards import ShardError
 from pipeline.data.sources import ImageSource
 from pipeline.data.words import split_tags
@@ -136,7 +136,7 @@ class Matched:
     Attributes:
         images: whose tags were read; of a table, its rows.
         tagged: images that can be decoded and have a class: the rows of the table that was written.
-        rejected: images with a class that cannot be decoded, and rests of shards that cannot be read; `_rejects` in the folder lists them.
+        rejected: images with a class that cannot be decoded, and rests of shards that cannot be read.
         per_class: images of each class; an image with several classes counts for each.
     """
 
@@ -166,6 +166,7 @@ class _Work:
     matcher: Matcher
     classes: int
     out_uri: str
+    rejects_uri: str
     edges: NDArray[np.int64]
 
 
@@ -187,6 +188,7 @@ def match_tags(
     source: ImageSource,
     class_names: Sequence[str],
     out_uri: str,
+    rejects_uri: str,
     *,
     tags_uri: str | None = None,
     progress: Progress = SILENT,
@@ -198,14 +200,14 @@ def match_tags(
     number of workers. The folder is what `select.tags` and `weak_training_set` read; one that was there before is replaced.
 
     Every image that has a class is read and decoded once (a JPEG at an eighth of its size, which still reads all of its bytes), as labeled
-    sets are, so that none ends a training hours in. Those that cannot be decoded have no row; they are counted, and listed in
-    `out_uri/_rejects`.
+    sets are, so that none ends a training hours in. Those that cannot be decoded have no row; they are counted, and listed among the rejects.
 
     Args:
         field: the recipe's field or the option that names the tags, for messages.
         source: the images.
         class_names: by class id; see `Matcher`.
         out_uri: a folder.
+        rejects_uri: a folder of their own for the rejects, which is emptied first.
         tags_uri: a Parquet file, or a folder of them, with the columns shard string, index uint32 and `tags` (list<string>, each text a tag;
             or string, split by `split_tags`); or, in place of `tags`, `class_ids` list<int32>, which need no matching. Rows of one image are
             united. None: the tags are in the source itself (see `Reader.tags`).
@@ -222,9 +224,10 @@ def match_tags(
     files = None if tags_uri is None else _tag_files(field, where)
     parts = min(PARTS, len(source.listing))
     edges = np.arange(parts + 1, dtype=np.int64) * len(source.listing) // parts
-    work = _Work(field, where, source, Matcher(class_names), len(class_names), out_uri, edges)
+    work = _Work(field, where, source, Matcher(class_names), len(class_names), out_uri, rejects_uri, edges)
     try:
         _clear(out_uri)
+        storage.delete_tree(rejects_uri)
         jobs = [] if files is None else deal(files, 1 + sum(size for _, size in files) // TASK_BYTES)
         tables = list(scatter(partial(_read_table, work), enumerate(jobs), values=parts))
         notes = [note for note, _ in tables]
@@ -241,7 +244,7 @@ def match_tags(
 def _matched(work: _Work, notes: Sequence[_Note]) -> Matched:
     images, tags = sum(note.images for note in notes), sum(note.tags for note in notes)
     tagged, rejected = sum(note.tagged for note in notes), sum(note.rejected for note in notes)
-    lost = f"; {rejected:,} rejects, see {work.out_uri}/{REJECTS}" if rejected else ""
+    lost = f"; {rejected:,} rejects, see {work.rejects_uri}" if rejected else ""
     if not tags:
         rule = f"has no tags: none of {images:,} images has one{lost}"
         raise SourceError(work.field, work.where, rule, "give a Parquet file of tags, or a text beside each image")
@@ -285,10 +288,9 @@ def _clear(out_uri: str) -> None:
     """
     former = [storage.join(out_uri, file.path) for file in storage.list_files(out_uri, ".parquet")]
     for uri in former:
-        if f"/{REJECTS}/" not in uri:
-            with storage.open_input(uri) as file, blamed("out", lambda uri=uri: uri, "give another folder"):  # type: ignore[misc]
-                if MATCHED_METADATA not in (pq.read_schema(file).metadata or {}):
-                    raise ValueError("not of matched tags")
+        with storage.open_input(uri) as file, blamed("out", lambda uri=uri: uri, "give another folder"):  # type: ignore[misc]
+            if MATCHED_METADATA not in (pq.read_schema(file).metadata or {}):
+                raise ValueError("not of matched tags")
     for uri in former:
         storage.delete_file(uri)
 
@@ -432,7 +434,7 @@ def _write_part(work: _Work, number: int, *shares: Pairs) -> tuple[_Note]:
     counts = np.bincount(table["class_ids"].combine_chunks().flatten().to_numpy(), minlength=work.classes)
     name = f"part-{number:05d}.parquet"
     if rejects:
-        publish_rejects(storage.join(work.out_uri, REJECTS, name), rejects)
+        publish_rejects(storage.join(work.rejects_uri, name), rejects)
     if len(table):
         sink = pa.BufferOutputStream()
         metadata = {CLASSES_METADATA: str(work.classes), MATCHED_METADATA: "1"}

@@ -32,9 +32,10 @@ function element(tag, className, ...children) {
   return made;
 }
 
-function side(title, [name, index, file], label) {
-  const shown = names[name][1];
-  const text = `${label}: ${shown} [${index}]`;
+function side(title, [name, index, file, own], label) {
+  const shown = own ?? names[name][1];
+  const place = own === null ? ` [${index}]` : "";
+  const text = `${label}: ${shown}${place}`;
   let picture;
   if (file === null) {
     picture = element("span", "picture blank", "not shown");
@@ -47,7 +48,7 @@ function side(title, [name, index, file], label) {
     image.src = `assets/${file}`;
     picture = element("span", "picture", image);
   }
-  return element("figure", "", picture, element("figcaption", "", element("b", "", title), element("bdi", "", shown), ` [${index}]`));
+  return element("figure", "", picture, element("figcaption", "", element("b", "", title), element("bdi", "", shown), place));
 }
 
 function card(rank) {
