@@ -93,7 +93,11 @@ def init(
     text = writing.recipe_text(plan, found, given, sum(seconds.values()) / 60)
     _write(file, text, copies, excluded)
     load(str(file))
-    _print(found, plan, seconds, file, copies if excluded else None)
+    notes = [*writing.warnings_of(found), *plan.notes, *filter(None, [budget.slow_images(plan, costs)])]
+    _print(found, plan, seconds, notes)
+    if excluded:
+        out.print(f"{copies}: images of U that are labeled or test images, too; none is selected", markup=False)
+    out.print(f"{file}: the recipe, with reasons; next: tophat run {shlex.quote(str(file))}", markup=False)
 
 
 def _name_of(uri: str) -> str:
@@ -198,7 +202,7 @@ def _write(file: Path, text: str, copies: Path, excluded: "Sequence[Place]") -> 
     storage.publish(str(file.absolute()), text.encode())
 
 
-def _print(found: "Findings", plan: "Plan", seconds: "Mapping[str, float]", file: Path, copies: Path | None) -> None:
+def _print(found: "Findings", plan: "Plan", seconds: "Mapping[str, float]", notes: "Sequence[str]") -> None:
     from rich.markup import escape
 
     from pipeline.cli.tables import table
@@ -206,17 +210,12 @@ def _print(found: "Findings", plan: "Plan", seconds: "Mapping[str, float]", file
 
     for line in writing.found_lines(found):
         out.print(line, markup=False)
-    decided = table("Decided", "", "", "because")
-    for column in decided.columns[1:]:
+    decided = table("", "decided", "", "because")
+    for column in decided.columns:
         column.justify = "left"
     for cells in writing.decided_lines(plan, found):
         decided.add_row(*map(escape, cells))
     out.print(decided)
-    for warning in (*writing.warnings_of(found), *plan.notes):
-        out.print(one_line(f"warning: {warning}"), markup=False)
-    if copies is not None:
-        out.print(
-            f"{copies}: the images of U that are labeled or test images, too; they are never selected", markup=False
-        )
+    for note in notes:
+        out.print(one_line(f"warning: {note}"), markup=False)
     out.print(writing.time_line(seconds, found), markup=False)
-    out.print(f"{file}: the recipe, with reasons; next: tophat run {shlex.quote(str(file))}", markup=False)

@@ -85,3 +85,14 @@ def _shortened(plan: Plan, before: Plan, factor: float, minutes: float) -> Plan:
     if factor < 1:
         notes.append(f"trainings were shortened to {factor:.0%} for {minutes:g} minutes")
     return replace(plan, lengths=Choice(plan.lengths.value.times(factor), plan.lengths.why), notes=tuple(notes))
+
+
+def slow_images(plan: Plan, costs: Costs) -> str | None:
+    """What to do where decoding takes most of the time, because the images are much larger than the input."""
+    if max(costs.decode, costs.pool_decode) < costs.student_step or plan.machine.gpus:
+        return None
+    side = 2 * plan.size.value
+    return (
+        f"decoding an image takes longer than training on it ({1000 * max(costs.decode, costs.pool_decode):.0f} and "
+        f"{1000 * costs.student_step:.0f} ms): `tophat ingest --resize {side}` makes small copies, once"
+    )

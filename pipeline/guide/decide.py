@@ -4,7 +4,7 @@ The numbers come from the shipped recipes (benchmarks/README.md says what they g
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 from unicodedata import normalize
@@ -33,6 +33,7 @@ PAPER_K = 16_000
 """Section 4.1."""
 CPU_WORKERS, CPU_THREADS = 2, 4
 """Of a training on CPUs, at most: the batches that more workers leave each are too small for its statistics."""
+DIGITS = frozenset(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])
 MINIBATCH = 24
 """Images of a step on CPUs, over all workers, near that of the shipped recipes: small, because small sets have few steps."""
 GPU_BATCH = 64
@@ -82,6 +83,7 @@ class Plan:
     Attributes:
         size: side of the input.
         fit: how an image becomes a square.
+        flip: whether training mirrors images.
         teacher: a network to train, or None where one is given.
         student: the network.
         head: of a teacher that is given; empty where there is none.
@@ -98,6 +100,7 @@ class Plan:
 
     size: Choice[int]
     fit: Choice[str]
+    flip: Choice[bool]
     teacher: Choice[Network | None]
     student: Choice[Network]
     head: str
@@ -155,6 +158,15 @@ def fit(elongation: float) -> Choice[str]:
             "pad", f"a quarter of the images are over {elongation:.1f} times as long as wide: a crop would cut them off"
         )
     return Choice("crop", "the images are nearly square")
+
+
+def flip(names: Iterable[str]) -> Choice[bool]:
+    """Whether training mirrors images, as far as the names of the classes tell."""
+    every = list(names)
+    signs = sum(len(name) == 1 or name.lower() in DIGITS for name in every)
+    if 2 * signs > len(every):
+        return Choice(False, "the classes have names of digits or letters, which must not be mirrored")
+    return Choice(True, "false where mirrored images are wrong, as of digits and letters")
 
 
 def share_for_test(per_class: Sequence[int]) -> Choice[float]:
@@ -282,6 +294,7 @@ def decide(found: Findings) -> Plan:
     return Plan(
         size=size,
         fit=fit(max(found.labeled.elongation, found.unlabeled.elongation)),
+        flip=flip(found.labeled.per_class),
         teacher=teacher,
         student=student,
         head=head,
@@ -320,8 +333,8 @@ def transform_of(plan: Plan) -> dict[str, Any]:
     if plan.fit.value != "crop":
         made["fit"] = plan.fit.value
     if size <= 32:
-        return made | {"crop": "pad", "padding": max(1, size // 14), "flip": True}
-    return made | {"crop": "random_resized", "scale": [0.35 if plan.small else 0.08, 1.0], "flip": True}
+        return made | {"crop": "pad", "padding": max(1, size // 14), "flip": plan.flip.value}
+    return made | {"crop": "random_resized", "scale": [0.35 if plan.small else 0.08, 1.0], "flip": plan.flip.value}
 
 
 def _round(images: float) -> int:

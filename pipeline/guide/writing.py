@@ -55,7 +55,7 @@ def recipe_text(plan: Plan, found: Findings, sources: Sources, minutes: float) -
         "teacher:",
     ]
     shared = transform_of(plan)
-    about_input = f"{plan.size.why}; flip: false for digits, letters and what must not be mirrored"
+    about_input = f"{plan.size.why}; flip: {plan.flip.why}"
     if found.teacher is not None:
         lines += [_line(1, "model", found.teacher.uri), _line(1, "head", plan.head, plan.teacher.why)]
     else:
