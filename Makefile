@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-all lint format bench clean
+.PHONY: install demo test test-all lint format docs bench clean
 
 install: $(STAMP)
 
@@ -35,6 +35,10 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# docs/recipe.md, out of the declared fields.
+docs: $(STAMP)
+	$(BIN)/python -m pipeline.recipe.reference > docs/recipe.md
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.method demo --seeds 5

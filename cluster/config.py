@@ -1,8 +1,10 @@
 """The `cluster` section of a recipe."""
 
+from typing import Annotated
+
 from pydantic import Field
 
-from cluster.section import Section
+from cluster.section import Section, Unit
 
 
 class Cluster(Section):
@@ -14,5 +16,5 @@ class Cluster(Section):
     """CPUs of a local Ray; by default every core that this process may use."""
     gpus: int | None = Field(default=None, ge=0, le=64)
     """GPUs of a local Ray; by default every one that it finds."""
-    object_store_mib: int | None = Field(default=None, ge=128, le=1_048_576)
+    object_store_mib: Annotated[int | None, Unit("in MiB")] = Field(default=None, ge=128, le=1_048_576)
     """Shared memory of a local Ray's object store, in MiB; by default 30% of the memory. It is taken as it is used."""

@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic.fields import FieldInfo
 
 
 class _Free:
@@ -18,6 +20,25 @@ class _Free:
 
 FREE: Final = _Free()
 """Marks a field that decides nothing about a result: how fast it comes, on what, or how it is shown. `workers: Annotated[int, FREE]`."""
+
+
+USUAL: Final[Any] = None
+"""The default of a field that a section around its own fills in, as it depends on what else is there."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """Marks a type that has words of its own, as a noun: `Annotated[str, Said("a local path or a URI")]`."""
+
+    words: str
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Marks a number that has a unit: `Annotated[int, Unit("in pixels")]`."""
+
+    words: str
+
 
 _WORDS: Final = MappingProxyType(
     {word: said for said, words in ((True, "true yes on"), (False, "false no off")) for word in words.split()}
@@ -126,6 +147,14 @@ def sections_in(annotation: object) -> Iterator[type[Section]]:
         yield annotation
     for part in get_args(annotation):
         yield from sections_in(part)
+
+
+def fields_within(section: type[BaseModel], place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+    """Every field of a section and of the sections within, by where it is; a section before its fields."""
+    for name, field in section.model_fields.items():
+        yield (*place, name), field
+        for inside in sections_in(field.annotation):
+            yield from fields_within(inside, (*place, name))
 
 
 def _settled(value: Any, kinds: frozenset[type]) -> Any:

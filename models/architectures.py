@@ -94,7 +94,7 @@ def build(config: ModelConfig, num_classes: int) -> nn.Module:
         ModelError: a failing import or factory, a result that is not a network of the right output.
     """
     name = config.architecture
-    factory = _imported(name) if ":" in name else _FACTORIES[name]
+    factory = factory_of(name)
     try:
         model = factory(num_classes=num_classes, **config.options)
     except Exception as error:  # a factory is the user's code, options are the user's
@@ -112,8 +112,15 @@ def build(config: ModelConfig, num_classes: int) -> nn.Module:
     return model.train()
 
 
-def _imported(path: str) -> Factory:
-    module, _, attribute = path.partition(":")
+def factory_of(name: str) -> Factory:
+    """What builds a network: a known one, or a user's own by its import path.
+
+    Raises:
+        ModelError: the path cannot be imported, or what is there cannot be called.
+    """
+    if name in _FACTORIES:
+        return _FACTORIES[name]
+    module, _, attribute = name.partition(":")
     try:
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
@@ -121,12 +128,12 @@ def _imported(path: str) -> Factory:
     except Exception as error:  # the import runs the user's code
         raise ModelError(
             "architecture",
-            path,
+            name,
             f"could not be imported ({type(error).__name__}: {error})",
             "install the package or correct the path",
         ) from error
     if not callable(found):
-        raise ModelError("architecture", path, "cannot be called", "name a factory or an nn.Module class")
+        raise ModelError("architecture", name, "cannot be called", "name a factory or an nn.Module class")
     factory: Factory = found
     return factory
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from cluster.section import FREE, Section
+from cluster.section import FREE, Section, Unit
 
 Channel = Annotated[float, Field(ge=0.0, le=1.0)]
 Deviation = Annotated[float, Field(gt=0.0, le=10.0)]
@@ -18,6 +18,9 @@ Scale = Annotated[float, Field(gt=0.0, le=1.0)]
 Views = Literal["center", "mirrored", "five", "ten"]
 Outputs = tuple[int | tuple[int, ...], ...]
 """Of each class, the network's output; or several, whose probabilities add up."""
+
+Pixels = Annotated[int, Unit("in pixels")]
+PER_256 = Unit("per 256 images")
 
 CPU_BATCH, GPU_BATCH = 32, 256
 """Images of a forward pass in inference: on a CPU core, what its caches still help with; on a GPU, what fills it."""
@@ -29,9 +32,9 @@ REFERENCE_BATCH = 256
 class Transform(Section):
     """How an encoded image becomes a network's input. The defaults are the ones usual for ImageNet."""
 
-    size: int = Field(default=224, ge=8, le=1024)
+    size: Pixels = Field(default=224, ge=8, le=1024)
     """Side of the square fed to the network, in pixels."""
-    resize: int = Field(default=256, ge=8, le=2048)
+    resize: Pixels = Field(default=256, ge=8, le=2048)
     """Shorter side of the image before the center crop of `size` is taken, in pixels; from `size` to twice `size`. Means nothing beside
     a `fit` other than `crop`."""
     fit: Literal["crop", "pad", "squash"] = "crop"
@@ -44,7 +47,7 @@ class Transform(Section):
     (small images), or none: the picture is as in evaluation."""
     scale: tuple[Scale, Scale] = (0.08, 1.0)
     """Smallest and largest share of the image's area that `random_resized` keeps."""
-    padding: int = Field(default=4, ge=1, le=256)
+    padding: Pixels = Field(default=4, ge=1, le=256)
     """Black pixels put around the image by `pad` before it crops at random; at most half of `size`."""
     flip: bool = True
     """Mirror every other training image at random; wrong for digits and letters."""
@@ -111,22 +114,24 @@ class ModelConfig(Section):
 
 
 class Training(Section):
-    """One training by synchronous SGD (section 4.1). With `images_seen` and `epochs`, it is as long as the longer of both."""
+    """One training by synchronous SGD (section 4.1). With `images_seen` and `epochs`, the longer of both is its length; with neither, it is
+    as long as is usual."""
 
     images_seen: int | None = Field(default=None, ge=1, le=10**13)
     """Length: images processed forward and backward, over all workers (the paper's "#iter")."""
     epochs: int | None = Field(default=None, ge=1, le=100_000)
     """Length: passes over the data."""
     batch_size: Annotated[int, FREE] = Field(default=24, ge=1, le=65_536)
-    """Images per worker and step. The minibatch, `batch_size * workers`, is what decides."""
+    """Images per worker and step. The minibatch, `batch_size * workers`, decides: however it is shared out, the result is the same."""
     workers: Annotated[int, FREE] = Field(default=1, ge=1, le=4096)
     """Processes that train together (DDP)."""
     cpus_per_worker: Annotated[int, FREE] = Field(default=1, ge=1, le=1024)
     """CPUs of each worker; also its number of threads."""
     gpus_per_worker: Annotated[int, FREE] = Field(default=0, ge=0, le=1)
     """1 trains on a GPU, 0 on CPUs."""
-    learning_rate: float = Field(default=0.1, gt=0.0, le=100.0)
-    """Learning rate per 256 images: the peak is `learning_rate / 256 * batch_size * workers` (linear scaling)."""
+    learning_rate: Annotated[float, PER_256] = Field(default=0.1, gt=0.0, le=100.0)
+    """Learning rate per 256 images: the peak is `learning_rate / 256 * batch_size * workers` (linear scaling). Of the small ResNets from
+    random weights, 2 by default."""
     warmup: float = Field(default=0.0, ge=0.0, le=0.5)
     """Share of the run in which the rate rises linearly from `learning_rate` to the peak; ends before the first drop.
     (Nothing rises where the minibatch is 256 or less: the peak is not above `learning_rate`.)"""

@@ -215,7 +215,7 @@ class Predictor:
             tops.append(scores.topk(self.how.classes_per_image, dim=1))
             features.append(seen)
             if labels is not None:
-                wanted = torch.from_numpy(labels[start : start + step]).to(self._device, non_blocking=True)
+                wanted = torch.tensor(labels[start : start + step], device=self._device)
                 of_labels.append(scores.gather(1, wanted[:, None])[:, 0])
         kept = [seen for seen in features if seen is not None]
         classes = torch.cat([top.indices for top in tops]).int()

@@ -12,17 +12,27 @@ from typing import Any
 
 from cluster import storage
 from cluster.store import Key, Made
+from models.judging import calibration, confusion
 from pipeline.context import Run, Stages, referred, rounds_of, teacher_of
 from pipeline.data.rejects import read_rejects
-from pipeline.evaluation import Measured, Trained
+from pipeline.evaluation import Measured, Trained, right
+from pipeline.measuring import BASELINE, MISTAKES, Evaluated, predictions
 from pipeline.report import gallery
 from pipeline.report import page as report
+from pipeline.report.judgment import Judged, Judgment, Tile
 from pipeline.scoring.score import Scored
 from pipeline.selection.select import Selected
 from pipeline.stages import REJECTS
 
 EXAMPLES = 20
 """Rejects that the report shows, at most."""
+WORDS = {
+    "teacher": "teacher",
+    "pretrained": "student, pre-trained",
+    "student": "student, fine-tuned",
+    "supervised": "student, supervised",
+}
+"""The models of a run, by their names in it without the round."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,7 @@ def report_content(this: Run, stages: Stages) -> report.ReportContent:
     last = rounds[-1] if rounds else ""
     if "evaluation" in stages:
         fields |= _accuracies(stages, rounds)
+        fields["judgment"] = _judgment(stages)
     if (teacher := teacher_of(stages)) is not None:
         fields["teacher"] = _facts(teacher)
         fields["teacher_data"] = _teacher_data(stages)
@@ -83,19 +94,46 @@ def _accuracies(stages: Stages, rounds: list[str]) -> dict[str, Any]:
     evaluated = stages["evaluation"].outputs
     many = len(stages["labeled-train"].outputs.class_names) > 5
 
-    def accuracy(name: str) -> report.Accuracy:
-        measured: Measured = evaluated.models[name]
-        return report.Accuracy(measured.top1, measured.top5 if many else None)
+    def accuracy(name: str) -> report.Accuracy | None:
+        measured: Measured | None = evaluated.models.get(name)
+        if measured is None:
+            return None
+        return report.Accuracy(measured.top1, measured.top5 if many else None, measured.interval)
 
     pairs = [(accuracy(f"{prefix}pretrained"), accuracy(f"{prefix}student")) for prefix in rounds]
+    pretrained, fine_tuned = pairs[-1] if pairs else (None, None)
     return {
         "test_images": evaluated.images,
-        "teacher_accuracy": accuracy("teacher") if "teacher" in evaluated.models else None,
-        "supervised": accuracy("supervised"),
-        "pretrained": pairs[-1][0],
-        "fine_tuned": pairs[-1][1],
+        "teacher_accuracy": accuracy("teacher"),
+        "supervised": accuracy(BASELINE),
+        "pretrained": pretrained,
+        "fine_tuned": fine_tuned,
         "earlier_rounds": pairs[:-1],
     }
+
+
+def _judgment(stages: Stages) -> Judgment:
+    """The model that the run is about beside the baseline, out of what each said of every test image."""
+    made: Made[Evaluated] = stages["evaluation"]
+    evaluated = made.outputs
+    names = {evaluated.subject: WORDS[evaluated.subject.rpartition("/")[2]]}
+    if BASELINE in evaluated.models:
+        names.setdefault(BASELINE, WORDS[BASELINE])
+    tables = {name: predictions(made, name) for name in names}
+
+    def judged(name: str, word: str) -> Judged:
+        of_score = calibration(tables[name]["score"].to_numpy(), right(tables[name]))
+        return Judged(word, evaluated.models[name], of_score)
+
+    subject = tables[evaluated.subject]
+    return Judgment(
+        class_names=stages["labeled-train"].outputs.class_names,
+        models=[judged(name, word) for name, word in names.items()],
+        confusion=confusion(subject["label"].to_numpy(), subject["predicted"].to_numpy()),
+        against=evaluated.against.get(evaluated.subject),
+        tiles=[Tile(**vars(mistake)) for mistake in evaluated.mistakes],
+        strip=storage.join(made.uri, MISTAKES),
+    )
 
 
 def _facts(made: Made[Trained]) -> report.ModelFacts:

@@ -56,11 +56,20 @@ def demands(planned: Sequence[Planned]) -> list[Demand]:
 
 
 def check_networks(recipe: Recipe, planned: Sequence[Planned], sources: Sources) -> None:
-    """Builds the networks that are to be trained, before any work depends on them.
+    """Builds the networks that are to be trained, and holds the recipe against the number of classes, before any work depends on them.
+
+    A user's factory may take the right number of classes alone. Where the recipe, the listing of D and an earlier survey of it do not tell
+    that number, the factory is looked up and not called.
 
     Raises:
         ModelError: one cannot be built; names the recipe's field.
+        RecipeError: a field does not fit the number of classes.
     """
+    surveyed = next(one.made for one in planned if one.made.key.stage == "labeled-train")
+    known = surveyed.outputs.class_names if surveyed.record is not None else sources["labeled.train"].reader.class_names
+    classes = len(recipe.labeled.classes or known or ())
+    if classes:
+        recipe.check_class_count(classes)
     unmade = {one.made.key.stage for one in planned if one.made.record is None}
     networks: dict[str, ModelConfig] = {}
     teacher = recipe.taught
@@ -73,15 +82,15 @@ def check_networks(recipe: Recipe, planned: Sequence[Planned], sources: Sources)
 
     import torch
 
-    from models.architectures import build
+    from models.architectures import build, factory_of
 
-    classes = len(recipe.labeled.classes or sources["labeled.train"].reader.class_names or ())
     for field, config in networks.items():
         named = ":" not in config.architecture
-        if not (named or classes):
-            continue  # a user's factory may take the right number of classes alone, which D has still to tell
         try:
-            with torch.device("meta") if named else nullcontext():
-                build(config, classes or 10)
+            if named or classes:
+                with torch.device("meta") if named else nullcontext():
+                    build(config, classes or 10)
+            else:
+                factory_of(config.architecture)
         except ModelError as error:
             raise ModelError(f"{field}.{error.field}", error.value, error.rule, error.fix) from None

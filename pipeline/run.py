@@ -31,13 +31,13 @@ class Result:
     Attributes:
         teacher: the first one; None where scores or a selection that exist take its place.
         rounds: each from its teacher to its student, who teaches the next.
-        baseline: the student's network, trained on D alone (Table 2, "Fully Supervised").
+        baseline: the student's network, trained on D alone (Table 2, "Fully Supervised"); None where the recipe has none.
         evaluation: of all of them, on test images.
     """
 
     teacher: Made[Trained] | None
     rounds: list[Round]
-    baseline: Made[Trained]
+    baseline: Made[Trained] | None
     evaluation: Made[Evaluated]
 
 
@@ -57,8 +57,9 @@ def run(this: Run, recipe: Recipe) -> Result:
             rounds.append(distill(this, recipe, student, teacher, data, pool))
         teacher = rounds[-1].student
     this.call("student", rounds[-1].student)
-    baseline = train(this, "supervised", student, recipe.supervised, data.train, data)
-    models = {**({} if first is None else {"teacher": first}), **models_of(rounds), "supervised": baseline}
+    models, baseline = {**({} if first is None else {"teacher": first}), **models_of(rounds)}, None
+    if recipe.baseline:
+        models["supervised"] = baseline = train(this, "supervised", student, recipe.supervised, data.train, data)
     return Result(first, rounds, baseline, evaluate(this, recipe.score, data, models))
 
 

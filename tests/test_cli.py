@@ -15,8 +15,14 @@ import yaml
 
 import tiny
 from cluster import storage
+from cluster.errors import ModelError
 from cluster.store import RunStore
 from models.config import ModelConfig
+from pipeline.data.ingest import ingest
+from pipeline.data.sources import open_source
+from pipeline.plan import check_networks, plan, sources_of
+from pipeline.recipe.reading import load
+from pipeline.recipe.sections import Source
 
 Answer = tuple[int, str, str]
 
@@ -142,11 +148,60 @@ def test_a_class_without_images(
     refused(answer, "labeled.train.uri", "no usable images of 1 of its 4 classes ('three')")
 
 
-def test_p_above_the_class_count(
-    tophat: Callable[..., Answer], recipe: Callable[..., str], tmp_path: Path, ray_local: None
-) -> None:
+def test_p_above_the_class_count(tophat: Callable[..., Answer], recipe: Callable[..., str], tmp_path: Path) -> None:
     path = recipe(score={"classes_per_image": 4})
     refused(tophat("run", path, "--run-dir", str(tmp_path / "run")), "score.classes_per_image = 4: must be at most 3")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "uncalled", "called"),
+    [
+        ("nowhere:make", "could not be imported (ModuleNotFoundError", ""),
+        ("math:pi", "cannot be called; name a factory", ""),
+        ("math:sqrt", "", "could not be built with num_classes = 3 "),
+        ("builtins:dict", "", "returned a dict; return a torch.nn.Module"),
+    ],
+)
+def test_networks_are_built_before_anything_is_started(
+    architecture: str,
+    uncalled: str,
+    called: str,
+    tophat: Callable[..., Answer],
+    recipe: Callable[..., str],
+    folders: Path,
+    tmp_path: Path,
+) -> None:
+    """A factory is called with the number of classes; where D does not tell it before it is read, the factory is only looked up."""
+    run = str(tmp_path / "run")
+    path = recipe(student={"model": {**tiny.MODEL, "architecture": architecture, "options": {}}})
+    expected = f"student.model.architecture = {architecture!r}: {uncalled or called}"
+    refused(tophat("run", path, "--run-dir", run), expected)
+    ingest(
+        open_source("SOURCE", Source(uri=str(folders / "train"))),
+        str(tmp_path / "train"),
+        layout="webdataset",
+        images_per_shard=50,
+    )
+    (tmp_path / "train" / "classes.json").unlink()
+    path = recipe(
+        student={"model": {**tiny.MODEL, "architecture": architecture, "options": {}}},
+        labeled={part: {"uri": str((tmp_path if part == "train" else folders) / part)} for part in ("train", "test")},
+    )
+    given = load(path)
+    sources = sources_of(given)
+    planned = plan(given, RunStore(run)).planned
+    if uncalled:
+        with pytest.raises(ModelError) as error:
+            check_networks(given, planned, sources)
+        assert str(error.value).startswith(expected)
+    else:
+        check_networks(given, planned, sources)
+    named = load(path, ["labeled.classes=[one, two, zero]"])
+    with pytest.raises(ModelError) as error:
+        check_networks(named, plan(named, RunStore(run)).planned, sources)
+    assert str(error.value).startswith(expected)
+    assert not Path(run).exists()
 
 
 def test_more_than_the_cluster_has(

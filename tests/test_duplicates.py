@@ -54,8 +54,9 @@ from pipeline.duplicates.nearest import (
     searcher,
 )
 from pipeline.plan import plan
+from pipeline.recipe.deduplicate import Deduplicate
 from pipeline.recipe.reading import deduplicate_settings, validate
-from pipeline.recipe.sections import Deduplicate, Score, Source
+from pipeline.recipe.sections import Score, Source
 from pipeline.scoring import beside
 from pipeline.scoring import score as scoring
 from pipeline.scoring.actors import score_table

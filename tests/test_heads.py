@@ -167,7 +167,9 @@ def test_heads_that_do_not_fit(teacher: dict[str, Any], rule: str) -> None:
 def test_a_frozen_trunk_stays_as_it_is(finished: Finished, tmp_path: Path) -> None:
     teacher = finished.stages["teacher"].uri
     recipe = validate(
-        finished_recipe(finished, {"model": teacher, "head": "fresh", "training": {**QUICK, "freeze": "trunk"}})
+        finished_recipe(
+            finished, {"model": teacher, "head": "fresh", "training": {**QUICK, "epochs": 30, "freeze": "trunk"}}
+        )
     )
     stages = execute(recipe, finished.copy(tmp_path / "run"), until="teacher")
     before, after = load(teacher).model.state_dict(), load(stages["teacher"].uri).model.state_dict()

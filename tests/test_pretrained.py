@@ -32,7 +32,8 @@ from pipeline.context import Run, Sources
 from pipeline.data.sources import open_source
 from pipeline.duplicates.exclude import Embeddings, Pairs, features_model
 from pipeline.duplicates.nearest import read_pairs
-from pipeline.recipe.sections import Deduplicate, Source
+from pipeline.recipe.deduplicate import Deduplicate
+from pipeline.recipe.sections import Source
 
 Publish = Callable[..., Path]
 LEFT_OPEN = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")

@@ -211,6 +211,9 @@ def test_what_is_usual_depends_on_the_network(tmp_path: Path) -> None:
     assert taught.self_training is not None
     assert (*lengths(taught.self_training.pretrain), taught.self_training.pretrain.learning_rate) == (90, 60_000, 2.0)
     assert taught.self_training.fine_tune.sweep.learning_rates == (0.02, 0.1, 0.5, 2.0)
+    weak = written(file, MINIMAL, "teacher.model.architecture=resnet8", "teacher.weak.images.uri=w").teacher.weak
+    assert weak is not None
+    assert (*lengths(weak.training), weak.training.learning_rate) == (90, 60_000, 2.0)
 
 
 def test_a_mistake_is_told_without_what_is_usual(tmp_path: Path) -> None:
@@ -274,7 +277,18 @@ def test_new_defaults_leave_the_stages_of_old_recipes_what_they_were(name: str) 
             "fine_tune.sweep.learning_rates=[0.1, -1]",
             "fine_tune.sweep.learning_rates.1 = -1: Input should be greater than 0",
         ),
-        ("fine_tune.sweep.learning_rates=[]", "fine_tune.sweep.learning_rates"),
+        (
+            "fine_tune.sweep.learning_rates=[]",
+            "fine_tune.sweep.learning_rates = []: Tuple should have at least 1 item after validation, not 0; correct it",
+        ),
+        (
+            "supervised.learning_rate=200",
+            "supervised.learning_rate = 200: Input should be less than or equal to 100, per 256 images; correct it",
+        ),
+        (
+            "student.model.transform.size=4",
+            "student.model.transform.size = 4: Input should be greater than or equal to 8, in pixels; correct it",
+        ),
         ("unlabeled.layout=zip", "'webdataset', 'parquet' or 'folder'"),
         ("name=../x", "name = '../x': "),
         (
@@ -413,11 +427,11 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         f"  select.zipf_exponent = -1: Input should be greater than or equal to 0; {correct} select.zipf_exponent=...",
         "  pretrain = {'epochs': 3, 'drops': 30, 'warmup': 0.5}: warmup = 0.5 must end before the first drop: "
         f"at most 0.0323 with drops = 30; {correct} pretrain=...",
-        "  fine_tune.sweep.learning_rates.1 = -1: Input should be greater than 0; "
+        "  fine_tune.sweep.learning_rates.1 = -1: Input should be greater than 0, per 256 images; "
         f"{correct} fine_tune.sweep.learning_rates.1=...",
-        "  fine_tune.sweep.learning_rates.2 = 'x': Input should be a valid number, unable to parse string as a number; "
+        "  fine_tune.sweep.learning_rates.2 = 'x': Input should be a valid number, unable to parse string as a number, per 256 images; "
         f"{correct} fine_tune.sweep.learning_rates.2=...",
-        "  supervised.learning_rate = 'true': Input should be a valid number, unable to parse string as a number; "
+        "  supervised.learning_rate = 'true': Input should be a valid number, unable to parse string as a number, per 256 images; "
         f"{correct} supervised.learning_rate=...",
         f"  supervised.momentum = 7: Input should be less than 1; {correct} supervised.momentum=...",
         "  labeled.train = 'nothing': must be given; add labeled.train to the recipe, or --set labeled.train=...",

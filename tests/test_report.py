@@ -4,18 +4,22 @@ import io
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser
 
 from browsing import BROKEN_IMAGES, NAMES, encoded, opened, text_of
 from cluster import storage
+from models.judging import calibration, compare, confusion
 from pipeline.data.rejects import Reject
+from pipeline.evaluation import Measured
 from pipeline.recipe.sections import Report
 from pipeline.report import text
+from pipeline.report.charts import MANY_CLASSES
 from pipeline.report.gallery import ClassCount, ClassRow, RankedImage, contact_strip, figure_ranks, thumbnail
+from pipeline.report.judgment import PAIRS, Judged, Judgment, Tile
 from pipeline.report.page import (
-    MANY_CLASSES,
     Accuracy,
     Conservation,
     Curve,
@@ -34,6 +38,21 @@ def strip(folder: Path, images: list[bytes]) -> tuple[str, list[bool]]:
     tiles = [thumbnail(image) for image in images]
     storage.publish(str(folder / "strip.jpg"), contact_strip(tiles))
     return str(folder / "strip.jpg"), [tile is not None for tile in tiles]
+
+
+def judgment(names: list[str], images: int, tiles: list[Tile] = [], uri: str = "") -> Judgment:  # noqa: B006
+    """Two models on images of all classes; the first has three of four right, and the others are taken for the next class."""
+    labels = np.arange(images) % len(names)
+    right, other = np.arange(images) // len(names) % 4 > 0, np.arange(images) // len(names) % 5 > 0
+    predicted = np.where(right, labels, (labels + 1) % len(names))
+    scores = np.linspace(0.3, 1.0, images)
+    support = tuple(np.bincount(labels, minlength=len(names)).tolist())
+    recall = tuple((np.bincount(labels[right], minlength=len(names)) / support).tolist())
+    measured = Measured(images, float(right.mean()), 0.9, 0.5, (0.71, 0.79), 0.1, recall, recall, support)
+    models = [
+        Judged(name, measured, calibration(scores, some)) for name, some in (("student", right), ("baseline", other))
+    ]
+    return Judgment(names, models, confusion(labels, predicted), compare(right, other), tiles, uri)
 
 
 def hostile_content(folder: Path) -> ReportContent:
@@ -56,9 +75,12 @@ def hostile_content(folder: Path) -> ReportContent:
         student=ModelFacts("resnet18", 11_689_512),
         teacher_accuracy=Accuracy(0.901, 0.99),
         pretrained=Accuracy(0.8299, 0.97),
-        fine_tuned=Accuracy(0.8812, 0.98),
+        fine_tuned=Accuracy(0.8812, 0.98, (0.861, 0.9009)),
         supervised=Accuracy(0.839, 0.975),
         test_images=1000,
+        judgment=judgment(
+            NAMES, 960, [Tile(NAMES[i], i, i + 1, 0.99 - i / 100, there) for i, there in enumerate(shown)], uri
+        ),
         conservation=Conservation(
             listed=3900, scored=3897, rejected=3, candidates=7794, selected=1100, unselected=6693
         ),
@@ -91,7 +113,15 @@ def test_sections_and_figures(browser: Browser, hostile: str) -> None:
     with opened(browser, hostile) as page:
         titles = page.locator("h2").all_inner_texts()
         assert titles == [
-            *("Result", "Images accounted for", "D̂ per class", "Ranked images", "Training", "Sweep"),
+            *(
+                "Result",
+                "Classes and mistakes",
+                "Images accounted for",
+                "D̂ per class",
+                "Ranked images",
+                "Training",
+                "Sweep",
+            ),
             *("Stages", "Environment", "Recipe"),
         ]
         links = page.locator("nav a").evaluate_all(
@@ -103,20 +133,29 @@ def test_sections_and_figures(browser: Browser, hostile: str) -> None:
         ]
         assert rows == [
             ["Student, pre-trained", "D̂", "83.0%", "97.0%", "\u22120.9"],
-            ["Student, fine-tuned", "D̂, then D", "88.1%", "98.0%", "+4.2"],
+            ["Student, fine-tuned", "D̂, then D", "88.1% (86.1\u201390.1)", "98.0%", "+4.2"],
             ["Student, fully supervised", "D", "83.9%", "97.5%", "\u2013"],
             ["Teacher", "D", "90.1%", "99.0%", "\u2013"],
         ]
         result = page.locator("#result").inner_text()
         assert "25.6M parameters" in result
-        assert "1,000 images; one standard error of such a top-1 is about 1.0 points" in result
+        assert "1,000 images; in parentheses, the 95% interval of top-1" in result
         verdicts = page.locator(".verdict").all_inner_texts()
         assert verdicts == ["✓ holds", "✗ off by 1"]  # the second sum of this content is wrong on purpose
         assert "1 class is short of K" in page.locator("#classes").inner_text()
         drawn = page.locator("[data-figure]").evaluate_all(
             "all => all.map(p => [p.dataset.figure, p.querySelectorAll('.trace').length])"
         )
-        assert drawn == [["counts", 2], ["lowest", 1], ["loss-0", 1], ["accuracy-0", 2], ["rate-0", 1], ["sweep", 2]]
+        assert drawn == [
+            ["recall", 2],
+            ["calibration", 3],
+            ["counts", 2],
+            ["lowest", 1],
+            ["loss-0", 1],
+            ["accuracy-0", 2],
+            ["rate-0", 1],
+            ["sweep", 2],
+        ]
         stage = page.locator("#stages tbody tr").first.inner_text()
         assert "1 min 01 s" in stage
         assert "1,961" in stage
@@ -131,8 +170,8 @@ def test_hostile_names_are_shown_as_text(browser: Browser, hostile: str) -> None
         assert page.locator("#training h3").inner_text() == NAMES[1]
         assert page.locator("#environment dd").inner_text() == NAMES[1]
         assert "</pre><script>window.pwned=1</script>" in (page.locator("#recipe code").text_content() or "")
-        assert text.short(NAMES[1], 32) in (page.locator(".tile").first.get_attribute("title") or "")
-        assert page.locator("img:not(.tile), main script, main a, b:text('bold')").count() == 0
+        assert text.short(NAMES[1], 32) in (page.locator(".class-row .tile").first.get_attribute("title") or "")
+        assert page.locator("img:not(.tile), main script, main a, b:text-is('bold')").count() == 0
 
 
 def test_hostile_names_in_charts(browser: Browser, hostile: str) -> None:
@@ -151,6 +190,29 @@ def test_hostile_names_in_charts(browser: Browser, hostile: str) -> None:
             page.wait_for_function(
                 "name => document.querySelector('.hovertext text.nums')?.textContent.includes(name)", arg=name
             )
+
+
+def test_the_evaluation_class_by_class(browser: Browser, hostile: str) -> None:
+    with opened(browser, hostile) as page:
+        section = page.locator("#judgment")
+        text_shown = section.inner_text()
+        assert "student on 960 test images: 75.0% right (95% interval 71.0\u201379.0)" in text_shown
+        assert "Against the baseline: \u22125.0 points (95% interval " in text_shown
+        assert "within the noise" not in text_shown
+        cells = section.locator(".matrix tbody td").all_inner_texts()
+        counts = [int(cell.replace(",", "") or 0) for cell in cells]
+        assert (len(counts), sum(counts)) == (144, 960)  # every test image is in one cell
+        assert counts[0] + counts[1] == 80
+        assert [cell.strip() for cell in cells if cell.strip()] == ["60", "20"] * 11 + ["20", "60"]
+        section.locator("summary").click()
+        first = section.locator("details tbody tr").first.locator("td, th").all_inner_texts()
+        assert first == [NAMES[0], NAMES[1], "20", "80"]
+        captions = section.locator(".mistakes .caption").all_inner_texts()
+        assert len(captions) == len(COLORS)
+        assert text.short(NAMES[4], 24) in captions[4]
+        assert "0.950" in captions[4]
+        assert section.locator(".mistakes .tile").nth(3).inner_text().split() == ["not", "shown"]
+        assert section.locator("script, a, b b, [onerror]").count() == 0
 
 
 def test_policy_stops_what_escaping_might_miss(browser: Browser, hostile: str) -> None:
@@ -226,8 +288,11 @@ def test_many_classes(name: str, browser: Browser, tmp_path: Path) -> None:
     """A thousand classes, with rows of the usual number of them: the page stays small, whatever they are called."""
     uri, _ = strip(tmp_path, [encoded((10, 20, 30))] * 16)
     images = [RankedImage(rank, 0.9, f"{name * 3}.tar", 123456, True) for rank in figure_ranks(1600, 6, 10)]
+    names = [f"{i} {name}" for i in range(1000)]
+    tiles = [Tile(f"{name * 3}/{i}.png", i, i + 1, 0.9, True) for i in range(16)]
     content = ReportContent(
         run="wide",
+        judgment=judgment(names, 8000, tiles, uri),
         recipe_yaml="",
         images_per_class=1600,
         classes=[ClassCount(i, f"{i} {name}", 1600 if i % 9 else i, 0.1 + i / 7000) for i in range(1000)],
@@ -243,8 +308,10 @@ def test_many_classes(name: str, browser: Browser, tmp_path: Path) -> None:
         assert "Shown: 10 of 1,000 classes" in page.locator("#images").inner_text()
         assert page.locator("#images a").get_attribute("href") == "../gallery/index.html"
         assert page.locator("#classes tbody tr").count() == MANY_CLASSES
+        assert page.locator("#judgment tbody tr").count() == PAIRS
+        assert page.locator("[data-figure=recall] .bars .point").count() == 1000
         assert page.locator("[data-figure=counts] .bars .point").count() == 1000
-    assert len(list((tmp_path / "report" / "assets").glob("*.jpg"))) == 10
+    assert len(list((tmp_path / "report" / "assets").glob("*.jpg"))) == 11
 
 
 def test_on_an_object_store(s3: str, tmp_path: Path) -> None:
@@ -254,7 +321,8 @@ def test_on_an_object_store(s3: str, tmp_path: Path) -> None:
     assert write_report(out, content) == storage.join(out, "index.html")
     files = [entry.path for entry in storage.list_files(out)]
     assert [path for path in files if "plotly" not in path] == [
-        *("assets/class-00000.jpg", "assets/class-00001.jpg", "assets/report.css", "assets/report.js"),
+        *("assets/class-00000.jpg", "assets/class-00001.jpg", "assets/mistakes.jpg"),
+        *("assets/report.css", "assets/report.js"),
         "index.html",
     ]
     assert storage.read_bytes(storage.join(out, "index.html")).startswith(b"<!doctype html>")

@@ -250,7 +250,7 @@ def test_a_loss_that_is_no_number_is_one_line() -> None:
         check_finite("student", math.inf, 3000, Training(epochs=1, learning_rate=9.0))
     message = str(caught.value)
     assert message.startswith("training student: the loss is inf after 3000 images; the learning rate is too high")
-    assert "lower learning_rate = 9" in message
+    assert "lower learning_rate = 9 (per 256 images) or" in message
 
 
 def test_a_missing_initial_model_is_refused_before_anything_starts(tmp_path: Path) -> None:

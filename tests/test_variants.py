@@ -1,5 +1,6 @@
 """Variants of a recipe in one run directory: each stage is made once, whatever else changes and whoever else is at work."""
 
+import io
 import json
 import os
 import signal
@@ -11,10 +12,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 import tiny
 from cluster.errors import LastingError, StageError
 from cluster.store import RunStore
+from pipeline.cli import tables
 from pipeline.plan import demands, plan, until_stage
 from pipeline.recipe.reading import validate
 from runs import Finished, execute, fresh
@@ -100,6 +103,26 @@ def test_another_test_set_evaluates_again_and_nothing_else(run_dir: str, folders
     recipe = tiny.recipe(str(folders))
     recipe["labeled"]["test"] = {"uri": str(folders / "validation")}
     assert fresh(execute(validate(recipe), run_dir)) == ["labeled-test", "evaluation"]
+
+
+def test_a_run_without_a_baseline(run_dir: str, folders: Path) -> None:
+    stages = execute(validate(tiny.recipe(str(folders), baseline=False)), run_dir)
+    assert fresh(stages) == ["evaluation"]
+    assert "supervised" not in stages
+    assert "supervised" not in RunStore(run_dir).result()
+    assert set(stages["evaluation"].outputs.models) == {"teacher", "pretrained", "student"}
+    console = Console(width=200, record=True, file=io.StringIO())
+    tables.print_closing(console, stages)
+    said = console.export_text()
+    assert "Gain" not in said
+    student, teacher = (
+        next(line for line in said.splitlines() if line.strip().startswith(n)) for n in ("student", "teacher")
+    )
+    assert (student.count("% /"), teacher.count("% /")) == (2, 1)
+    page = Path(run_dir, "report", "index.html").read_text()
+    assert "Student, fine-tuned" in page
+    assert "ully supervised" not in page
+    assert "The recipe has no baseline" in page
 
 
 def test_seeds_vary_one_thing(run_dir: str, folders: Path) -> None:

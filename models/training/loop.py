@@ -62,7 +62,7 @@ def check_finite(name: str, loss: float, images_seen: int, training: Training) -
     if not math.isfinite(loss):
         raise LastingError(
             f"training {name}: the loss is {loss} after {images_seen} images; the learning rate is too high: "
-            f"lower learning_rate = {training.learning_rate:g} or raise warmup = {training.warmup:g}"
+            f"lower learning_rate = {training.learning_rate:g} (per 256 images) or raise warmup = {training.warmup:g}"
         )
 
 

@@ -1,4 +1,12 @@
 """The command line, `tophat`."""
 
-from pipeline.cli import data, evaluate, init, run, select  # noqa: F401 - each adds its commands to the application
+from pipeline.cli import (  # noqa: F401 - each adds its commands to the application
+    data,
+    evaluate,
+    export,
+    init,
+    recipe,
+    run,
+    select,
+)
 from pipeline.cli.app import main as main

@@ -169,13 +169,12 @@ class TrainingSet:
         return self._batches(items, batch_size, decode)
 
     def decoded(
-        self, shard: int, start: int, stop: int, transforms: Sequence[Transform]
+        self, shard: int, transforms: Sequence[Transform]
     ) -> Iterator[tuple[int, int, list[npt.NDArray[np.uint8]]]]:
-        """Some images of a shard, undistorted, in order.
+        """The images of a shard, undistorted, in order.
 
         Args:
             shard: its place in `shards`.
-            start, stop: places in its `rows`.
             transforms: the ways to decode.
 
         Returns:
@@ -186,7 +185,7 @@ class TrainingSet:
         """
         from models.inputs.image import evaluation_image
 
-        for row in self._rows_of(shard, start, stop):
+        for row in self._rows_of(shard, 0, len(self.rows[shard])):
             images = [
                 _decoded(row, self.shards[shard], partial(evaluation_image, transform=transform))
                 for transform in transforms

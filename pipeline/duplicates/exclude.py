@@ -19,7 +19,9 @@ from pipeline.data.sources import ImageSource, open_source
 from pipeline.duplicates.copies import find_copies
 from pipeline.duplicates.nearest import LabeledSet, find_pairs, left_out, read_pairs
 from pipeline.duplicates.review import Review, decided, read_decisions, write_review
-from pipeline.recipe.sections import RESNET18, TEACHER, Deduplicate, Score, Source
+from pipeline.recipe.deduplicate import Deduplicate
+from pipeline.recipe.sections import Score, Source
+from pipeline.recipe.uris import RESNET18, TEACHER
 from pipeline.scoring import beside
 from pipeline.scoring import score as scoring
 

@@ -18,7 +18,7 @@ from cluster.errors import RecipeError, SourceError, one_line
 from cluster.progress import SILENT, Progress
 from cluster.tasks import cpus, parallel_map, run_task
 from pipeline.data.sources import ImageSource
-from pipeline.recipe.sections import Deduplicate
+from pipeline.recipe.deduplicate import Deduplicate
 
 # isort: split
 # After cluster.storage: pyarrow.parquet loads pyarrow.fs, which reads the environment that cluster.storage sets.

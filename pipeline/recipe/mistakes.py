@@ -1,13 +1,14 @@
 """What is wrong with a recipe, by its fields: pydantic's errors as people read them. Imports nothing heavy."""
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
-from cluster.section import sections_in
+from cluster.section import Unit, fields_within
 
 PLAIN = {"bool", "int", "float", "str"}
 LONGEST_NAME = 60
@@ -15,6 +16,8 @@ LONGEST_NAME = 60
 OFFERED = 3
 """Places that a key is offered, at most, where it stands in none."""
 
+Declared = Mapping[tuple[str, ...], FieldInfo]
+"""Fields, by where they are."""
 RULES = {"tuple_type": "must be a list, as [a, b]", "model_type": "must be a section", "dict_type": "must be a mapping"}
 """For what pydantic says of Python's types."""
 
@@ -47,12 +50,14 @@ def mistakes_of(error: ValidationError, section: type[BaseModel], document: obje
             missing.append(place)
         else:
             wrong.setdefault(place, []).append(one)
-    found = []
+    found, declared = [], dict(fields_within(section))
     for place, value in unknown.items():
-        near = _near(section, place)
-        missing = [other for other in missing if other != (*place[:-1], *near[:1])]
-        found.append(Mistake(named(place), value, "is not a field of a recipe", _offer(section, place, near)))
-    found += [_wrong(place, several) for place, several in wrong.items()]
+        known = [other[-1] for other in declared if other[:-1] == place[:-1]]
+        near = difflib.get_close_matches(place[-1], known, n=1)
+        missing = [other for other in missing if other != (*place[:-1], *near)]
+        fix = _offer(declared, place, near, known)
+        found.append(Mistake(named(place), value, "is not a field of a recipe", fix))
+    found += [_wrong(place, several, _unit(declared, place)) for place, several in wrong.items()]
     for place in missing:
         field = named(place)
         found.append(Mistake(field, "nothing", "must be given", f"add {field} to the recipe, or --set {field}=..."))
@@ -89,45 +94,29 @@ def _found(location: Sequence[str | int], document: Any, *, whole: bool) -> tupl
     return tuple(place), document
 
 
-def _wrong(place: tuple[str, ...], errors: Sequence[Any]) -> Mistake:
+def _wrong(place: tuple[str, ...], errors: Sequence[Any], unit: str) -> Mistake:
     """What is wrong with a value, which may be one for each kind of value that the field takes."""
     rules = list(dict.fromkeys(RULES.get(e["type"]) or e["msg"].removeprefix("Value error, ") for e in errors))
     if {e["loc"][-1] for e in errors if e["loc"]} == PLAIN:
         rules = ["must be true, false, a finite number or a text"]
     rule = ", or ".join([rules[0], *(rule.removeprefix("Input should be ") for rule in rules[1:])])
+    if not isinstance(errors[0]["input"], list | tuple | Mapping):
+        rule += unit
     return Mistake(named(place), errors[0]["input"] if place else "(several fields)", rule)
 
 
-def _near(section: type[BaseModel], place: tuple[str, ...]) -> list[str]:
-    """The field that an unknown key was meant to be, if there is one of such a name beside it."""
-    return difflib.get_close_matches(place[-1], _fields_at(section, place[:-1]), n=1)
+def _unit(declared: Declared, place: tuple[str, ...]) -> str:
+    """The unit of a number, or of those of a list, as a clause; empty where it has none."""
+    field = declared.get(place) or declared.get(place[:-1])
+    return "" if field is None else "".join(f", {one.words}" for one in field.metadata if isinstance(one, Unit))
 
 
-def _offer(section: type[BaseModel], place: tuple[str, ...], near: Sequence[str]) -> str:
-    """What to do about an unknown key: the field that it is nearly, or those of its very name elsewhere, or which there are."""
+def _offer(declared: Declared, place: tuple[str, ...], near: Sequence[str], known: Sequence[str]) -> str:
+    """What to do about an unknown key: the field beside it that it is nearly, or those of its very name elsewhere, or which there are."""
     if near:
         return f"did you mean {near[0]}?"
-    everywhere = [".".join(other) for other in _places_of(section, place[-1])]
-    inside = [other for other in everywhere if other.startswith("".join(f"{part}." for part in place[:-1]))]
-    if offered := (inside or everywhere)[:OFFERED]:
+    everywhere = [other for other in declared if other[-1] == place[-1]]
+    inside = [other for other in everywhere if other[: len(place) - 1] == place[:-1]]
+    if offered := [".".join(other) for other in (inside or everywhere)[:OFFERED]]:
         return f"did you mean {' or '.join([', '.join(offered[:-1]), offered[-1]] if offered[1:] else offered)}?"
-    return f"use one of {', '.join(_fields_at(section, place[:-1]))}"
-
-
-def _fields_at(section: type[BaseModel], place: Sequence[str]) -> list[str]:
-    for name in place:
-        field = section.model_fields.get(name)
-        nested = None if field is None else next(sections_in(field.annotation), None)
-        if nested is None:
-            return []
-        section = nested
-    return list(section.model_fields)
-
-
-def _places_of(section: type[BaseModel], name: str) -> Iterator[tuple[str, ...]]:
-    """Where in a section, and the sections within, there is a field of that name."""
-    for own, field in section.model_fields.items():
-        if own == name:
-            yield (own,)
-        for nested in sections_in(field.annotation):
-            yield from ((own, *place) for place in _places_of(nested, name))
+    return f"use one of {', '.join(known)}"

@@ -1,15 +1,12 @@
 """The sections of a recipe: everything that decides a run's result, in one validated, immutable object. Imports nothing heavy."""
 
 from collections.abc import Mapping
-from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Self
 from unicodedata import normalize
 
 from pydantic import (
-    AfterValidator,
     Discriminator,
     Field,
-    StringConstraints,
     Tag,
     ValidationInfo,
     field_validator,
@@ -18,31 +15,13 @@ from pydantic import (
 
 from cluster.config import Cluster
 from cluster.errors import RecipeError
-from cluster.section import FREE, Section
+from cluster.section import FREE, USUAL, Section, Unit
 from models.config import CPU_BATCH, GPU_BATCH, ModelConfig, Training, Views
 from models.usual import usual_fine_tuning, usual_training
+from pipeline.recipe.deduplicate import Deduplicate
 from pipeline.recipe.document import dump
+from pipeline.recipe.uris import RESNET18, SIDECAR, TEACHER, Uri
 from tuning.config import Sweep
-
-
-def _one_spelling(uri: str) -> str:
-    scheme, slashes, path = uri.partition("://")
-    if slashes:
-        return f"{scheme}://{path.rstrip('/')}"  # what else has two slashes in an object store is another key
-    plain = str(PurePosixPath(uri))
-    if plain != uri and plain in (SIDECAR, RESNET18, TEACHER):
-        return f"./{plain}"  # a path that is spelled so that it is none of these words
-    return plain[1:] if plain.startswith("//") else plain
-
-
-SIDECAR = "sidecar"
-"""The tags that a source of images has itself, beside them."""
-RESNET18, TEACHER = "resnet18", "teacher"
-"""Models that `deduplicate.model` knows by name."""
-Uri = Annotated[
-    str, StringConstraints(min_length=1, max_length=2000, strip_whitespace=True), AfterValidator(_one_spelling)
-]
-"""A location, in one of its spellings: `a//b/`, `./a/b` and `a/b` are the same local path."""
 
 
 class Source(Section):
@@ -92,12 +71,17 @@ class Weak(Section):
     """W. It may be U."""
     tags: Uri = SIDECAR
     """Words of each image: `sidecar` for those that the source itself has beside its images; else Parquet files with the columns `shard`, `index` and `tags`. A tag counts for a class when it is the words of the class's name, original or stemmed, in any order, joined (supplement 4.1)."""
-    training: Training
+    training: Training = Field(default=USUAL)
     """How the network is pre-trained on W."""
 
 
-USUAL: Any = None
-"""The default of a section that a validator fills in, as it depends on the network (`models.usual`)."""
+class FineTune(Section):
+    """Stage (4): the pre-trained student on D."""
+
+    training: Training = Field(default=USUAL)
+    """How; its learning rate is what the sweep replaces."""
+    sweep: Sweep = Field(default=USUAL)
+    """Which initial learning rates are tried."""
 
 
 class SelfTraining(Section):
@@ -105,7 +89,7 @@ class SelfTraining(Section):
 
     pretrain: Training = Field(default=USUAL)
     """Of the network on what the first teacher selected."""
-    fine_tune: "FineTune" = Field(default=USUAL)
+    fine_tune: FineTune = Field(default=USUAL)
     """Of the pre-trained network on D."""
 
 
@@ -142,22 +126,27 @@ class Teacher(Section):
     @field_validator("training", mode="before")
     @classmethod
     def _usual_training(cls, given: Any, info: ValidationInfo) -> Any:
-        model = info.data.get("model")
-        ready = isinstance(model, str)
-        return given if ready and given is None else usual_training(given, None if ready else model, trained=ready)
+        ready = isinstance(info.data.get("model"), str)
+        return given if ready and given is None else usual_training(given, _trained_network(info), trained=ready)
 
     @field_validator("self_training", mode="before")
     @classmethod
     def _usual_course(cls, given: Any, info: ValidationInfo) -> Any:
         if not isinstance(given, Mapping):
             return given
-        model = info.data.get("model")
-        network = None if isinstance(model, str) else model
+        network = _trained_network(info)
         usual = {
             "pretrain": usual_training(given.get("pretrain"), network),
             "fine_tune": usual_fine_tuning(given.get("fine_tune"), network),
         }
         return {**given, **usual}
+
+    @field_validator("weak", mode="before")
+    @classmethod
+    def _usual_weak_training(cls, given: Any, info: ValidationInfo) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        return {**given, "training": usual_training(given.get("training"), _trained_network(info))}
 
     @property
     def ready(self) -> str | None:
@@ -184,6 +173,12 @@ class Teacher(Section):
         if any("{}" not in template for template in self.templates or ()):
             raise ValueError("templates must have {} where the class's name goes")
         return self
+
+
+def _trained_network(info: ValidationInfo) -> ModelConfig | None:
+    """The teacher's network; None where a model is ready, whose directory tells what it is, or where it is not valid."""
+    model = info.data.get("model")
+    return model if isinstance(model, ModelConfig) else None
 
 
 class Student(Section):
@@ -232,9 +227,9 @@ class Score(Section):
     """Tasks that read and decode at once; by default what the actors leave of the CPUs."""
     cpus_per_reader: Annotated[float | None, FREE] = Field(default=None, gt=0.0, le=64.0)
     """CPUs reserved for each of them; by default 0.25 beside actors on CPUs and 1 beside actors on GPUs."""
-    range_mib: Annotated[int | None, FREE] = Field(default=None, ge=1, le=4096)
+    range_mib: Annotated[int | None, FREE, Unit("in MiB")] = Field(default=None, ge=1, le=4096)
     """Decoded images of a row range, in MiB, rounded down to whole batches but at least one; by default 8 on CPUs and 128 on GPUs. A range travels together and has one file. A larger shard is scored in several ranges; smaller shards share one with those that follow."""
-    decode_seconds: Annotated[float, FREE] = Field(default=10.0, ge=0.1, le=3600.0)
+    decode_seconds: Annotated[float, FREE, Unit("in seconds")] = Field(default=10.0, ge=0.1, le=3600.0)
     """CPU time that decoding one image may take; one that takes more is a reject."""
     max_reject_fraction: Annotated[float, FREE] = Field(default=1.0, ge=0.0, le=1.0)
     """The run stops when a larger share of U could not be scored."""
@@ -273,57 +268,6 @@ class Score(Section):
         return self
 
 
-class Deduplicate(Section):
-    """What of U is left out before selection: near-duplicates of evaluation images (supplement 5) and copies inside U. Off by default."""
-
-    nearest: int | None = Field(default=None, ge=1, le=10**6)
-    """So many images of U, the nearest to any validation or test image, are left out; 5000 in the paper."""
-    within: float | None = Field(default=None, ge=0.0, le=2.0)
-    """Images of U at most so far from a validation or test image are left out: Euclidean, between L2-normalized features."""
-    copies: bool = False
-    """Of images of U with the same bytes only the first, by shard and index, stays."""
-    model: Uri = RESNET18
-    """Whose features are compared: `resnet18`, torchvision's, trained on ImageNet, downloaded once, which takes a second pass over U; `teacher`, whose features `score.embedding` keeps; or a model directory."""
-    pairs: int = Field(default=10_000, ge=1, le=10**6)
-    """Nearest pairs that are ranked and shown for review: at least as many as are left out."""
-    index: Literal["exact", "ivf", "hnsw"] = "exact"
-    """How the nearest evaluation image is searched (Faiss): by brute force, or approximately in inverted lists or a graph, for large evaluation sets."""
-    probes: int = Field(default=32, ge=1, le=65_536)
-    """Of `ivf`, the lists that are searched; of `hnsw`, the breadth of the search. More finds more and takes longer."""
-    decisions: Uri | None = None
-    """The decision file of a review, which overrides `nearest` and `within` for the pairs that it names."""
-
-    @property
-    def near(self) -> bool:
-        """Whether near-duplicates are looked for."""
-        return self.nearest is not None or self.within is not None
-
-    @property
-    def second_pass(self) -> bool:
-        """Whether U goes through another model than the teacher."""
-        return self.near and self.model != TEACHER
-
-    @property
-    def on(self) -> bool:
-        """Whether anything is left out."""
-        return self.near or self.copies
-
-    @field_validator("model", mode="before")
-    @classmethod
-    def _null_is_the_teacher(cls, model: object) -> object:
-        return TEACHER if model is None else model
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.nearest is not None and self.nearest > self.pairs:
-            raise ValueError(
-                f"pairs = {self.pairs} must be at least nearest = {self.nearest}: only ranked pairs can be left out"
-            )
-        if self.decisions is not None and not self.near:
-            raise ValueError("decisions needs nearest or within: the pairs that it was made on are ranked again")
-        return self
-
-
 class Select(Section):
     """Stage (2), second half: the K best images of each class."""
 
@@ -343,7 +287,7 @@ class Select(Section):
     """Tags of U: `sidecar` for those that U has beside its images; else Parquet files with the columns `shard`, `index`, and `tags` (words, as of `teacher.weak`) or `class_ids` (numbers of classes). Then each class gets images at random among those tagged with it, and not the best-scored (section 4.4, "balanced-with-tags")."""
     exclude: tuple[Uri, ...] = ()
     """Parquet files, or folders of them, with columns `shard` and `index`: images that are never selected."""
-    memory_mib: Annotated[int, FREE] = Field(default=2048, ge=64, le=1_000_000)
+    memory_mib: Annotated[int, FREE, Unit("in MiB")] = Field(default=2048, ge=64, le=1_000_000)
     """What each scanning task may hold; with more classes x K, the scores are read once for each range of classes that fits."""
 
     @model_validator(mode="after")
@@ -362,15 +306,6 @@ class Dhat(Section):
 
     images_per_shard: int = Field(default=4096, ge=1, le=1_000_000)
     """Images in one shard."""
-
-
-class FineTune(Section):
-    """Stage (4): the pre-trained student on D."""
-
-    training: Training
-    """How; its learning rate is what the sweep replaces."""
-    sweep: Sweep
-    """Which initial learning rates are tried."""
 
 
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -401,8 +336,8 @@ class Report(Section):
 class Recipe(Section):
     """One run of the paper's pipeline (section 3.2)."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
-    """Letters, digits, dots, dashes. A run directory belongs to one name."""
+    name: str = Field(default="recipe", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """Of the run: letters, digits, dots, dashes; by default the name of the recipe's file. A run directory belongs to one name."""
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     """What random draws begin with: which images are held out, the initial weights, the order of images, their crops."""
     seeds: Seeds = Seeds()
@@ -414,9 +349,9 @@ class Recipe(Section):
     labeled: Labeled
     """D, and what is held out."""
     unlabeled: Source
-    """U."""
+    """U, the images without labels."""
     teacher: Teacher = Field(default_factory=Teacher)
-    """Stage (1); not made where `score.table` or `select.selection` names what it is for."""
+    """Stage (1): the teacher; not made where `score.table` or `select.selection` names what it is for."""
     score: Score = Score()
     """Stage (2): ranking."""
     deduplicate: Deduplicate = Deduplicate()
@@ -424,15 +359,17 @@ class Recipe(Section):
     select: Select = Select()
     """Stage (2): picking."""
     dhat: Dhat = Dhat()
-    """Stage (2): D-hat."""
+    """Stage (2): D-hat, the copies of what was picked."""
     student: Student = Student()
     """The student's network, in stages (3), (4) and the baseline."""
     pretrain: Training = Field(default=USUAL)
     """Stage (3): the student on D-hat."""
     fine_tune: FineTune = Field(default=USUAL)
-    """Stage (4)."""
+    """Stage (4): the student on D."""
+    baseline: bool = True
+    """Whether the baseline is trained: the same student on D alone, which tells the gain of the method."""
     supervised: Training = Field(default=USUAL)
-    """The baseline: the same student on D alone (Table 2, "Fully Supervised")."""
+    """How the baseline is trained (Table 2, "Fully Supervised")."""
     report: Annotated[Report, FREE] = Report()
     """The report."""
 

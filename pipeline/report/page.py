@@ -5,21 +5,21 @@ module and publishes the page with its assets. What came from outside (class nam
 hostile: text is escaped for HTML and for plotly; the images are those of the gallery, which were decoded and written anew.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from cluster import storage
 from pipeline.data.rejects import Reject
+from pipeline.report import judgment as judgments
 from pipeline.report import templating as pages
+from pipeline.report.charts import MANY_CLASSES, NAME_LETTERS, Chart, chart, trace
 from pipeline.report.gallery import ClassCount, ClassRow
+from pipeline.report.judgment import Judgment
 from pipeline.report.text import finite, percent, plotly_text, score, short
 
-MANY_CLASSES = 40
-"""Up to so many classes are charted by name; more are in falling order. Most classes short of K that are listed."""
-NAME_LETTERS = 16
-"""Letters of a class's name in a chart."""
+MISTAKES = "mistakes.jpg"
+"""The contact strip of mistakes, among the page's assets."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Accuracy:
     top1: float
     top5: float | None = None
     """None where it says nothing (five classes or fewer)."""
+    interval: tuple[float, float] | None = None
+    """Of top1, 95%."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial of the sweep over the fine-tuning learning rate."""
+    """One trial of the sweep over the fine-tuning learning rate, which is per 256 images."""
 
     learning_rate: float
     val_top1: float
@@ -131,6 +133,8 @@ class ReportContent:
     """The same student trained on D alone: Table 2, third column."""
     test_images: int | None = None
     """How many images the accuracies are measured on."""
+    judgment: Judgment | None = None
+    """The evaluation, class by class."""
     conservation: Conservation | None = None
     rejects_by_reason: Mapping[str, int] = field(default_factory=dict)
     reject_examples: Sequence[Reject] = ()
@@ -169,29 +173,11 @@ def write_report(out_uri: str, content: ReportContent) -> str:
     for row, strip in zip(content.rows, strips, strict=True):
         if row.images:
             storage.publish(storage.join(out_uri, "assets", strip), storage.read_bytes(row.strip))
+    if content.judgment is not None and content.judgment.tiles:
+        storage.publish(storage.join(out_uri, "assets", MISTAKES), storage.read_bytes(content.judgment.strip))
     for name, data in _render(content, strips, plotly_name).items():
         storage.publish(storage.join(out_uri, name), data.encode())
     return storage.join(out_uri, "index.html")
-
-
-# Charts: plotly's JSON, without colors, which report.js takes from the page's theme
-
-
-class Chart(NamedTuple):
-    """A chart of the page: `key` names its figure in the page's data, `summary` says in words what it shows."""
-
-    key: str
-    caption: str
-    summary: str
-    figure: Mapping[str, Any]
-
-
-def _chart(key: str, caption: str, summary: str, traces: Sequence[Mapping[str, Any]], **layout: Any) -> Chart:
-    return Chart(key, caption, summary, {"data": list(traces), "layout": layout})
-
-
-def _trace(name: str, x: Sequence[float | None], y: Sequence[float | None], **more: Any) -> dict[str, Any]:
-    return {"type": "scatter", "name": name, "x": [finite(v) for v in x], "y": [finite(v) for v in y], **more}
 
 
 def _curve_charts(number: int, curve: Curve) -> list[Chart]:
@@ -201,7 +187,7 @@ def _curve_charts(number: int, curve: Curve) -> list[Chart]:
     def line(key: str, name: str, **more: Any) -> dict[str, Any]:
         pairs = [(x, row[key]) for x, row in zip(seen, curve.history, strict=True) if row.get(key) is not None]
         mode = "lines" if len(pairs) > 30 else "lines+markers"
-        return _trace(name, [x for x, _ in pairs], [y for _, y in pairs], mode=mode, **more)
+        return trace(name, [x for x, _ in pairs], [y for _, y in pairs], mode=mode, **more)
 
     loss = line("loss", "loss", hovertemplate="%{x:,} images: %{y:.4f}<extra></extra>")
     rate = line(
@@ -211,8 +197,8 @@ def _curve_charts(number: int, curve: Curve) -> list[Chart]:
     accuracy = [line("top1", "training", **hover), line("val_top1", "held out", **hover)]
     x = {"title": {"text": "images seen"}, "rangemode": "tozero"}
     charts = [
-        _chart(f"loss-{number}", "Loss", f"loss {_span(loss)}", [loss], xaxis=x, yaxis={"rangemode": "tozero"}),
-        _chart(
+        chart(f"loss-{number}", "Loss", f"loss {_span(loss)}", [loss], xaxis=x, yaxis={"rangemode": "tozero"}),
+        chart(
             f"accuracy-{number}",
             "Top-1 accuracy",
             "; ".join(f"{trace['name']} top-1 accuracy {_span(trace)}" for trace in accuracy if trace["y"]),
@@ -220,7 +206,7 @@ def _curve_charts(number: int, curve: Curve) -> list[Chart]:
             xaxis=x,
             yaxis={"tickformat": ".0%"},
         ),
-        _chart(
+        chart(
             f"rate-{number}",
             "Learning rate",
             f"learning rate {_span(rate)}",
@@ -241,9 +227,9 @@ def _sweep_charts(sweep: Sequence[Trial]) -> list[Chart]:
     """Held-out accuracy over the fine-tuning learning rate, the chosen trial marked."""
     trials = sorted(sweep, key=lambda trial: trial.learning_rate)
     chosen = [trial for trial in trials if trial.chosen]
-    hover = "learning rate %{x:.4g}: %{y:.1%}<extra></extra>"
+    hover = "%{x:.4g} per 256 images: %{y:.1%}<extra></extra>"
     traces = [
-        _trace(name, [t.learning_rate for t in some], [t.val_top1 for t in some], hovertemplate=hover, **style)
+        trace(name, [t.learning_rate for t in some], [t.val_top1 for t in some], hovertemplate=hover, **style)
         for name, some, style in (
             ("trials", trials, {"mode": "lines+markers"}),
             ("chosen", chosen, {"mode": "markers", "marker": {"size": 15, "symbol": "star"}}),
@@ -252,11 +238,16 @@ def _sweep_charts(sweep: Sequence[Trial]) -> list[Chart]:
     summary = "; ".join(
         f"{t.learning_rate:.3g}: {percent(t.val_top1)}{' (chosen)' if t.chosen else ''}" for t in trials
     )
-    x: dict[str, Any] = {"type": "log", "title": {"text": "fine-tuning learning rate"}, "tickformat": "~g", "dtick": 1}
+    x: dict[str, Any] = {
+        "type": "log",
+        "title": {"text": "fine-tuning learning rate, per 256 images"},
+        "tickformat": "~g",
+        "dtick": 1,
+    }
     if len(trials) <= 8:
         x |= {"tickmode": "array", "tickvals": [trial.learning_rate for trial in trials]}
     y = {"tickformat": ".1%", "title": {"text": "held-out top-1"}}
-    return [_chart("sweep", "Fine-tuning learning rate", summary, traces, xaxis=x, yaxis=y)] if trials else []
+    return [chart("sweep", "Fine-tuning learning rate", summary, traces, xaxis=x, yaxis=y)] if trials else []
 
 
 def _class_charts(content: ReportContent) -> list[Chart]:
@@ -271,10 +262,10 @@ def _class_charts(content: ReportContent) -> list[Chart]:
         names = [plotly_text(short(c.name, NAME_LETTERS)) for c in classes]
         x = {"tickmode": "array", "tickvals": list(range(len(classes))), "ticktext": names}
 
-    def trace(name: str, some: Sequence[tuple[int, ClassCount]], value: str, **style: Any) -> dict[str, Any]:
+    def of_classes(name: str, some: Sequence[tuple[int, ClassCount]], value: str, **style: Any) -> dict[str, Any]:
         y = [getattr(c, value) for _, c in some]
         ids = [c.class_id for _, c in some]  # report.js puts the names in their place
-        return _trace(
+        return trace(
             name, [i for i, _ in some], [v if finite(v) is None else round(v, 5) for v in y], customdata=ids, **style
         )
 
@@ -284,17 +275,17 @@ def _class_charts(content: ReportContent) -> list[Chart]:
     full = [(i, c) for i, c in by_count if k is None or c.count >= k]
     lacking = [(i, c) for i, c in by_count if k is not None and c.count < k]
     bars = [
-        trace(name, some, "count", type="bar", hovertemplate="%{customdata}: %{y:,} images<extra></extra>")
+        of_classes(name, some, "count", type="bar", hovertemplate="%{customdata}: %{y:,} images<extra></extra>")
         for name, some in (("K images", full), ("short of K", lacking))
         if some
     ]
     hover = "%{customdata}: lowest score %{y:.4f}<extra></extra>"
     style = {"mode": "markers", "marker": {"size": 4 if many else 9}, "hovertemplate": hover}
-    marks = trace("score", ranked, "lowest_score", **style)
+    marks = of_classes("score", ranked, "lowest_score", **style)
     counts = [c.count for c in classes]
     lowest = [value for value in marks["y"] if value is not None]
     charts = [
-        _chart(
+        chart(
             "counts",
             "Images of D̂ per class",
             f"{len(classes):,} classes of {min(counts):,} to {max(counts):,} images; {len(lacking):,} short of K",
@@ -306,7 +297,7 @@ def _class_charts(content: ReportContent) -> list[Chart]:
         )
         if classes
         else None,
-        _chart(
+        chart(
             "lowest",
             "Lowest selected score per class",
             f"from {score(min(lowest))} to {score(max(lowest))}",
@@ -329,7 +320,10 @@ def _render(content: ReportContent, strips: Sequence[str], plotly_name: str) -> 
     training = [(curve.name, _curve_charts(number, curve)) for number, curve in enumerate(content.curves)]
     training = [(name, charts) for name, charts in training if charts]
     sweep, class_charts = _sweep_charts(content.sweep), _class_charts(content)
-    charts = [*(chart for _, some in training for chart in some), *sweep, *class_charts]
+    judged = content.judgment
+    judgment_charts = [] if judged is None else judgments.charts(judged)
+    charts = [*(one for _, some in training for one in some), *sweep, *class_charts, *judgment_charts]
+    class_names = {c.class_id: c.name for c in content.classes} or dict(enumerate(judged.class_names if judged else ()))
     page = environment.get_template("report.html").render(
         content=content,
         strips=strips,
@@ -337,18 +331,23 @@ def _render(content: ReportContent, strips: Sequence[str], plotly_name: str) -> 
         sweep=sweep,
         class_charts=class_charts,
         figures={chart.key: chart.figure for chart in charts},
+        judgment_charts=judgment_charts,
+        matrix=judgments.matrix(judged) if judged else [],
+        pairs=judgments.pairs(judged) if judged else [],
+        mistakes=f"assets/{MISTAKES}",
         names={
-            c.class_id: short(c.name, NAME_LETTERS if len(content.classes) > MANY_CLASSES else 120)
-            for c in content.classes
+            number: short(name, NAME_LETTERS if len(class_names) > MANY_CLASSES else 120)
+            for number, name in class_names.items()
         },
         lacking=_short_of_k(content),
-        error=_standard_error(content),
+        name_letters=NAME_LETTERS,
         limit=MANY_CLASSES,
         plotly_name=plotly_name,
     )
+    tiles = len(judged.tiles) if judged else 0
     columns = max((len(row.images) for row in content.rows), default=0)
     return {
-        "assets/report.css": pages.style(columns),
+        "assets/report.css": pages.style(max(columns, tiles)),
         "assets/report.js": pages.asset("report.js"),
         "index.html": page,
     }
@@ -358,11 +357,3 @@ def _short_of_k(content: ReportContent) -> list[ClassCount]:
     """The classes short of K, the smallest first."""
     k = content.images_per_class
     return sorted((c for c in content.classes if k is not None and c.count < k), key=lambda c: (c.count, c.class_id))
-
-
-def _standard_error(content: ReportContent) -> float | None:
-    """One binomial standard error of the fine-tuned student's (else any) top-1 accuracy, as a fraction."""
-    measured = [a for a in (content.fine_tuned, content.supervised, content.pretrained, content.teacher_accuracy) if a]
-    if not measured or not content.test_images:
-        return None
-    return math.sqrt(max(0.0, measured[0].top1 * (1 - measured[0].top1)) / content.test_images)

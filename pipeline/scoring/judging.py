@@ -6,7 +6,7 @@ and an actor holds all of the models. Only what is kept of an image leaves the a
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -115,27 +115,28 @@ def _pixels(transform: Transform) -> Transform:
 def _stream(judging: Judging) -> Iterator[dict[str, Any]]:
     import ray
 
-    from models.card import read_card, read_weights
-
     settings = judging.settings
     images = sum(data.images for data in judging.sets)
     actors = settings.actors or min(default_actors(settings), -(-images // IMAGES_PER_ACTOR))
-    read_once = ray.remote(read_weights).options(num_cpus=settings.reader_cpus)
-    weights = [read_once.remote(model.uri, read_card(model.uri)) for model in judging.models]
-    rows = min(range_rows(transform, settings.range_bytes, settings.batch) for transform in judging.transforms)
+    read_once = ray.remote(_all_weights).options(num_cpus=settings.reader_cpus)
+    weights = read_once.remote([model.uri for model in judging.models])
     tasks = [
-        {"set": place, "shard": shard, "start": start, "stop": min(start + rows, len(labeled))}
-        for place, data in enumerate(judging.sets)
-        for shard, labeled in enumerate(data.rows)
-        for start in range(0, len(labeled), rows)
+        {"set": place, "shard": shard} for place, data in enumerate(judging.sets) for shard in range(len(data.shards))
     ]
     known = ray.put(judging)
-    for found in through_actors(tasks, _LabeledReader(known), _Judge, ([known, *weights],), settings, actors):
+    for found in through_actors(tasks, _LabeledReader(known), _Judge, ([known, weights],), settings, actors):
         yield from found.to_pylist()
 
 
+def _all_weights(uris: list[str]) -> list[bytes]:
+    """The files of weights of model directories, read once for all actors; one task, as each would start a process."""
+    from models.card import read_card, read_weights
+
+    return [read_weights(uri, read_card(uri)) for uri in uris]
+
+
 class _LabeledReader:
-    """Reads and decodes labeled images: a row for each task and each way to decode."""
+    """Reads the labeled images of a shard once, and decodes them in each way: a row for so many images and a way."""
 
     def __init__(self, known: "ray.ObjectRef[Judging]") -> None:
         self._known = known
@@ -148,20 +149,27 @@ class _LabeledReader:
             with told_errors():
                 yield from self._decoded(judging, **task)
 
-    def _decoded(self, judging: Judging, set: int, shard: int, start: int, stop: int) -> Iterator[pa.Table]:
+    def _decoded(self, judging: Judging, set: int, shard: int) -> Iterator[pa.Table]:
         views = sorted({judging.views[model] for model in judging.judges[set]})
         transforms = [judging.transforms[view] for view in views]
-        rows = list(judging.sets[set].decoded(shard, start, stop, transforms))
+        settings = judging.settings
+        rows = min(range_rows(transform, settings.range_bytes, settings.batch) for transform in transforms)
+        images, start = judging.sets[set].decoded(shard, transforms), 0
+        while held := list(islice(images, rows)):
+            yield from self._tables(held, views, {"set": set, "shard": shard, "start": start})
+            start += len(held)
+
+    def _tables(
+        self, held: "list[tuple[int, int, list[np.ndarray[Any, Any]]]]", views: list[int], where: dict[str, int]
+    ) -> Iterator[pa.Table]:
         for place, view in enumerate(views):
             yield pa.table(
                 {
-                    "set": pa.array([set], pa.int32()),
-                    "view": pa.array([view], pa.int32()),
-                    "shard": pa.array([shard], pa.int32()),
-                    "start": pa.array([start], pa.int64()),
-                    "index": pa.array([[index for index, _, _ in rows]], pa.list_(pa.uint32())),
-                    "label": pa.array([[label for _, label, _ in rows]], pa.list_(pa.int64())),
-                    "images": one_value([images[place] for _, _, images in rows]),
+                    **{name: pa.array([value], pa.int64()) for name, value in where.items()},
+                    "view": pa.array([view], pa.int64()),
+                    "index": pa.array([[index for index, _, _ in held]], pa.list_(pa.uint32())),
+                    "label": pa.array([[label for _, label, _ in held]], pa.list_(pa.int64())),
+                    "images": one_value([images[place] for _, _, images in held]),
                 }
             )
 
@@ -170,8 +178,7 @@ class _Judge:
     """Holds the models; of each image, keeps what `prediction_table` needs.
 
     Args:
-        known: references to what is judged and, of each model, to what `models.card.read_weights` returned; in a list, so that Ray does not
-            resolve them.
+        known: references to what is judged and to the models' files of weights; in a list, so that Ray does not resolve them.
     """
 
     def __init__(self, known: "list[Any]") -> None:
@@ -187,7 +194,7 @@ class _Judge:
         try:
             with told_errors():
                 check_gpu(settings)
-                for model, content in zip(self._judging.models, known[1:], strict=True):
+                for model, content in zip(self._judging.models, ray.get(known[1]), strict=True):
                     classes = len(read_card(model.uri).class_names if model.outputs is None else model.outputs)
                     how = Inference(
                         classes_per_image=min(BEST, classes),
@@ -198,7 +205,7 @@ class _Judge:
                         threads=max(1, int(settings.cpus_per_actor)),
                         gpu=settings.gpus_per_actor > 0,
                     )
-                    self._predictors.append(Predictor(model.uri, how, ray.get(content)))
+                    self._predictors.append(Predictor(model.uri, how, content))
         except TophatError as error:
             self._problem = (
                 error  # raised at the first images: of an actor that fails as it is made, only a text comes back
