@@ -4,6 +4,7 @@ from pipeline.cli import (  # noqa: F401 - each adds its commands to the applica
     data,
     evaluate,
     export,
+    init,
     recipe,
     run,
     select,

@@ -4,11 +4,12 @@ The numbers come from the shipped recipes (benchmarks/README.md says what they g
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+from unicodedata import normalize
 
-from pipeline.guide.findings import Findings, Machine, Ready, fewest
+from pipeline.guide.findings import Findings, Machine, Ready
 
 T = TypeVar("T")
 
@@ -30,11 +31,12 @@ POOL_SHARE = 0.2
 """Share of U's images, divided by the classes, that is taken for each: of those that show a class, the best; others show none."""
 PAPER_K = 16_000
 """Section 4.1."""
-MINIBATCH = 20
-"""Images of a step on CPUs, as in the shipped recipes; small, because small sets have few steps."""
+CPU_WORKERS, CPU_THREADS = 2, 4
+"""Of a training on CPUs, at most: the batches that more workers leave each are too small for its statistics."""
+DIGITS = frozenset(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])
+MINIBATCH = 24
+"""Images of a step on CPUs, over all workers, near that of the shipped recipes: small, because small sets have few steps."""
 GPU_BATCH = 64
-FLOOR = 1 / 3
-"""What a length is shortened to, at most."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Plan:
     Attributes:
         size: side of the input.
         fit: how an image becomes a square.
+        flip: whether training mirrors images.
         teacher: a network to train, or None where one is given.
         student: the network.
         head: of a teacher that is given; empty where there is none.
@@ -90,13 +93,14 @@ class Plan:
         images_per_class: K.
         test_fraction: share of D for the test set; None where one is given.
         validation_fraction: share of the rest for validation.
-        gpus: that train.
+        machine: that it is for.
         drop_copies: whether copies inside U are left out.
         notes: what was changed to be in time.
     """
 
     size: Choice[int]
     fit: Choice[str]
+    flip: Choice[bool]
     teacher: Choice[Network | None]
     student: Choice[Network]
     head: str
@@ -106,7 +110,7 @@ class Plan:
     images_per_class: Choice[int]
     test_fraction: Choice[float] | None
     validation_fraction: Choice[float]
-    gpus: int
+    machine: Machine
     drop_copies: bool
     notes: tuple[str, ...] = ()
 
@@ -116,9 +120,19 @@ class Plan:
         return self.size.value <= CPU_SIZE
 
     @property
+    def workers(self) -> int:
+        """Processes that train together."""
+        return self.machine.gpus or min(CPU_WORKERS, self.machine.cores)
+
+    @property
+    def threads(self) -> int:
+        """Cores of each of them."""
+        return 1 if self.machine.gpus else max(1, min(CPU_THREADS, self.machine.cores // self.workers))
+
+    @property
     def batch(self) -> int:
         """Images of a step, on one worker."""
-        return GPU_BATCH if self.gpus else MINIBATCH
+        return GPU_BATCH if self.machine.gpus else MINIBATCH // self.workers
 
 
 def standard_error(images: int, accuracy: float = 0.5) -> float:
@@ -146,28 +160,48 @@ def fit(elongation: float) -> Choice[str]:
     return Choice("crop", "the images are nearly square")
 
 
-def share_for_test(labeled: int, classes: int) -> Choice[float]:
+def flip(names: Iterable[str]) -> Choice[bool]:
+    """Whether training mirrors images, as far as the names of the classes tell."""
+    every = list(names)
+    signs = sum(len(name) == 1 or name.lower() in DIGITS for name in every)
+    if 2 * signs > len(every):
+        return Choice(False, "the classes have names of digits or letters, which must not be mirrored")
+    return Choice(True, "false where mirrored images are wrong, as of digits and letters")
+
+
+def share_for_test(per_class: Sequence[int]) -> Choice[float]:
     """Without a test set: the share of D that becomes one."""
-    share = min(TEST_SHARE, max(TESTED, HELD_OUT_PER_CLASS * classes) / labeled)
-    count = round(share * labeled)
-    return Choice(_two_digits(share), f"about {count:,} images: a standard error of {standard_error(count):.1f} points")
+    labeled, classes = sum(per_class), len(per_class)
+    return _share(per_class, min(TEST_SHARE, max(TESTED, HELD_OUT_PER_CLASS * classes) / labeled))
 
 
-def share_for_validation(labeled: int, classes: int) -> Choice[float]:
+def share_for_validation(per_class: Sequence[int]) -> Choice[float]:
     """The share of D, without its test set, that settings are chosen on."""
+    labeled, classes = sum(per_class), len(per_class)
     wanted = min(MOST_HELD_OUT, max(HELD_OUT, HELD_OUT_PER_CLASS * classes, labeled // 10))
-    share = min(LARGEST_SHARE, wanted / labeled)
-    count = round(share * labeled)
-    return Choice(_two_digits(share), f"about {count:,} images: a standard error of {standard_error(count):.1f} points")
+    return _share(per_class, min(LARGEST_SHARE, wanted / labeled))
 
 
-def rates(held_out: int, *, small: bool) -> Choice[tuple[float, ...]]:
+def _share(per_class: Sequence[int], share: float) -> Choice[float]:
+    share = max(0.0001, float(f"{share:.2g}"))
+    count = sum(held_out(per_class, share))
+    return Choice(
+        share, f"{count:,} images: the standard error of an accuracy is up to {standard_error(count):.1f} points"
+    )
+
+
+def held_out(per_class: Sequence[int], share: float) -> list[int]:
+    """Images of each class that `pipeline.data.labeled.hold_out` takes: at least one, and not the last one."""
+    return [min(max(1, round(share * count)), count - 1) for count in per_class]
+
+
+def rates(images: int, *, small: bool) -> Choice[tuple[float, ...]]:
     """The learning rates that fine-tuning tries, per 256 images: as many as the validation set can tell apart."""
     every = (0.02, 0.1, 0.5) if small else (0.001, 0.004, 0.016)
-    error = f"the standard error on {held_out:,} validation images is {standard_error(held_out):.0f} points"
-    if held_out < 25:
+    error = f"the standard error on {images:,} validation images is {standard_error(images):.0f} points"
+    if images < 25:
         return Choice(every[1:2], f"{error}: too much to choose on")
-    if held_out < 75:
+    if images < 75:
         return Choice((every[0], every[2]), f"{error}: only what differs much can be told apart")
     return Choice(every, error)
 
@@ -197,7 +231,8 @@ def networks(size: int, classes: int, labeled: int, gpus: int) -> tuple[Choice[N
 
 def head_of(teacher: Ready, names: Mapping[str, int]) -> Choice[str]:
     """What of a teacher that exists answers for the classes of D."""
-    if teacher.class_names and set(names) <= set(teacher.class_names):
+    known = [normalize("NFC", name) for name in teacher.class_names]
+    if all(known.count(normalize("NFC", name)) == 1 for name in names):
         return Choice("native", "it knows every class of D by name")
     middle = sorted(names.values())[len(names) // 2]
     if teacher.library == "open_clip" and middle < FEW_LABELS:
@@ -239,11 +274,17 @@ def decide(found: Findings) -> Plan:
     labeled, classes, gpus = found.labeled.labeled, found.classes, found.machine.gpus
     size = input_size(min(found.labeled.shorter, found.unlabeled.shorter), gpus)
     small = size.value <= CPU_SIZE
-    test = None if found.test is not None else share_for_test(labeled, classes)
-    left = labeled - (0 if test is None else round(test.value * labeled))
-    validation = share_for_validation(left, classes)
-    held_out = round(validation.value * left)
-    network, student = networks(size.value, classes, left, gpus)
+    of_each = [
+        max(1, round(count * labeled / sum(found.labeled.per_class.values())))
+        for count in found.labeled.per_class.values()
+    ]
+    test = None if found.test is not None else share_for_test(of_each)
+    if test is not None:
+        of_each = [count - taken for count, taken in zip(of_each, held_out(of_each, test.value), strict=True)]
+    validation = share_for_validation(of_each)
+    chosen_on = sum(held_out(of_each, validation.value))
+    trained_on = sum(of_each) - chosen_on
+    network, student = networks(size.value, classes, trained_on, gpus)
     teacher, head = Choice[Network | None](network.value, network.why), ""
     if found.teacher is not None:
         choice = head_of(found.teacher, found.labeled.per_class)
@@ -253,161 +294,35 @@ def decide(found: Findings) -> Plan:
     return Plan(
         size=size,
         fit=fit(max(found.labeled.elongation, found.unlabeled.elongation)),
+        flip=flip(found.labeled.per_class),
         teacher=teacher,
         student=student,
         head=head,
-        lengths=lengths(left - held_out, chosen.value * classes, gpus, small=small),
-        rates=rates(held_out, small=small),
+        lengths=lengths(trained_on, chosen.value * classes, gpus, small=small),
+        rates=rates(chosen_on, small=small),
         selected_classes=selected_classes(classes),
         images_per_class=chosen,
         test_fraction=test,
         validation_fraction=validation,
-        gpus=gpus,
+        machine=found.machine,
         drop_copies=found.copies.pool_inside > found.unlabeled.seen / 100,
     )
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Seconds that one image takes: of a training step and of a forward pass, on one worker, and to read and decode it.
-
-    `size` is the input that they were measured at.
-    """
-
-    size: int
-    teacher_step: float
-    student_step: float
-    teacher_forward: float
-    decode: float
-    score_decode: float
-
-
-TRAINING_START, SCORING_START, OTHERS = 14.0, 14.0, 30.0
-"""Seconds until a training's workers learn, until an actor scores, and of everything that is not one of these (2 cores)."""
-
-
-def estimate(plan: Plan, costs: Costs, found: Findings) -> dict[str, float]:
-    """Seconds of each stage, by name."""
-    larger = (plan.size.value / costs.size) ** 2
-    student = larger * costs.student_step + costs.decode
-    teacher = larger * costs.teacher_step + costs.decode
-    forward = costs.teacher_forward * (larger if plan.teacher.value is not None else 1.0)
-    workers, machine, seen = max(1, plan.gpus), found.machine, plan.lengths.value
-    passes = found.unlabeled.images * (forward + costs.score_decode)
-    if machine.gpus:
-        passes = found.unlabeled.images * max(forward / machine.gpus, costs.score_decode / machine.cores)
-    trials = len(plan.rates.value)
-    once = {
-        "teacher": TRAINING_START + seen.teacher * teacher / workers if plan.teacher.value is not None else 0.0,
-        "scores": SCORING_START + passes / (1 if machine.gpus else machine.cores),
-        "pretrained": TRAINING_START + seen.pretrain * student / workers,
-        "student": trials * (TRAINING_START + seen.fine_tune * student / workers),
-        "supervised": TRAINING_START + seen.supervised * student / workers,
-        "the rest": OTHERS,
-    }
-    return {name: seconds for name, seconds in once.items() if seconds}
-
-
-def in_time(plan: Plan, costs: Costs, found: Findings, minutes: float) -> Plan:
-    """The plan, shortened until it takes no longer: first its trainings, to a third at most, then its input."""
-    whole = sum(estimate(plan, costs, found).values())
-    if whole <= 60 * minutes:
-        return plan
-    for size in [plan.size.value, *(size for size in reversed(SIZES) if size < plan.size.value)]:
-        smaller = replace(plan, size=Choice(size, plan.size.why))
-        fixed = sum(estimate(replace(smaller, lengths=Choice(Lengths(0, 0, 0, 0), "")), costs, found).values())
-        moving = sum(estimate(smaller, costs, found).values()) - fixed
-        factor = min(1.0, (60 * minutes - fixed) / max(moving, 1e-9))
-        if factor >= FLOOR:
-            return _shortened(smaller, plan, factor, minutes)
-    least = _shortened(smaller, plan, FLOOR, minutes)
-    takes = sum(estimate(least, costs, found).values()) / 60
-    return replace(
-        least, notes=(*least.notes, f"that is still {takes:.0f} minutes: take a smaller part of U, or a faster machine")
-    )
-
-
-def _shortened(plan: Plan, before: Plan, factor: float, minutes: float) -> Plan:
-    notes = []
-    if plan.size.value < before.size.value:
-        notes.append(
-            f"the input was made smaller ({plan.size.value} and not {before.size.value} pixels) for {minutes:g} minutes"
-        )
-    if factor < 1:
-        notes.append(f"trainings were shortened to {factor:.0%} for {minutes:g} minutes")
-    return replace(plan, lengths=Choice(plan.lengths.value.times(factor), plan.lengths.why), notes=tuple(notes))
-
-
-def warnings_of(found: Findings) -> list[str]:
-    """What a person should know before a run, in plain words, the gravest first."""
-    said = []
-    labeled, copies = found.labeled, found.copies
-    for option in found.inside:
-        what = (
-            "test images would be pre-trained on, and the accuracy be too good"
-            if option == "--test"
-            else "its images would be selected, too"
-        )
-        said.append(f"{option} lies inside --unlabeled: {what}")
-    if copies.test:
-        names = ", ".join(f"{one.shown} = {other.shown}" for one, other in copies.test[:3])
-        said.append(
-            f"{len(copies.test):,} test images are copies of labeled ones ({names}): the accuracy would be too good; remove them"
-        )
-    if copies.contradicting:
-        one, other = copies.contradicting[0]
-        said.append(
-            f"{len(copies.contradicting):,} labeled images are in two classes ({one.shown} is {other.shown}): remove the wrong ones"
-        )
-    if copies.inside > len(copies.contradicting):
-        said.append(
-            f"{copies.inside:,} labeled images are copies of others: what is held out is less new than it seems"
-        )
-    few = fewest(labeled.per_class, FEW_LABELS - 1)
-    if few:
-        names = ", ".join(f"{name} {count:,}" for name, count in few[:3])
-        said.append(
-            f"{len(few):,} of {found.classes:,} classes have fewer than {FEW_LABELS} labels ({names}): more of these would help most"
-        )
-    most, least = max(labeled.per_class.values()), min(labeled.per_class.values())
-    if most > 5 * least:
-        said.append(f"the classes are unequal: from {least:,} to {most:,} labels; the model will prefer the large ones")
-    for option, one in (("--labeled", labeled), ("--test", found.test), ("--unlabeled", found.unlabeled)):
-        if one is not None and one.unusable:
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(one.unusable.items()))
-            of = f" of the {one.decoded:,} looked at" if one.decoded < one.images else ""
-            said.append(
-                f"{option}: {sum(one.unusable.values()):,} images{of} cannot be used ({reasons}), such as {one.examples[0].shown}"
-            )
-    if found.unlabeled.images < 5 * labeled.labeled:
-        said.append(f"U is small beside D ({found.unlabeled.images:,} and {labeled.labeled:,} images): expect little")
-    if found.test is not None and found.test.labeled < 100:
-        error = standard_error(found.test.labeled)
-        said.append(
-            f"the test set has {found.test.labeled:,} images: differences below {2 * error:.0f} points say nothing"
-        )
-    return said
-
-
-def document_of(plan: Plan, found: Findings) -> dict[str, Any]:
-    """The sections of a recipe that the plan decides, as plain data; `teacher` without a model that is given."""
-    training: dict[str, Any] = {"batch_size": plan.batch}
-    if plan.small:
-        training |= {"learning_rate": 2.0, "drops": 2}
-    if plan.gpus:
-        training |= {"workers": plan.gpus, "gpus_per_worker": 1, "precision": "bfloat16"}
+def trainings_of(plan: Plan) -> dict[str, dict[str, Any]]:
+    """The sections of the trainings, as plain data."""
+    usual: dict[str, Any] = {"batch_size": plan.batch, "workers": plan.workers, "drops": 2 if plan.small else 3}
+    rate = {"learning_rate": 2.0} if plan.small else {}
+    if plan.threads > 1:
+        usual |= {"cpus_per_worker": plan.threads}
+    if plan.machine.gpus:
+        usual |= {"gpus_per_worker": 1, "precision": "bfloat16"}
     seen = plan.lengths.value
-    fine_tuning = {name: value for name, value in training.items() if name != "learning_rate"}
-    score: dict[str, Any] = {"classes_per_image": min(10, found.classes)}
-    if plan.gpus:
-        score |= {"gpus_per_actor": 1, "precision": "bfloat16"}
     return {
-        "transform": transform_of(plan),
-        "teacher": {"images_seen": seen.teacher, **training, **({"weight_decay": 0.002} if plan.small else {})},
-        "score": score,
-        "pretrain": {"images_seen": seen.pretrain, **training},
-        "fine_tune": {"images_seen": seen.fine_tune, **fine_tuning},
-        "supervised": {"images_seen": seen.supervised, **training},
+        "teacher": {"images_seen": seen.teacher, **rate, **usual, **({"weight_decay": 0.002} if plan.small else {})},
+        "pretrain": {"images_seen": seen.pretrain, **rate, **usual},
+        "fine_tune": {"images_seen": seen.fine_tune, **usual},
+        "supervised": {"images_seen": seen.supervised, **rate, **usual},
     }
 
 
@@ -415,13 +330,11 @@ def transform_of(plan: Plan) -> dict[str, Any]:
     """`transform`, of a network that is trained."""
     size = plan.size.value
     made: dict[str, Any] = {"size": size, "resize": size if plan.small else round(size * 8 / 7)}
+    if plan.fit.value != "crop":
+        made["fit"] = plan.fit.value
     if size <= 32:
-        return made | {"crop": "pad", "padding": max(1, size // 14), "flip": True}
-    return made | {"crop": "random_resized", "scale": [0.35 if plan.small else 0.08, 1.0], "flip": True}
-
-
-def _two_digits(share: float) -> float:
-    return max(0.0001, float(f"{share:.2g}"))
+        return made | {"crop": "pad", "padding": max(1, size // 14), "flip": plan.flip.value}
+    return made | {"crop": "random_resized", "scale": [0.35 if plan.small else 0.08, 1.0], "flip": plan.flip.value}
 
 
 def _round(images: float) -> int:

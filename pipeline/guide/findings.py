@@ -1,7 +1,6 @@
 """What a look at images and at a machine has found: plain data, which decisions are made from."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -113,8 +112,8 @@ def repeats(labeled: Look, test: Look | None, pool: Look) -> Repeats:
     )
 
 
-def _copies(groups: Sequence[Sequence[Place]] | object) -> int:
-    return sum(len(places) - 1 for places in groups)  # type: ignore[attr-defined]
+def _copies(groups: Iterable[Sequence[Place]]) -> int:
+    return sum(len(places) - 1 for places in groups)
 
 
 @dataclass(frozen=True)
@@ -162,18 +161,8 @@ class Findings:
         return len(self.labeled.per_class)
 
 
-def imbalance(per_class: Mapping[str, int]) -> float:
-    """The largest class over the smallest."""
-    return max(per_class.values()) / max(1, min(per_class.values()))
-
-
 def fewest(per_class: Mapping[str, int], most: int) -> list[tuple[str, int]]:
     """The classes with at most so many images, the fewest first."""
     return sorted(
         ((name, count) for name, count in per_class.items() if count <= most), key=lambda one: (one[1], one[0])
     )
-
-
-def total(counts: Sequence[Mapping[str, int]]) -> Counter[str]:
-    """Counts of several sets together."""
-    return sum((Counter(one) for one in counts), Counter())

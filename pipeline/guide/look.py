@@ -24,8 +24,8 @@ from pipeline.scoring.sampling import count_images
 
 MOST = 20_000
 """Images of a source that are read."""
-SECONDS = 12.0
-"""After which no more are."""
+SECONDS, LABELED_SECONDS = 10.0, 60.0
+"""After which no more are: U is known well enough by a part of it, and of labeled images every one counts."""
 DECODED = 1_000
 """Images without labels that are decoded; of labeled ones, all that are read."""
 KEPT, KEPT_BYTES = 48, 2**20
@@ -51,7 +51,7 @@ class _Seen:
     data: bytes = b""
 
 
-def look(option: str, source: ImageSource, *, labeled: bool, most: int = MOST, seconds: float = SECONDS) -> Look:
+def look(option: str, source: ImageSource, *, labeled: bool, most: int = MOST) -> Look:
     """Reads a source, or a random part of one that is large.
 
     Args:
@@ -59,7 +59,6 @@ def look(option: str, source: ImageSource, *, labeled: bool, most: int = MOST, s
         source: listed.
         labeled: whether its images have labels.
         most: images that are read.
-        seconds: after which no more are read.
 
     Raises:
         SourceError: an image without a label where there should be one, or no image that can be used.
@@ -68,7 +67,7 @@ def look(option: str, source: ImageSource, *, labeled: bool, most: int = MOST, s
     images, _ = count_images(source)
     jobs, whole = _jobs(source, images, most)
     decoded = 1.0 if labeled else DECODED / max(1, min(images, most))
-    until = time.monotonic() + seconds
+    until = time.monotonic() + (LABELED_SECONDS if labeled else SECONDS)
 
     def read(job: tuple[Shard, tuple[int, ...] | None, int]) -> tuple[list[_Seen], bool]:
         if time.monotonic() > until:

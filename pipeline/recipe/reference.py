@@ -220,7 +220,7 @@ _HEAD = """# The fields of a recipe
 This page is made of the declared fields (`make docs`). `tophat recipe --explain FIELD` prints one field, such as `select.images_per_class`;
 `tophat recipe RECIPE` prints a recipe with every default. A field is set in the recipe, or by `--set section.field=value`.
 
-Only `labeled.train`, `labeled.test` and `unlabeled` must be given. Learning rates are stated per 256 images: a training's peak is
+Only `labeled.train` and `unlabeled` must be given. Learning rates are stated per 256 images: a training's peak is
 `learning_rate / 256 * batch_size * workers`, so that a rate stays right when the minibatch changes."""
 
 

@@ -1,0 +1,221 @@
+"""The command `init`: a recipe for images of one's own."""
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cluster.errors import ModelError, RunError, SourceError, one_line, shown
+from pipeline.cli.app import app, in_options, listed, out, source_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from pipeline.data.sources import ImageSource
+    from pipeline.guide.decide import Plan
+    from pipeline.guide.findings import Findings, Look, Place, Ready
+
+
+@app.command()
+def init(
+    labeled: Annotated[
+        str, typer.Option("--labeled", metavar="URI", help="D: one folder of images per class, or shards.")
+    ],
+    unlabeled: Annotated[str, typer.Option("--unlabeled", metavar="URI", help="U: any folder of images, or shards.")],
+    test: Annotated[
+        str | None,
+        typer.Option("--test", metavar="URI", help="Labeled images to measure with; by default a part of D."),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            "--teacher", metavar="SPEC", help="A teacher that exists: a model directory, or e.g. timm:resnet50."
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Of the run; by default that of D's folder.")] = None,
+    to: Annotated[str | None, typer.Option("--out", metavar="FILE", help="By default NAME.yaml.")] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option("--minutes", min=1.0, help="That a run may take: trainings get shorter, inputs smaller."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over FILE.")] = False,
+) -> None:
+    """Look at images, and write a recipe that fits them."""
+    from pipeline.guide import budget, decide, timing, writing
+    from pipeline.guide.findings import Findings, repeats
+    from pipeline.guide.look import inside, look, machine
+    from pipeline.recipe.reading import load
+
+    uris = {"--labeled": labeled, "--unlabeled": unlabeled, **({} if test is None else {"--test": test})}
+    name = name or _name_of(labeled)
+    file = Path(to or f"{name}.yaml")
+    _check_free(file, force)
+    sources = {
+        option: listed(option, source_of(option, uri), labeled=option != "--unlabeled") for option, uri in uris.items()
+    }
+    looks: dict[str, Look] = {}
+    for option, source in sources.items():
+        with in_options(option), out.status(f"looking at {option}"):
+            looks[option] = look(option, source, labeled=option != "--unlabeled")
+    _check_classes(sources["--labeled"], looks["--labeled"], looks.get("--test"))
+    with out.status("measuring this machine"), _given(teacher, looks["--labeled"]) as (ready, directory):
+        found = Findings(
+            labeled=looks["--labeled"],
+            unlabeled=looks["--unlabeled"],
+            test=looks.get("--test"),
+            machine=machine(),
+            copies=repeats(looks["--labeled"], looks.get("--test"), looks["--unlabeled"]),
+            teacher=ready,
+            inside=tuple(
+                option
+                for option, source in sources.items()
+                if option != "--unlabeled" and inside(sources["--unlabeled"], source)
+            ),
+        )
+        plan = decide.decide(found)
+        with _by_option(teacher):
+            costs = timing.measure(plan, found, directory)
+    if minutes is not None:
+        plan = budget.in_time(plan, costs, found, minutes)
+    seconds = budget.estimate(plan, costs, found)
+    copies = file.with_suffix(".copies.parquet")
+    excluded = [one for one, _ in found.copies.pool]
+    given = writing.Sources(
+        name=name,
+        labeled={"uri": labeled},
+        unlabeled={"uri": unlabeled},
+        test=None if test is None else {"uri": test},
+        excluded=str(copies) if excluded else None,
+    )
+    text = writing.recipe_text(plan, found, given, sum(seconds.values()) / 60)
+    _write(file, text, copies, excluded)
+    load(str(file))
+    notes = [*writing.warnings_of(found), *plan.notes, *filter(None, [budget.slow_images(plan, costs)])]
+    _print(found, plan, seconds, notes)
+    if excluded:
+        out.print(f"{copies}: images of U that are labeled or test images, too; none is selected", markup=False)
+    out.print(f"{file}: the recipe, with reasons; next: tophat run {shlex.quote(str(file))}", markup=False)
+
+
+def _name_of(uri: str) -> str:
+    """A run's name, after D's folder, or after what that is in where its own name says nothing."""
+    import re
+
+    from cluster.storage import absolute
+
+    parts = [part for part in absolute(uri).split("/") if part]
+    told = [part for part in reversed(parts) if part.lower() not in ("train", "labeled", "labelled", "images", "data")]
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", told[0] if told else "").strip("-._")[:100]
+    return plain or "images"
+
+
+def _check_free(file: Path, force: bool) -> None:
+    if file.is_dir():
+        raise RunError("--out", str(file), "is a folder", "give a file")
+    if file.exists() and not force:
+        raise RunError("--out", str(file), "exists already", "give another --out, or --force to write over it")
+    if not file.absolute().parent.is_dir():
+        raise RunError("--out", str(file), "is in no folder that exists", "make the folder")
+
+
+def _check_classes(source: "ImageSource", labeled: "Look", test: "Look | None") -> None:
+    """Refuses what no run could begin with."""
+    root = source.reader.root
+    empty = [name for name in source.reader.class_names or () if name not in labeled.per_class]
+    if empty and labeled.whole:
+        rule = (
+            f"has no usable images of {len(empty):,} of its classes ({', '.join(shown(one, 40) for one in empty[:5])})"
+        )
+        raise SourceError("--labeled", root, rule, "add images of them, or remove their folders or names")
+    if len(labeled.per_class) == 1:
+        only = shown(next(iter(labeled.per_class)), 40)
+        rule = f"has one class ({only}), and there is nothing to tell it from"
+        raise SourceError("--labeled", root, rule, "add a folder of images of what it is not")
+    most, needed = max(labeled.per_class.values()), 3 if test is None else 2
+    if most < needed and labeled.whole:
+        sets = "a test and a validation set" if test is None else "a validation set"
+        fix = "add images, or give --test" if test is None else "add images"
+        raise SourceError("--labeled", root, f"has {most} of each class, too few to hold out {sets}", fix)
+    strange = [] if test is None else [one for one in test.per_class if one not in labeled.per_class]
+    if strange and labeled.whole:
+        few = ", ".join(shown(one, 40) for one in strange[:5])
+        rule = f"has {len(strange):,} classes that --labeled does not have ({few})"
+        raise SourceError("--test", root, rule, "name its folders as those of --labeled")
+
+
+@contextmanager
+def _by_option(teacher: str | None) -> Iterator[None]:
+    """Has mistakes about a model told by the option that names it."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError("--teacher", teacher, error.rule, error.fix) from None
+
+
+@contextmanager
+def _given(teacher: str | None, labeled: "Look") -> "Iterator[tuple[Ready | None, str | None]]":
+    """The teacher that is given, and its model directory while the block lasts; nothing where none is.
+
+    Raises:
+        ModelError: it cannot be used.
+    """
+    import tempfile
+
+    from cluster.storage import absolute
+    from models.card import read_card
+    from models.sources import Wanted, is_spec, obtain
+    from pipeline.guide.findings import Ready
+
+    if teacher is None:
+        yield None, None
+        return
+    library = teacher.partition(":")[0] if is_spec(teacher) else ""
+    with tempfile.TemporaryDirectory(prefix="tophat-") as folder:
+        place = folder if library else absolute(teacher)
+        with _by_option(teacher):
+            names = (
+                list(labeled.per_class) if library == "open_clip" else None
+            )  # whose outputs are what it is asked for
+            card = obtain(Wanted(teacher, class_names=names), place, "--teacher") if library else read_card(place)
+        known = () if library == "open_clip" else tuple(card.class_names)
+        yield Ready(teacher, library, known, card.model.transform.size), place
+
+
+def _write(file: Path, text: str, copies: Path, excluded: "Sequence[Place]") -> None:
+    """The recipe, and beside it the images that are never selected, where there are some."""
+    from cluster import storage
+
+    if excluded:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns = {
+            "shard": [one.shard for one in excluded],
+            "index": pa.array([one.index for one in excluded], pa.uint32()),
+        }
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table({**columns, "file": [one.shown for one in excluded]}), sink)
+        storage.publish(str(copies.absolute()), sink.getvalue().to_pybytes())
+    storage.publish(str(file.absolute()), text.encode())
+
+
+def _print(found: "Findings", plan: "Plan", seconds: "Mapping[str, float]", notes: "Sequence[str]") -> None:
+    from rich.markup import escape
+
+    from pipeline.cli.tables import table
+    from pipeline.guide import writing
+
+    for line in writing.found_lines(found):
+        out.print(line, markup=False)
+    decided = table("", "decided", "", "because")
+    for column in decided.columns:
+        column.justify = "left"
+    for cells in writing.decided_lines(plan, found):
+        decided.add_row(*map(escape, cells))
+    out.print(decided)
+    for note in notes:
+        out.print(one_line(f"warning: {note}"), markup=False)
+    out.print(writing.time_line(seconds, found), markup=False)

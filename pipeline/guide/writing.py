@@ -1,0 +1,230 @@
+"""A plan as a recipe with comments, and what was found and decided as lines for people."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.errors import one_line
+from pipeline.guide.decide import FEW_LABELS, Plan, described, standard_error, trainings_of, transform_of
+from pipeline.guide.findings import Findings, Look, fewest
+from pipeline.recipe.document import dump
+
+LONGEST = 110
+"""Of a comment."""
+NAMED = 3
+"""Classes that are named, at either end."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The recipe's sources, as plain data; `test` and `excluded` where there are some."""
+
+    name: str
+    labeled: Mapping[str, Any]
+    unlabeled: Mapping[str, Any]
+    test: Mapping[str, Any] | None = None
+    excluded: str | None = None
+
+
+def recipe_text(plan: Plan, found: Findings, sources: Sources, minutes: float) -> str:
+    """A recipe that `pipeline.recipe.reading.load` takes.
+
+    Args:
+        plan: what was decided.
+        found: from what.
+        sources: where the images are.
+        minutes: that a run takes, about.
+    """
+    trainings = trainings_of(plan)
+    classes = min(10, found.classes)
+    lines = [
+        f"# Written by `tophat init` for {found.classes:,} classes, {found.labeled.labeled:,} labeled images and "
+        f"{found.unlabeled.images:,} unlabeled",
+        f"# ones, on {described(found.machine)}: about {minutes:.0f} minutes. Rates are per 256 images.",
+        _line(0, "name", sources.name),
+        "labeled:",
+        _line(1, "train", sources.labeled),
+    ]
+    if sources.test is not None:
+        lines.append(_line(1, "test", sources.test))
+    if plan.test_fraction is not None:
+        lines.append(_line(1, "test_fraction", plan.test_fraction.value, plan.test_fraction.why))
+    lines += [
+        _line(1, "validation_fraction", plan.validation_fraction.value, plan.validation_fraction.why),
+        _line(0, "unlabeled", sources.unlabeled),
+        "teacher:",
+    ]
+    shared = transform_of(plan)
+    about_input = f"{plan.size.why}; flip: {plan.flip.why}"
+    if found.teacher is not None:
+        lines += [_line(1, "model", found.teacher.uri), _line(1, "head", plan.head, plan.teacher.why)]
+    else:
+        assert plan.teacher.value is not None
+        network = plan.teacher.value
+        lines += ["  model:", _line(2, "architecture", network.architecture, plan.teacher.why)]
+        lines += [_line(2, "options", dict(network.options))] if network.options else []
+        lines += [_comment(2, about_input), _line(2, "transform", shared, anchor="&input ")]
+        lines.append(_line(1, "training", trainings["teacher"]))
+    score: dict[str, Any] = {"classes_per_image": classes}
+    if plan.machine.gpus:
+        score |= {"gpus_per_actor": 1, "precision": "bfloat16"}
+    lines += [_line(0, "score", score)]
+    if plan.drop_copies:
+        lines.append(_line(0, "deduplicate", {"copies": True}, "U has images that are copies of others"))
+    lines += [
+        "select:",
+        _line(1, "classes_per_image", min(plan.selected_classes.value, classes), plan.selected_classes.why),
+        _line(1, "images_per_class", plan.images_per_class.value, plan.images_per_class.why),
+    ]
+    if sources.excluded is not None:
+        lines.append(_line(1, "exclude", [sources.excluded], "images of U that are copies of labeled or test images"))
+    student = plan.student.value
+    lines += ["student:", "  model:", _line(2, "architecture", student.architecture, plan.student.why)]
+    lines += [_line(2, "options", dict(student.options))] if student.options else []
+    if found.teacher is not None:
+        lines += [_comment(2, about_input), _line(2, "transform", shared)]
+    else:
+        lines.append("    transform: *input")
+    lines += [
+        _line(0, "pretrain", trainings["pretrain"]),
+        "fine_tune:",
+        _line(1, "training", trainings["fine_tune"]),
+        _comment(1, plan.rates.why),
+        _line(1, "sweep", {"learning_rates": list(plan.rates.value)}),
+        _comment(0, plan.lengths.why),
+        _line(0, "supervised", trainings["supervised"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _line(level: int, key: str, value: Any, why: str = "", anchor: str = "") -> str:
+    """One field, on one line, with its comment before it where the line would be too long."""
+    text = dump({key: value}, one_line=True).strip()[1:-1]  # without the braces of the mapping
+    text = "  " * level + (text.replace(": ", f": {anchor}", 1) if anchor else text)
+    if not why:
+        return text
+    if len(text) + len(why) < LONGEST:
+        return f"{text}  # {one_line(why)}"
+    return f"{_comment(level, why)}\n{text}"
+
+
+def _comment(level: int, text: str) -> str:
+    return "  " * level + f"# {one_line(text)}"
+
+
+def found_lines(found: Findings) -> list[str]:
+    """What was found, in a few lines."""
+    said = [f"labeled: {_images(found.labeled)}, {_classes(found.labeled.per_class)}"]
+    if found.test is not None:
+        said.append(f"test: {_images(found.test)}")
+    said.append(f"unlabeled: {_images(found.unlabeled)}")
+    colors = "gray" if found.labeled.gray > 0.9 else "in color" if found.labeled.gray < 0.1 else "partly gray"
+    said.append(f"images: {colors}, shorter side {found.labeled.shorter:,} pixels (U: {found.unlabeled.shorter:,})")
+    copies = found.copies
+    some = "" if found.unlabeled.whole else f" (of {found.unlabeled.seen:,} that were read)"
+    said.append(
+        f"copies: {copies.inside:,} inside D, {len(copies.test):,} in the test set, {len(copies.pool):,} of D or test in U, "
+        f"{copies.pool_inside:,} inside U{some}"
+    )
+    said.append(f"machine: {described(found.machine)}")
+    return [one_line(line) for line in said]
+
+
+def decided_lines(plan: Plan, found: Findings) -> list[tuple[str, str, str]]:
+    """What was decided: the setting, its value, and why."""
+    said = [
+        ("input", f"{plan.size.value} pixels, {plan.fit.value}", f"{plan.size.why}; {plan.fit.why}"),
+    ]
+    if plan.teacher.value is None:
+        assert found.teacher is not None
+        said.append(("teacher", f"{found.teacher.uri}, {plan.head}", plan.teacher.why))
+    else:
+        said.append(("teacher", plan.teacher.value.shown, plan.teacher.why))
+    said.append(("student", plan.student.value.shown, plan.student.why))
+    if plan.test_fraction is not None:
+        said.append(("test set", f"{plan.test_fraction.value:.0%} of D", plan.test_fraction.why))
+    said.append(("validation", f"{plan.validation_fraction.value:.0%} of D", plan.validation_fraction.why))
+    said.append(("P", f"{plan.selected_classes.value}", plan.selected_classes.why))
+    said.append(("K", f"{plan.images_per_class.value:,}", plan.images_per_class.why))
+    rates = ", ".join(f"{rate:g}" for rate in plan.rates.value)
+    said.append(("rates", rates, plan.rates.why))
+    return [(name, one_line(value), one_line(why)) for name, value, why in said]
+
+
+def warnings_of(found: Findings) -> list[str]:
+    """What a person should know before a run, in plain words, the gravest first."""
+    said = []
+    labeled, copies = found.labeled, found.copies
+    for option in found.inside:
+        what = (
+            "test images would be pre-trained on, and the accuracy be too good"
+            if option == "--test"
+            else "its images would be selected, too"
+        )
+        said.append(f"{option} lies inside --unlabeled: {what}")
+    if copies.test:
+        names = ", ".join(f"{one.shown} = {other.shown}" for one, other in copies.test[:3])
+        said.append(
+            f"{len(copies.test):,} test images are copies of labeled ones ({names}): the accuracy would be too good; remove them"
+        )
+    if copies.contradicting:
+        one, other = copies.contradicting[0]
+        said.append(
+            f"{len(copies.contradicting):,} labeled images are in two classes ({one.shown} is {other.shown}): remove the wrong ones"
+        )
+    if copies.inside > len(copies.contradicting):
+        said.append(
+            f"{copies.inside:,} labeled images are copies of others: what is held out is less new than it seems"
+        )
+    if copies.pool and not found.unlabeled.whole:
+        share = found.unlabeled.seen / found.unlabeled.images
+        said.append(
+            f"only {share:.0%} of U was read for copies: the rest may have more (deduplicate in the recipe finds them)"
+        )
+    few = fewest(labeled.per_class, FEW_LABELS - 1)
+    if few:
+        names = ", ".join(f"{name} {count:,}" for name, count in few[:3])
+        said.append(
+            f"{len(few):,} of {found.classes:,} classes have fewer than {FEW_LABELS} labels ({names}): more of these would help most"
+        )
+    most, least = max(labeled.per_class.values()), min(labeled.per_class.values())
+    if most > 5 * least:
+        said.append(f"the classes are unequal: from {least:,} to {most:,} labels; the model will prefer the large ones")
+    for option, seen in (("--labeled", labeled), ("--test", found.test), ("--unlabeled", found.unlabeled)):
+        if seen is not None and seen.unusable:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(seen.unusable.items()))
+            of = f" of the {seen.decoded:,} looked at" if seen.decoded < seen.images else ""
+            said.append(
+                f"{option}: {sum(seen.unusable.values()):,} images{of} cannot be used ({reasons}), such as {seen.examples[0].shown}"
+            )
+    if found.unlabeled.images < 5 * labeled.labeled:
+        said.append(f"U is small beside D ({found.unlabeled.images:,} and {labeled.labeled:,} images): expect little")
+    if found.test is not None and found.test.labeled < 100:
+        error = standard_error(found.test.labeled)
+        said.append(
+            f"the test set has {found.test.labeled:,} images: differences below {2 * error:.0f} points say nothing"
+        )
+    return said
+
+
+def time_line(seconds: Mapping[str, float], found: Findings) -> str:
+    """How long a run takes, and what of it."""
+    stages = ", ".join(f"{name} {_minutes(took)}" for name, took in seconds.items())
+    return f"about {_minutes(sum(seconds.values()))} minutes on {described(found.machine)}: {stages}"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f}" if seconds >= 570 else f"{seconds / 60:.1f}"
+
+
+def _images(one: Look) -> str:
+    bad = sum(one.unusable.values())
+    about = "" if one.whole else "about "
+    return f"{about}{one.images:,} images" + (f", {bad:,} of {one.decoded:,} unusable" if bad else "")
+
+
+def _classes(per_class: Mapping[str, int]) -> str:
+    few = fewest(per_class, max(per_class.values()))
+    ends = few if len(few) <= 2 * NAMED else [*few[:NAMED], *few[-1:]]
+    shown = ", ".join(f"{name[:40]} {count:,}" for name, count in ends)
+    return f"{len(per_class):,} classes ({shown})"
