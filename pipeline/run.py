@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from cluster.store import Made
+from pipeline.choosing import settle_k
 from pipeline.context import Run
 from pipeline.evaluation import Trained
 from pipeline.recipe.sections import Recipe
@@ -90,6 +91,7 @@ def distill(
     """(2) to (4): from a teacher to a student."""
     scores = score_unlabeled(this, recipe.score, teacher, pool)  # (2), ranking
     excluded = exclude(this, recipe, teacher, scores, data, pool)
+    recipe = settle_k(this, recipe, network, scores, excluded, data, pool)
     selection = select_top_k(this, recipe, scores, excluded, data, pool)  # (2), picking
     dhat = materialize(this, recipe, selection, data, pool)  # D-hat
     show_gallery(this, recipe, selection, dhat, data)

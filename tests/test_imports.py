@@ -22,6 +22,7 @@ ROOMS = (
     ("pipeline.report", "pipeline.duplicates"),
     ("pipeline.stages",),
     ("pipeline.teaching",),
+    ("pipeline.choosing",),
     ("pipeline.run",),
     ("pipeline.plan",),
     ("pipeline.content",),

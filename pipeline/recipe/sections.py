@@ -1,7 +1,7 @@
 """The sections of a recipe: everything that decides a run's result, in one validated, immutable object. Imports nothing heavy."""
 
 from pathlib import PurePosixPath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from unicodedata import normalize
 
 from pydantic import (
@@ -10,6 +10,8 @@ from pydantic import (
     Field,
     StringConstraints,
     Tag,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
 )
@@ -32,6 +34,8 @@ def _one_spelling(uri: str) -> str:
     return plain[1:] if plain.startswith("//") else plain
 
 
+AUTO, MOST_K = "auto", 10**9
+"""Of `select.images_per_class`: K that is found by trying, and the greatest that can be given."""
 SIDECAR = "sidecar"
 """The tags that a source of images has itself, beside them."""
 RESNET18, TEACHER = "resnet18", "teacher"
@@ -258,8 +262,12 @@ class Deduplicate(Section):
 class Select(Section):
     """Stage (2), second half: the K best images of each class."""
 
-    images_per_class: int = Field(default=16_000, ge=1, le=10**9)
-    """K; with a class distribution, its mean: the total stays K x the number of classes."""
+    images_per_class: Annotated[int, Field(ge=1, le=MOST_K)] | Literal["auto"] = 16_000
+    """K; with a class distribution, its mean: the total stays K x the number of classes. `auto` tries a few values in short pre-trainings and takes the one whose student knows D best; together they see fewer images than two pre-trainings."""
+    tries: Annotated[tuple[Annotated[int, Field(ge=1, le=MOST_K)], ...], Field(min_length=2, max_length=20)] | None = (
+        None
+    )
+    """The values of K that `images_per_class: auto` tries; by default up to 6, from the labels of a class to where images of U are selected once on average."""
     zipf_exponent: float | None = Field(default=None, ge=0.0, le=10.0)
     """Unbalanced: classes in a seeded order get images in proportion to 1, 1/2^s, 1/3^s, and so on (section 4.4)."""
     class_weights: tuple[Annotated[float, Field(ge=0.0, le=1e12)], ...] | None = None
@@ -275,8 +283,24 @@ class Select(Section):
     memory_mib: Annotated[int, FREE] = Field(default=2048, ge=64, le=1_000_000)
     """What each scanning task may hold; with more classes x K, the scores are read once for each range of classes that fits."""
 
+    @field_validator("images_per_class", mode="wrap")
+    @classmethod
+    def _number_or_auto(cls, given: object, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(given)
+        except ValidationError:  # which would tell a mistake for each of the two
+            raise ValueError(f"must be a whole number from 1 to {MOST_K:,}, or {AUTO}") from None
+
     @model_validator(mode="after")
     def _one_way(self) -> Self:
+        if self.tries is not None and self.images_per_class != AUTO:
+            raise ValueError(
+                f"tries is for images_per_class = {AUTO}, and K is {self.images_per_class}: leave one of them out"
+            )
+        if self.tries is not None and len(set(self.tries)) < 2:
+            raise ValueError(f"tries has the one value {self.tries[0]}: set images_per_class to it, or add others")
+        if self.images_per_class == AUTO and self.tags is not None:
+            raise ValueError(f"images_per_class = {AUTO} follows scores, which tags have not: give K a number")
         if self.zipf_exponent is not None and self.class_weights is not None:
             raise ValueError("zipf_exponent and class_weights exclude each other: both say how large each class is")
         if self.class_weights is not None and not any(self.class_weights):
