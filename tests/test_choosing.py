@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import tiny
+from browsing import text_of
 from cluster.errors import RecipeError, StageError
 from cluster.store import RunStore
 from models.config import Training
@@ -22,6 +23,7 @@ from pipeline.cli import tables
 from pipeline.data.loading import dhat_training_set
 from pipeline.plan import plan
 from pipeline.recipe.reading import validate
+from pipeline.report.page import Choice, ReportContent, TriedK, write_report
 from pipeline.selection import dhat
 from pipeline.selection.ladder import MOST_ROWS, PASSES, RATIO, STEPS, ladder, sizes
 from runs import execute, fresh
@@ -90,6 +92,22 @@ def test_the_greatest_k_within_a_standard_error_of_the_best_is_taken() -> None:
     assert close([tried(100, 0.80), tried(200, 0.77), tried(400, 0.70)]) == (100,)
     assert close([tried(100, 0.5), tried(200, 0.8)]) == (200,)
     assert tried(1, 0.8).error == pytest.approx(0.02)
+
+
+def test_the_report_shows_every_value_and_what_was_taken(tmp_path: Path) -> None:
+    values = [TriedK(100, 1000, (0.70, None), (0.02, None)), TriedK(200, 2000, (0.72, 0.8), (0.02, 0.015), True, True)]
+    values.append(TriedK(400, 4000, (0.71, 0.79), (0.02, 0.015), True))
+    page = text_of(write_report(str(tmp_path), ReportContent("run", "name: run", choice=Choice(values, 400, 8000))))
+    assert "judged on 400 images of D" in page
+    rows = page.partition("Top-1, rung 2")[2]
+    for expected in (
+        "1,000 70.0% ± 2.0 –",
+        "72.0% ± 2.0 80.0% ± 1.5",
+        "taken",
+        "79.0% ± 1.5",
+        "as good, within a standard error",
+    ):
+        assert expected.replace(" ", "") in "".join(rows.split()), expected
 
 
 def test_the_table_shows_every_value_and_what_was_taken() -> None:
@@ -167,6 +185,7 @@ def test_a_run_chooses_k_once_and_goes_on_with_it(folders: Path, ray_local: None
     assert chosen.images == sum(one.images_seen for rung in chosen.rungs for one in rung) < 2 * 360
     assert done["selection"].outputs.quotas == (chosen.images_per_class,) * 3
     assert not list(Path(uri).rglob("work"))
+    assert "Choice of K" in Path(uri, "report", "index.html").read_text()
     assert fresh(execute(open_k(folders), uri, "dhat")) == []
     fixed = validate(tiny.recipe(str(folders), select={"images_per_class": chosen.images_per_class}))
     assert fresh(execute(fixed, uri, "dhat")) == []
