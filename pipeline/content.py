@@ -14,6 +14,7 @@ from cluster import storage
 from cluster.store import Key, Made
 from models.judging import calibration, confusion
 from pipeline.advice import advise
+from pipeline.choosing import ChosenK
 from pipeline.context import Run, Stages, rounds_of, teacher_of
 from pipeline.data.rejects import read_rejects
 from pipeline.evaluation import Measured, Trained, right
@@ -72,6 +73,8 @@ def report_content(this: Run, stages: Stages) -> report.ReportContent:
         reasons, examples = read_rejects(rejects_of(stages[f"{last}scores"]), limit=EXAMPLES)
         fields["rejects_by_reason"] = reasons
         fields["reject_examples"] = examples
+    if f"{last}chosen-k" in stages:
+        fields["choice"] = _choice(stages[f"{last}chosen-k"].outputs)
     if f"{last}selection" in stages:
         fields |= _selection_fields(this, stages, last)
     for matched in (made.outputs for made in stages.values() if made.key.stage in ("tags", "weak-tags")):
@@ -176,6 +179,22 @@ def _sweep(stages: Stages, last: str) -> list[report.Trial]:
         )
         for trial in student.trials
     ]
+
+
+def _choice(chosen: ChosenK) -> report.Choice | None:
+    """None where there was one value alone."""
+    rows = [
+        report.TriedK(
+            one.images_per_class,
+            one.dhat,
+            [found.top1 if found else None for found in entered],
+            [found.error if found else None for found in entered],
+            one.images_per_class in chosen.close,
+            one.images_per_class == chosen.images_per_class,
+        )
+        for one, entered in chosen.by_value()
+    ]
+    return report.Choice(rows, chosen.judged, chosen.images) if rows else None
 
 
 def _selection_fields(this: Run, stages: Stages, last: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ ROOMS = (
     ("pipeline.stages",),
     ("pipeline.ready",),
     ("pipeline.exclusion", "pipeline.given", "pipeline.measuring", "pipeline.teaching"),
+    ("pipeline.choosing",),
     ("pipeline.run",),
     ("pipeline.plan",),
     ("pipeline.advice",),

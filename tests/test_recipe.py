@@ -270,7 +270,7 @@ def test_new_defaults_leave_the_stages_of_old_recipes_what_they_were(name: str) 
         ),
         (
             "select.images_per_class=0",
-            "select.images_per_class = 0: Input should be greater than or equal to 1; "
+            "select.images_per_class = 0: must be a whole number from 1 to 1,000,000,000, or auto; "
             "correct it in the recipe, or --set select.images_per_class=...",
         ),
         ("score.batch_size=many", "score.batch_size = 'many': Input should be a valid integer"),

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from models.inputs.formats import NEEDS_PLUGIN
+from pipeline.choosing import ChosenK
 from pipeline.context import Stages, begun, rounds_of, teacher_of
 from pipeline.data.rejects import counted, some_rejects
 from pipeline.data.sources import ImageSource
@@ -38,6 +39,9 @@ def print_closing(console: Console, stages: Stages) -> None:
     """The closing tables: accuracies as in Table 2, a row for each round; then what became of every image."""
     if "evaluation" in stages:
         print_accuracies(console, stages)
+    for name, made in stages.items():
+        if made.key.stage == "chosen-k":
+            print_choice(console, made.outputs, name.rpartition("/")[0])
     tagged = {made.fingerprint: made for name, made in stages.items() if made.key.stage in ("weak-tags", "tags")}
     for made in tagged.values():
         print_tags(console, made.outputs, stages["labeled-train"].outputs.class_names)
@@ -75,6 +79,24 @@ def _accuracy(measured: Measured | None) -> str:
     if measured is None:
         return text.DASH
     return f"{text.percent(measured.top1)} ({text.interval(measured.interval)}) / {text.percent(measured.top5)}"
+
+
+def print_choice(console: Console, chosen: ChosenK, prefix: str = "") -> None:
+    """The values of K that were tried, and what each came to."""
+    values = chosen.by_value()
+    if not values:
+        console.print(f"K: {chosen.images_per_class:,}, as there was no other value to try", highlight=False)
+        return
+    lengths = [f"{max(one.images_seen for one in rung):,} seen" for rung in chosen.rungs]
+    where = f"{prefix.replace('-', ' ')}, " if prefix else ""
+    title = f"K: {where}top-1 on {text.thousands(chosen.judged)} images of D after short pre-trainings"
+    made = table(title, "K", "|D-hat|", *lengths, "")
+    for one, entered in values:
+        cells = ["" if found is None else f"{text.percent(found.top1)} ± {100 * found.error:.1f}" for found in entered]
+        k = one.images_per_class
+        said = "taken" if k == chosen.images_per_class else "within a standard error" if k in chosen.close else ""
+        made.add_row(f"{k:,}", f"{one.dhat:,}", *cells, said)
+    console.print(made)
 
 
 def _network(outputs: Trained) -> str:
