@@ -11,6 +11,7 @@ from pipeline.cli.app import (
     ClassesPerImage,
     ImageColumn,
     LabelColumn,
+    Labels,
     Layout,
     Model,
     Sets,
@@ -44,6 +45,7 @@ def ingest(
     layout: Layout = "auto",
     image_column: ImageColumn = None,
     label_column: LabelColumn = "label",
+    labels: Labels = None,
     origin: Annotated[
         str | None, typer.Option("--from", metavar="DIR", help="Where a known data set's files are.")
     ] = None,
@@ -73,7 +75,7 @@ def ingest(
                 raise InputError(option, value, f"is for {' and '.join(datasets.NAMES)}", "leave it out")
         if written_as not in ("webdataset", "parquet"):
             raise InputError("--as", written_as, "is not a layout of shards", "use webdataset or parquet")
-        found = listed("SOURCE", source_of("SOURCE", source, layout, image_column, label_column), labeled=True)
+        found = listed("SOURCE", source_of("SOURCE", source, layout, image_column, label_column, labels), labeled=True)
         with in_options("SOURCE", out=to), display.task("ingest", None) as progress:
             written = ingest_source(
                 found,
@@ -158,6 +160,7 @@ def evaluate(
     layout: Layout = "auto",
     image_column: ImageColumn = None,
     label_column: LabelColumn = "label",
+    labels: Labels = None,
     address: Address = "local",
     verbose: Verbose = False,
 ) -> None:
@@ -173,14 +176,14 @@ def evaluate(
 
     with in_options("--source"):
         names = read_card(model).class_names
-    images = listed("--source", source_of("--source", source, layout, image_column, label_column), labeled=True)
+    images = listed("--source", source_of("--source", source, layout, image_column, label_column, labels), labeled=True)
     with in_options("--source"), ray_session(address, verbose) as session:
         session.start()
         display = Display(out)
         with display.task("reading", None) as progress:
             found = labeled.survey("--source", images, progress)
-        labels = labeled.number_labels("--source", found, names, complete=False)
-        data = labeled.training_set(images, labels, names)
+        numbers = labeled.number_labels("--source", found, names, complete=False)
+        data = labeled.training_set(images, numbers, names)
         if not data.images:
             raise SourceError("--source", source, "holds no image that can be used", "look at the files")
         with display.task("evaluation", data.images) as progress:
