@@ -641,7 +641,7 @@ def test_weights_are_held_against_the_classes_of_d() -> None:
 
 def test_no_file() -> None:
     text = message("dem")
-    assert text == "RECIPE = 'dem': is not a file; give a YAML file, or one of demo, fashion-mnist, paper"
+    assert text == "RECIPE = 'dem': is not a file; give a YAML file, or one of demo, drawings, fashion-mnist, paper"
 
 
 def test_p_above_the_class_count() -> None:
