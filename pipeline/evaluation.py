@@ -41,6 +41,8 @@ class Trained:
         learning_rate: the best of a sweep, per 256 images.
         trials: of that sweep.
         class_outputs: where its outputs are not the classes of D in their order: the output of each class, or several whose probabilities add up.
+        held_out: where it was fitted on all of D: a file in its folder, of what it said of each image of D when it was fitted without it
+            (`prediction_table`).
     """
 
     images: int
@@ -51,6 +53,7 @@ class Trained:
     learning_rate: float | None = None
     trials: tuple[Trial, ...] = ()
     class_outputs: Outputs | None = None
+    held_out: str | None = None
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Evaluated:
         against: each round's fine-tuned student against the baseline, where the run has both.
         subject: the model that the run is about: the last student, else the last one there is.
         mistakes: its wrong answers of the highest scores, highest first; their thumbnails stand in `mistakes.jpg` in this order.
-        held_out: what each teacher did on the validation images.
+        held_out: what each teacher did on labeled images that it had not seen: the validation images, or those of D, each by a fit without it.
     """
 
     images: int
@@ -90,12 +90,15 @@ def evaluate(this: Run, settings: Score, data: LabeledData, models: Mapping[str,
     def work(place: str) -> Evaluated:
         test, names = data.test.load(), data.class_names
         sets: dict[str, tuple[TrainingSet, Sequence[str]]] = {PREDICTIONS: (test, list(models))}
-        if teachers:
-            sets[HELD_OUT] = (data.validation.load(), teachers)
+        own = {name: _own_held_out(models[name]) for name in teachers if models[name].outputs.held_out is not None}
+        if judged := [name for name in teachers if name not in own]:
+            sets[HELD_OUT] = (data.validation.load(), judged)
         total = sum(images.images * len(judges) for images, judges in sets.values())
         candidates = {name: Candidate(made.uri, made.outputs.class_outputs) for name, made in models.items()}
         with this.display.task("evaluation", total) as progress:
             found = judge(candidates, sets, names, settings, progress)
+        if own:
+            found[HELD_OUT] = found.get(HELD_OUT, {}) | own
         for folder, tables in found.items():
             for name, table in tables.items():
                 save_predictions(_file(place, folder, name), table)
@@ -121,6 +124,11 @@ def evaluate(this: Run, settings: Score, data: LabeledData, models: Mapping[str,
     )
     parts = {PREDICTIONS: PREDICTIONS, HELD_OUT: HELD_OUT} if teachers else {PREDICTIONS: PREDICTIONS}
     return this.once(key, Evaluated, work, demand=demand(settings), parts=parts)
+
+
+def _own_held_out(made: Made[Trained]) -> pa.Table:
+    """Of a model that was fitted on validation images too: what it said of the images of D when it was fitted without them."""
+    return load_predictions(storage.join(made.uri, str(made.outputs.held_out)))
 
 
 def _file(place: str, folder: str, model: str) -> str:

@@ -15,9 +15,8 @@ from models.config import Outputs
 from models.sources import Wanted, is_spec, obtain
 from pipeline.context import Run
 from pipeline.data.labeled import REJECTED, Labels, load_labels
-from pipeline.data.loading import Integers
 from pipeline.data.sources import ImageSource
-from pipeline.evaluation import Trained
+from pipeline.evaluation import BEST, Trained, prediction_table, save_predictions
 from pipeline.recipe.sections import Score, Teacher
 from pipeline.scoring import score as scoring
 from pipeline.stages import REJECTS, TABLE, LabeledData
@@ -26,11 +25,14 @@ from pipeline.stages import REJECTS, TABLE, LabeledData
 # After cluster.storage: pyarrow.parquet loads pyarrow.fs, which reads the environment that cluster.storage sets.
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 MOST_ROWS = 200_000
 """Of a class map."""
+HELD_OUT = "held-out.parquet"
+"""In the folder of a linear head: what it said of D's images when it was fitted without them."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,8 @@ def read_class_map(uri: str) -> dict[str, str]:
 def fit_linear_head(
     this: Run, name: str, model: Existing, settings: Score, data: LabeledData, seed: int
 ) -> Made[Trained]:
-    """The model with a last layer by logistic regression on its features of D, those held out for validation among it.
+    """The model with a last layer by logistic regression on its features of D: of all of it, those held out for validation too, where the
+    model is the teacher then; of what is trained on, where it is trained further.
 
     Args:
         this: the run.
@@ -240,7 +243,7 @@ def fit_linear_head(
     )
 
     def work(place: str) -> Trained:
-        source, labels = _all_of(data)
+        source, labels = _all_of(data) if name == "teacher" else load_labels(data.train.uri)
         table, rejects = storage.join(place, TABLE), storage.join(place, REJECTS)
         with this.display.task(name, None) as progress:
             scoring.score(source, model.uri, table, rejects, settings, progress)
@@ -270,7 +273,9 @@ def _fit(job: tuple[Existing, str, ImageSource, Labels, LabeledData, int, str]) 
 
     model, table, source, labels, data, seed, place = job
     names = data.class_names
-    features, numbers = _labeled_features(table, source, labels)
+    images = _labeled_features(table, source, labels)
+    numbers = images["label"].to_numpy()
+    features = images["embedding"].combine_chunks().flatten().to_numpy().reshape(len(numbers), -1).astype(np.float32)
     head = fit_head(features, numbers, len(names), seed, balance=data.train.balance)
     network, config = with_head(model.uri, head, list(names))
     metrics = {
@@ -287,22 +292,48 @@ def _fit(job: tuple[Existing, str, ImageSource, Labels, LabeledData, int, str]) 
         metrics=metrics,
         provenance={"head": "linear", "of": model.said},
     )
-    return Trained(len(numbers), config.architecture, card.parameters, dict(card.metrics), [])
+    save_predictions(storage.join(place, HELD_OUT), _predictions(images, head.held_out, source, names))
+    return Trained(len(numbers), config.architecture, card.parameters, dict(card.metrics), [], held_out=HELD_OUT)
 
 
-def _labeled_features(table: str, source: ImageSource, labels: Labels) -> tuple[NDArray[np.float32], Integers]:
-    """The features in a score table of images that have a label, float32 [N, d], and their labels, int64 [N]; by shard, then index."""
+def _labeled_features(table: str, source: ImageSource, labels: Labels) -> pa.Table:
+    """The images in a score table that have a label, by the order of their shards, then index: `shard`, its place, `index`, `label` and
+    `embedding`."""
     parts = []
     for entry in storage.list_files(table, ".parquet"):
         with storage.open_input(storage.join(table, entry.path)) as file:
             parts.append(pq.read_table(file, columns=["shard", "index", "embedding"]))
-    found = pa.concat_tables(parts).unify_dictionaries().sort_by([("shard", "ascending"), ("index", "ascending")])
-    of_shard = {shard.name: numbers for shard, numbers in zip(source.shards(), labels, strict=True)}
-    pairs = zip(found["shard"].to_pylist(), found["index"].to_pylist(), strict=True)
-    numbers = np.array([of_shard[shard][index] for shard, index in pairs], np.int64)
-    column = found["embedding"].combine_chunks()
-    features = column.flatten().to_numpy().reshape(len(numbers), -1).astype(np.float32)
-    return features[numbers != REJECTED], numbers[numbers != REJECTED]
+    found = pa.concat_tables(parts)
+    places = {shard.name: place for place, shard in enumerate(source.shards())}
+    rows = [
+        (places[shard], index)
+        for shard, index in zip(*(found[name].to_pylist() for name in ("shard", "index")), strict=True)
+    ]
+    numbers = pa.array([int(labels[place][index]) for place, index in rows], pa.int64())
+    found = found.set_column(0, "shard", pa.array([place for place, _ in rows], pa.int32())).append_column(
+        "label", numbers
+    )
+    return found.filter(pc.not_equal(numbers, REJECTED)).sort_by([("shard", "ascending"), ("index", "ascending")])
+
+
+def _predictions(images: pa.Table, scores: NDArray[np.float32], source: ImageSource, names: Sequence[str]) -> pa.Table:
+    """What a head said of images that it was fitted without, float32 [N, classes]."""
+    labels = images["label"].to_numpy()
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :BEST]
+    hits = best == labels[:, None]
+    every = pa.table(
+        {
+            "shard": images["shard"],
+            "index": images["index"],
+            "label": labels,
+            "predicted": best[:, 0],
+            "score": np.take_along_axis(scores, best[:, :1], axis=1)[:, 0],
+            "label_score": scores[np.arange(len(labels)), labels],
+            "rank": np.where(hits.any(axis=1), hits.argmax(axis=1), -1),
+        }
+    )
+    parts = [every.filter(pc.equal(every["shard"], place)).to_pydict() for place in pc.unique(every["shard"])]
+    return prediction_table([part | {"shard": part["shard"][0]} for part in parts], source.shards(), names)
 
 
 def copy_model(source: str, target: str) -> None:

@@ -17,6 +17,7 @@ from models.config import ModelConfig
 from models.directory import load, save
 from models.inference import Inference, Predictor
 from models.linear import FOLDS, STRENGTHS, fit_head, with_head
+from pipeline.evaluation import load_predictions, right
 from pipeline.ready import class_outputs, read_class_map
 from pipeline.recipe.reading import validate
 from runs import Finished, execute, fresh
@@ -196,6 +197,11 @@ def test_a_linear_head_teaches(finished: Finished, tmp_path: Path) -> None:
     assert made.metrics["val_top1"] > 0.8  # of images that were held out
     assert made.images == 36  # 12 of each of the three classes of D
     assert read_card(stages["teacher"].uri).class_names == ["one", "two", "zero"]
+    held_out = load_predictions(f"{stages['teacher'].uri}/{made.held_out}")
+    assert held_out.num_rows == 36
+    assert right(held_out).mean() == pytest.approx(made.metrics["val_top1"])
+    assert set(held_out["label_name"].to_pylist()) == {"one", "two", "zero"}
+    assert [str(file).partition("/")[0] for file in held_out["file"]] == held_out["label_name"].to_pylist()
     again = execute(recipe, uri, until="scores")
     assert fresh(again) == []
     trained = validate(finished_recipe(finished, {"model": model, "head": "linear", "training": QUICK}))
