@@ -120,7 +120,7 @@ def test_the_closing_tables_add_up(finished: Finished) -> None:
     assert "153 listed = 150 scored + 3 rejected" in text
     assert "300 = 90 selected + 210 unselected" in text
     student = done["evaluation"].outputs.models["student"]
-    assert f"{100 * student.top1:.1f}% /" in text
+    assert f"{100 * student.top1:.1f}% (" in text
 
 
 @pytest.mark.parametrize("until", ["dhat", pytest.param(None, marks=pytest.mark.slow)])

@@ -201,7 +201,7 @@ def test_a_teacher_that_was_taught_by_itself(run_dir: str, folders: Path) -> Non
     assert not {f"self-training/{name}" for name in again} & set(fresh(stages))
     assert stages["scores"].key.inputs["teacher"] == stages["self-training/student"].fingerprint
     assert RunStore(run_dir).result()["teacher"] == stages["self-training/student"].key.folder
-    assert "gain" not in closing(stages)
+    assert "teacher resnet8" in closing(stages)
     evaluated = stages["evaluation"].outputs.models
     assert set(evaluated) == {"teacher", "pretrained", "student", "supervised"}
 
@@ -211,7 +211,7 @@ def test_the_student_of_a_round_teaches_the_next(run_dir: str, folders: Path) ->
     assert not {name for name in fresh(stages) if name.startswith("round-1/")}  # one round is the first of two
     assert stages["round-2/scores"].key.inputs["teacher"] == stages["round-1/student"].fingerprint
     text = closing(stages)
-    rows = [line for line in text.splitlines() if line.strip().startswith("student ")]
+    rows = [line for line in text.splitlines() if line.strip().startswith("student resnet8 ")]
     assert [row.split("parameters), ")[1].split()[:2] for row in rows] == [["round", "1"], ["round", "2"]]
     assert "round-2: images: 153 listed = 150 scored + 3 rejected" in text
     page = Path(run_dir, "report", "index.html").read_text()
