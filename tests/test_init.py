@@ -261,8 +261,8 @@ def test_warnings_are_said_in_plain_words() -> None:
         )
     )
     for part in (
-        "--labeled lies inside --unlabeled: its images would be selected",
-        "--test lies inside --unlabeled: test images would be pre-trained on",
+        "--labeled lies inside --unlabeled: the student would learn twice from labeled images",
+        "--test lies inside --unlabeled: the student would learn from test images",
         "1 test images are copies of labeled ones (few/9 = few/1)",
         "1 labeled images are in two classes (few/1 is many/2)",
         "1 of 2 classes have fewer than 10 labels (few 5)",
@@ -340,8 +340,10 @@ HOSTILE = "x: {y} # 'z' \"q\" \u2028- [1] &a *b ${HOME} %d"
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     names = {f"{HOSTILE}\nselect: {number}": 3 + number for number in range(3)}
-    teacher = Ready(HOSTILE, class_names=tuple(names))
-    text, recipe = written(tmp_path, findings(names, teacher=teacher), labeled={"uri": HOSTILE}, excluded=HOSTILE)
+    teacher, machine = Ready(HOSTILE, class_names=tuple(names)), replace(GPUS, gpu=f"{HOSTILE}\nx: 1")
+    text, recipe = written(
+        tmp_path, findings(names, teacher=teacher, machine=machine), labeled={"uri": HOSTILE}, excluded=HOSTILE
+    )
     assert recipe.labeled.train.uri == recipe.teacher.model == recipe.select.exclude[0] == HOSTILE
     assert all(line.isprintable() for line in text.split("\n"))
     labeled = seen(9, names, unusable={"empty": 1}, examples=(Place("s", 0, f"{HOSTILE}\n"),))
@@ -506,5 +508,5 @@ def test_a_labeled_folder_inside_the_pool(tophat: Callable[..., Answer], images:
     out = tmp_path / "r.yaml"
     code, said, _ = tophat("init", "--labeled", str(images / "train"), "--unlabeled", str(images), "--out", str(out))
     assert code == 0
-    assert "warning: --labeled lies inside --unlabeled: its images would be selected, too" in said
+    assert "warning: --labeled lies inside --unlabeled: the student would learn twice from labeled images" in said
     assert len(pq.read_table(tmp_path / "r.copies.parquet")) == 36

@@ -38,9 +38,13 @@ def recipe_text(plan: Plan, found: Findings, sources: Sources, minutes: float) -
     trainings = trainings_of(plan)
     classes = min(10, found.classes)
     lines = [
-        f"# Written by `tophat init` for {found.classes:,} classes, {found.labeled.labeled:,} labeled images and "
-        f"{found.unlabeled.images:,} unlabeled",
-        f"# ones, on {described(found.machine)}: about {minutes:.0f} minutes. Rates are per 256 images.",
+        _comment(
+            0,
+            f"Written by `tophat init` for {found.classes:,} classes, {found.labeled.labeled:,} labeled images and "
+            f"{found.unlabeled.images:,} unlabeled",
+        ),
+        _comment(0, f"ones, on {described(found.machine)}: about {minutes:.0f} minutes."),
+        _comment(0, "Learning rates are per 256 images. `tophat recipe --explain FIELD` tells of a field."),
         _line(0, "name", sources.name),
         "labeled:",
         _line(1, "train", sources.labeled),
@@ -156,12 +160,10 @@ def warnings_of(found: Findings) -> list[str]:
     said = []
     labeled, copies = found.labeled, found.copies
     for option in found.inside:
-        what = (
-            "test images would be pre-trained on, and the accuracy be too good"
-            if option == "--test"
-            else "its images would be selected, too"
+        learnt = "would learn from test images" if option == "--test" else "would learn twice from labeled images"
+        said.append(
+            f"{option} lies inside --unlabeled: the student {learnt}, were those of them that were read not left out"
         )
-        said.append(f"{option} lies inside --unlabeled: {what}")
     if copies.test:
         names = ", ".join(f"{one.shown} = {other.shown}" for one, other in copies.test[:3])
         said.append(
