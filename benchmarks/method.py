@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from pipeline.data import known as datasets  # noqa: E402 - found beside this folder
 
-DATA = {"demo": "digits", "fashion-mnist": "fashion-mnist"}
+DATA = {"demo": "digits", "fashion-mnist": "fashion-mnist", "drawings": "drawings"}
 """The known data set of each recipe."""
 COLUMNS = ("teacher", "pretrained", "student", "supervised", "gain", "purity", "seconds")
 HEADS = ("teacher", "pre-trained", "fine-tuned", "supervised", "gain", "purity", "seconds")
@@ -49,10 +49,10 @@ class Measured:
         return self.student - self.supervised
 
 
-def run_seed(recipe: str, seed: int, folder: Path) -> Measured:
-    """Makes the data of a seed and runs the recipe on it, in `folder`."""
+def run_seed(recipe: str, seed: int, folder: Path, origin: str | None = None) -> Measured:
+    """Makes the data of a seed out of the files in `origin`, and runs the recipe on it, in `folder`."""
     data, run = folder / f"data-{seed}", folder / f"run-{seed}"
-    datasets.make(DATA[recipe], str(data), seed=seed)
+    datasets.make(DATA[recipe], str(data), origin=origin, seed=seed)
     sets = [f"seed={seed}", f"unlabeled.uri={data / 'unlabeled'}"]
     sets += [f"labeled.{part}.uri={data / part}" for part in ("train", "validation", "test")]
     start = time.monotonic()
@@ -110,6 +110,9 @@ def main() -> None:
     parser.add_argument("recipe", choices=sorted(DATA))
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 0; at least 2")
     parser.add_argument("--data", type=Path, help="where data and runs are kept; by default a temporary folder")
+    parser.add_argument(
+        "--from", dest="origin", metavar="DIR", help="as of `tophat ingest`: where the data set's files are"
+    )
     arguments = parser.parse_args()
     if arguments.seeds < 2:
         parser.error("--seeds: a standard error needs at least 2")
@@ -119,7 +122,7 @@ def main() -> None:
         print(f"| seed       | {' | '.join(HEADS)} |\n|---|{'---:|' * len(HEADS)}", flush=True)
         found = []
         for seed in range(arguments.seeds):
-            found.append(run_seed(arguments.recipe, seed, Path(folder)))
+            found.append(run_seed(arguments.recipe, seed, Path(folder), arguments.origin))
             print(row(str(seed), [getattr(found[-1], name) for name in COLUMNS]), flush=True)
         print(summary(found))
 

@@ -38,7 +38,9 @@ class Head:
     held_out: NDArray[np.float32]
 
 
-def fit_head(features: NDArray[np.float32], labels: NDArray[np.int64], classes: int, seed: int) -> Head:
+def fit_head(
+    features: NDArray[np.float32], labels: NDArray[np.int64], classes: int, seed: int, *, balance: bool = False
+) -> Head:
     """Logistic regression of the labels on the features, with the L2 whose cross-entropy on held-out images is least.
 
     Each image is held out once, in one of `FOLDS` parts of about the same classes (fewer where a class has fewer images). The head that is
@@ -49,6 +51,7 @@ def fit_head(features: NDArray[np.float32], labels: NDArray[np.int64], classes: 
         labels: int64 [N], from 0 to `classes` - 1, each at least twice.
         classes: at least 2.
         seed: of the parts.
+        balance: whether all classes count alike, however many images they have.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
@@ -58,13 +61,14 @@ def fit_head(features: NDArray[np.float32], labels: NDArray[np.int64], classes: 
     scale = float(np.sqrt(features.var(axis=0).mean())) or 1.0
     inputs = ((features - center) / scale).astype(np.float64)
     folds = StratifiedKFold(min(FOLDS, int(np.bincount(labels).min())), shuffle=True, random_state=seed)
+    weights = "balanced" if balance else None
     found = []
     for strength in STRENGTHS:
-        model = LogisticRegression(C=strength, max_iter=ITERATIONS)
+        model = LogisticRegression(C=strength, max_iter=ITERATIONS, class_weight=weights)
         found.append(cross_val_predict(model, inputs, labels, cv=folds, method="predict_proba"))
     losses = [float(log_loss(labels, held_out, labels=range(classes))) for held_out in found]
     best = int(np.argmin(losses))
-    fitted = LogisticRegression(C=STRENGTHS[best], max_iter=ITERATIONS).fit(inputs, labels)
+    fitted = LogisticRegression(C=STRENGTHS[best], max_iter=ITERATIONS, class_weight=weights).fit(inputs, labels)
     weight, bias = fitted.coef_, fitted.intercept_
     if classes == 2:  # scikit-learn fits one output, the second class's odds
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2

@@ -13,7 +13,9 @@ from typing import Any
 from cluster import storage
 from cluster.store import Key, Made
 from models.judging import calibration, confusion
-from pipeline.context import Run, Stages, referred, rounds_of, teacher_of
+from pipeline.advice import advise
+from pipeline.choosing import ChosenK
+from pipeline.context import Run, Stages, rounds_of, teacher_of
 from pipeline.data.rejects import read_rejects
 from pipeline.evaluation import Measured, Trained, right
 from pipeline.measuring import BASELINE, MISTAKES, Evaluated, predictions
@@ -22,7 +24,7 @@ from pipeline.report import page as report
 from pipeline.report.judgment import Judged, Judgment, Tile
 from pipeline.scoring.score import Scored
 from pipeline.selection.select import Selected
-from pipeline.stages import REJECTS
+from pipeline.stages import rejects_of
 
 EXAMPLES = 20
 """Rejects that the report shows, at most."""
@@ -68,11 +70,11 @@ def report_content(this: Run, stages: Stages) -> report.ReportContent:
     if f"{last}student" in stages:
         fields["student"] = _facts(stages[f"{last}student"])
     if f"{last}scores" in stages:
-        made, own = stages[f"{last}scores"], storage.join(stages[f"{last}scores"].uri, REJECTS)
-        rejects = made.outputs.rejects_uri if referred(made, "table") else own
-        reasons, examples = read_rejects(rejects, limit=EXAMPLES)
+        reasons, examples = read_rejects(rejects_of(stages[f"{last}scores"]), limit=EXAMPLES)
         fields["rejects_by_reason"] = reasons
         fields["reject_examples"] = examples
+    if f"{last}chosen-k" in stages:
+        fields["choice"] = _choice(stages[f"{last}chosen-k"].outputs)
     if f"{last}selection" in stages:
         fields |= _selection_fields(this, stages, last)
     for matched in (made.outputs for made in stages.values() if made.key.stage in ("tags", "weak-tags")):
@@ -82,6 +84,7 @@ def report_content(this: Run, stages: Stages) -> report.ReportContent:
         run=this.name,
         recipe_yaml=this.recipe,
         created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        advice=advise(stages),
         curves=_curves(stages),
         sweep=_sweep(stages, last),
         stages=[report.StageRow(name, "done", made.seconds, made.images) for name, made in stages.items()],
@@ -176,6 +179,22 @@ def _sweep(stages: Stages, last: str) -> list[report.Trial]:
         )
         for trial in student.trials
     ]
+
+
+def _choice(chosen: ChosenK) -> report.Choice | None:
+    """None where there was one value alone."""
+    rows = [
+        report.TriedK(
+            one.images_per_class,
+            one.dhat,
+            [found.top1 if found else None for found in entered],
+            [found.error if found else None for found in entered],
+            one.images_per_class in chosen.close,
+            one.images_per_class == chosen.images_per_class,
+        )
+        for one, entered in chosen.by_value()
+    ]
+    return report.Choice(rows, chosen.judged, chosen.images) if rows else None
 
 
 def _selection_fields(this: Run, stages: Stages, last: str) -> dict[str, Any]:

@@ -244,7 +244,7 @@ def fit_linear_head(
         table, rejects = storage.join(place, TABLE), storage.join(place, REJECTS)
         with this.display.task(name, None) as progress:
             scoring.score(source, model.uri, table, rejects, settings, progress)
-        (made,) = parallel_map(_fit, [(model, table, source, labels, data.class_names, seed, place)])
+        (made,) = parallel_map(_fit, [(model, table, source, labels, data, seed, place)])
         return made
 
     sections = {"precision": settings.precision, "seed": seed}
@@ -263,14 +263,15 @@ def _all_of(data: LabeledData) -> tuple[ImageSource, Labels]:
     return source, [np.maximum(one, other) for one, other in zip(labels, held_out, strict=True)]
 
 
-def _fit(job: tuple[Existing, str, ImageSource, Labels, tuple[str, ...], int, str]) -> Trained:
+def _fit(job: tuple[Existing, str, ImageSource, Labels, LabeledData, int, str]) -> Trained:
     """Fits and publishes, in a process of Ray's."""
     from models.directory import save
     from models.linear import fit_head, with_head
 
-    model, table, source, labels, names, seed, place = job
+    model, table, source, labels, data, seed, place = job
+    names = data.class_names
     features, numbers = _labeled_features(table, source, labels)
-    head = fit_head(features, numbers, len(names), seed)
+    head = fit_head(features, numbers, len(names), seed, balance=data.train.balance)
     network, config = with_head(model.uri, head, list(names))
     metrics = {
         "images": float(len(numbers)),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from cluster.store import Made
+from pipeline.choosing import settle_k
 from pipeline.context import Run
 from pipeline.evaluation import Trained
 from pipeline.exclusion import exclude
@@ -125,6 +126,7 @@ def distill(
             else score_unlabeled(this, recipe.score, teacher, data, pool)
         )
         excluded = exclude(this, recipe, teacher, scores, data, pool)
+        recipe = settle_k(this, recipe, network, scores, excluded, data, pool)
         selection = select_top_k(this, recipe, scores, excluded, data, pool)  # (2), picking
     dhat = materialize(this, recipe, selection, data, pool)  # D-hat
     show_gallery(this, recipe, selection, dhat, data)

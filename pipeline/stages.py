@@ -4,10 +4,10 @@ A stage is a function from a slice of the recipe and the stages before it to a `
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster import storage
-from cluster.errors import RecipeError, SourceError, StageError
+from cluster.errors import RecipeError, SourceError
 from cluster.resources import Bundle, Demand
 from cluster.store import Key, Made, Outside, Watched
 from models.card import read_card
@@ -31,6 +31,7 @@ from pipeline.selection import record as selection_record
 from pipeline.selection import select as selection
 from pipeline.selection import tags as tags_stage
 from pipeline.selection.dhat import Dhat
+from pipeline.selection.pick import Table, lists, pick
 from pipeline.selection.select import Selected
 from pipeline.selection.tags import Matched
 
@@ -69,15 +70,17 @@ class LabeledSet:
     Attributes:
         made: the stage that surveyed them.
         folder: of the stage's, the one that holds them.
+        balance: whether the images of smaller classes count several times, so that an epoch has of each class as many.
     """
 
     made: Made[Surveyed]
     folder: str
+    balance: bool = False
 
     @property
     def inputs(self) -> Mapping[str, str]:
         """What a stage that uses them depends on."""
-        return {f"labeled.{self.folder}": self.made.fingerprint}
+        return {f"labeled.{self.folder}": self.made.fingerprint, **({"balance": "classes"} if self.balance else {})}
 
     @property
     def uri(self) -> str:
@@ -93,7 +96,7 @@ class LabeledSet:
     def load(self) -> TrainingSet:
         """The images."""
         source, labels = labeled_stage.load_labels(self.uri)
-        return labeled_stage.training_set(source, labels, self.made.outputs.class_names)
+        return labeled_stage.training_set(source, labels, self.made.outputs.class_names, balance=self.balance)
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ def survey_labeled(this: Run, recipe: Recipe) -> LabeledData:
     if train.record is not None:
         recipe.check_class_count(len(train.outputs.class_names))
     validation = other("validation", settings.validation)
-    return LabeledData(LabeledSet(train, "train"), validation, other("test", settings.test))
+    return LabeledData(LabeledSet(train, "train", settings.balance), validation, other("test", settings.test))
 
 
 def _listing(this: Run, field: str) -> tuple[Watched, ...]:
@@ -230,6 +233,12 @@ TABLE, REJECTS = beside.TABLE, rejected.REJECTS
 """Folders of a scoring: the score table, and beside it the images that have no scores."""
 
 
+def rejects_of(scores: Made[Scored]) -> str:
+    """The rejects of a scoring: beside its table."""
+    given: str = scores.outputs.rejects_uri
+    return given if referred(scores, "table") else storage.join(scores.uri, REJECTS)
+
+
 def score_unlabeled(
     this: Run, settings: Score, teacher: Made[Trained], data: LabeledData, pool: Made[Listed]
 ) -> Made[Scored]:
@@ -293,6 +302,12 @@ def match_tags(this: Run, name: str, tagged: Tagged, data: LabeledData) -> Made[
     return this.once(key, Matched, work, demand=_ONE_CPU, parts={name: TABLE})
 
 
+def score_table(scores: Made[Scored], excluded: Made[Excluded] | None, data: LabeledData) -> Table:
+    """What images are selected from by their scores."""
+    left_out = () if excluded is None else (excluded.uri,)
+    return Table(place_of(scores, "table", TABLE), len(data.class_names), scores.outputs.scored, left_out)
+
+
 def select_top_k(
     this: Run,
     recipe: Recipe,
@@ -303,7 +318,6 @@ def select_top_k(
 ) -> Made[Selected]:
     """(2) For each class the K best-scored images; or, with tags, K at random among those tagged with it; without the excluded."""
     settings, seed = recipe.select, recipe.seed_of("data")
-    left_out = () if excluded is None else (excluded.uri,)
     inputs: dict[str, str | Outside] = {"labeled.train": data.train.made.fingerprint, "scores": scores.fingerprint}
     tags = settings.tags
     if tags is not None and (tags == SIDECAR or not tags_stage.is_matched("select.tags", tags)):
@@ -318,33 +332,16 @@ def select_top_k(
 
     def work(place: str) -> Selected:
         with this.display.task("selection", None if tags else scores.outputs.scored) as progress:
-            selected = selection.select(
-                tags or place_of(scores, "table", TABLE),
-                place,
-                images_per_class=settings.images_per_class,
-                classes_per_image=settings.classes_per_image,
-                num_classes=len(data.class_names),
-                zipf_exponent=settings.zipf_exponent,
-                class_weights=settings.class_weights,
-                min_score=settings.min_score,
-                exclude=(*settings.exclude, *left_out),
-                tags=tags is not None,
-                seed=seed,
-                memory_mib=settings.memory_mib,
-                progress=progress,
-            )
-        if tags is None and selected.images != scores.outputs.scored:
-            raise StageError(
-                f"{scores.outputs.scored} images are scored, but the selection saw {selected.images}: score again"
-            )
+            table = score_table(scores, excluded, data)
+            table = replace(table, uri=tags, scored=None) if tags else table
+            selected = pick(settings, table, seed, place, progress)
         selection_record.publish(selected, settings.deciding(), data.class_names, images_of(pool))
         return selected
 
-    lists = {f"select.exclude {uri}": _outside("select.exclude", uri) for uri in settings.exclude}
     key = Key(
         "selection",
         {"select": settings, "seed": seed},
-        {**inputs, **lists},
+        {**inputs, **lists(settings)},
         version=2,
         watched=referred(scores, "table"),
     )

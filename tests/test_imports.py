@@ -24,8 +24,10 @@ ROOMS = (
     ("pipeline.stages",),
     ("pipeline.ready",),
     ("pipeline.exclusion", "pipeline.given", "pipeline.measuring", "pipeline.teaching"),
+    ("pipeline.choosing",),
     ("pipeline.run",),
     ("pipeline.plan",),
+    ("pipeline.advice",),
     ("pipeline.content",),
     ("pipeline.cli", "pipeline.__main__"),
 )

@@ -13,7 +13,7 @@ import tiny
 from cluster.errors import StageError
 from models.config import Transform
 from models.inputs.image import evaluation_image
-from pipeline.data.labeled import REJECTED, class_ids, class_names, hold_out, training_set
+from pipeline.data.labeled import REJECTED, class_ids, class_names, hold_out, times, training_set
 from pipeline.data.loading import Piece, TrainingSet, ahead, arc, windows
 from pipeline.data.reader import Reader
 from pipeline.data.shards import Shard
@@ -220,3 +220,30 @@ def test_class_names_come_from_the_recipe_the_source_or_the_labels() -> None:
     assert class_names(surveyed(Reader("x", "webdataset"), 10, 9), ["a", "b"]) == ("a", "b")
     assert class_names(surveyed(Reader("x", "folder", class_names=("z", "a")), "a"), None) == ("z", "a")
     assert class_names(surveyed(Reader("x", "webdataset"), 10, 9, 9), None) == ("9", "10")
+
+
+def test_where_classes_count_alike_small_ones_repeat() -> None:
+    labels = (np.array([0, 0, 1, REJECTED, 0]), np.array([2, 0, 1, 0]))
+    often = times(labels, 3)
+    assert [shard.tolist() for shard in often] == [[1, 1, 3, 0, 1], [5, 1, 2, 1]]
+    assert times((np.array([REJECTED]),), 3)[0].tolist() == [0]
+
+
+def test_a_balanced_epoch_has_as_many_of_each_class(tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    for name, count in (("a", 1), ("b", 3), ("c", 7)):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            (folder / name / f"{number}.png").write_bytes(tiny.png(np.full((8, 8, 3), 30 * number, np.uint8)))
+    source = open_source("labeled.train", Source(uri=str(folder)), labeled=True)
+    labels = [
+        np.array([{"a": 0, "b": 1, "c": 2}[file.partition("/")[0]] for file in shard.files])
+        for shard in source.shards()
+    ]
+    data = training_set(source, labels, ("a", "b", "c"), balance=True)
+    assert data.images == 21
+    batches = data.training_batches(
+        Transform(size=8, resize=8, crop="none"), batch_size=7, rank=0, world=1, seed=0, start=0
+    )
+    seen = np.concatenate([next(batches)[1].numpy() for _ in range(3)])
+    assert np.bincount(seen).tolist() == [7, 7, 7]

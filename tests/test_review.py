@@ -40,12 +40,15 @@ def review_of(count: int, names: Sequence[str], source: ImageSource, sets: dict[
 
 
 def virtual(root: Path, names: Sequence[str], files: Sequence[bytes]) -> ImageSource:
-    """Shards of hostile names, each of which holds the same files."""
-    root.mkdir(parents=True, exist_ok=True)
-    for number, data in enumerate(files):
-        (root / f"{number}.png").write_bytes(data)
-    paths = tuple(f"{number}.png" for number in range(len(files)))
-    return ImageSource(Reader(str(root), "folder"), tuple(Shard(name, 1, "", paths) for name in names))
+    """Shards of hostile names; each holds the same images, in files of these names."""
+    shards = []
+    for name in names:
+        paths = tuple(f"{name.replace(chr(0), '')} {number}.png" for number in range(len(files)))
+        for path, data in zip(paths, files, strict=True):
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_bytes(data)
+        shards.append(Shard(name, 1, "", paths))
+    return ImageSource(Reader(str(root), "folder"), tuple(shards))
 
 
 PLAIN_NAMES = [name for name in NAMES if "\udcff" not in name]
@@ -66,8 +69,9 @@ def test_hostile_names_make_no_elements(hostile_review: str) -> None:
     names = [name for name, _ in data["names"]]
     assert set(names) == {*PLAIN_NAMES, NAMES[1], NAMES[2]}
     assert len(data["pairs"]) == len(PLAIN_NAMES) * 9
-    distance, proposed, (name, index, file), (labeled, other, _), labeled_set = data["pairs"][0]
+    distance, proposed, (name, index, file, own), (labeled, other, *_), labeled_set = data["pairs"][0]
     assert (distance, proposed, names[name], index, file) == (0, 1, PLAIN_NAMES[0], 0, "u-00000.jpg")
+    assert own == f"{PLAIN_NAMES[0]} 0.png"
     assert (names[labeled], other, names[labeled_set]) == (NAMES[2], 0, NAMES[1])
 
 
@@ -76,10 +80,10 @@ def test_hostile_names_and_images_in_the_review(browser: Browser, hostile_review
         cards = page.locator(".pair")
         assert cards.count() == 50
         names = cards.locator("figure:first-child bdi").all_text_contents()
-        assert names[:7] == PLAIN_NAMES[:7]
-        assert "photo\\u202egpj.exe" in names
+        assert names[:7] == [f"{name} 0.png" for name in PLAIN_NAMES[:7]]
+        assert "photo\\u202egpj.exe 0.png" in names
         assert cards.first.locator("figure:last-child b").text_content() == NAMES[1]
-        assert cards.first.locator("figure:last-child bdi").text_content() == NAMES[2]
+        assert cards.first.locator("figure:last-child bdi").text_content() == f"{NAMES[2]} 0.png"
         assert page.locator("img:not(.picture img), main script, main a, main b b").count() == 0
         images = cards.first.locator("img")
         images.evaluate_all("all => Promise.all(all.map(image => image.decode()))")

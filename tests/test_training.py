@@ -19,7 +19,7 @@ from cluster.errors import ModelError, StageError, StorageError
 from models.card import read_card
 from models.config import ModelConfig, Training, Transform
 from models.training.job import Fitted, TrainingJob
-from models.training.launch import fit
+from models.training.launch import fit, fit_all
 from models.training.schedules import due
 
 MODEL = ModelConfig(architecture="resnet8", options={"width": 4}, transform=Transform(size=16, resize=16, crop="none"))
@@ -76,6 +76,10 @@ class Corners:
 
 
 def run(folder: Path, name: str, data: Corners, model: ModelConfig = MODEL, **changes: Any) -> Fitted:
+    return fit(job(folder, name, data, model, **changes), str(folder / "work"))
+
+
+def job(folder: Path, name: str, data: Corners, model: ModelConfig = MODEL, **changes: Any) -> TrainingJob:
     from ray import cloudpickle  # here, because the session's environment must be set before ray is imported
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # type: ignore[no-untyped-call]  # workers cannot import a test
@@ -89,7 +93,7 @@ def run(folder: Path, name: str, data: Corners, model: ModelConfig = MODEL, **ch
         "checkpoint_every_images": 128,
         "max_failures": 1,
     }
-    job = TrainingJob(
+    return TrainingJob(
         name=name,
         model=model,
         class_names=CLASSES,
@@ -100,7 +104,6 @@ def run(folder: Path, name: str, data: Corners, model: ModelConfig = MODEL, **ch
         seed=4,
         provenance={"stage": name},
     )
-    return fit(job, str(folder / "work"))
 
 
 @pytest.fixture(scope="module")
@@ -139,11 +142,13 @@ def test_a_killed_worker_changes_nothing(calm: Fitted, tmp_path: Path) -> None:
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
-    timeless = [
-        [{k: v for k, v in row.items() if k != "images_per_second"} for row in f.history] for f in (calm, disturbed)
-    ]
-    assert timeless[0] == timeless[1]
+    assert timeless(calm) == timeless(disturbed)
     assert not list((tmp_path / "work").glob("*"))
+
+
+def timeless(fitted: Fitted) -> list[dict[str, float]]:
+    """Its history without what depends on the machine."""
+    return [{name: value for name, value in row.items() if name != "images_per_second"} for row in fitted.history]
 
 
 def crashing(folder: Path, times: int) -> ModelConfig:
@@ -179,6 +184,19 @@ def test_a_crash_once_changes_nothing(ray_local: None, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_jobs_that_follow_each_other_are_as_if_each_was_alone(calm: Fitted, tmp_path: Path) -> None:
+    killed, asked = tmp_path / "killed", tmp_path / "asked"
+    several = [
+        job(tmp_path, "first", Corners(256, asked=str(asked))),
+        job(tmp_path, "second", Corners(256, kill_at=16 * 21, killed=str(killed))),
+    ]
+    first, second = fit_all("both", several, str(tmp_path / "work"))
+    assert killed.exists()
+    assert timeless(first) == timeless(second) == timeless(calm)
+    assert [path.name for path in tmp_path.glob("asked-0-*")] == ["asked-0-0"]  # it did not begin again
+    assert [Path(one.uri).name for one in (first, second)] == ["first", "second"]
+
+
 def test_a_killed_worker_is_told_from_a_crash(ray_local: None, tmp_path: Path) -> None:
     killed = Corners(256, kill_at=16 * 21, killed=str(tmp_path / "killed"))
     with pytest.raises(StageError) as caught:

@@ -125,6 +125,12 @@ def test_a_run_without_a_baseline(run_dir: str, folders: Path) -> None:
     assert "The recipe has no baseline" in page
 
 
+def test_p_is_every_class_where_there_are_few(run_dir: str, folders: Path) -> None:
+    usual = execute(validate(tiny.recipe(str(folders), score={"batch_size": 32})), run_dir, until="selection")
+    assert fresh(usual) == ["scores", "selection"]
+    assert usual["selection"].outputs.candidates == 3 * tiny.UNLABELED
+
+
 def test_seeds_vary_one_thing(run_dir: str, folders: Path) -> None:
     other = validate(tiny.recipe(str(folders), seeds={"student": 7}))
     changed = [one.name for one in plan(other, RunStore(run_dir)).planned if one.made.record is None]

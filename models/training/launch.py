@@ -46,22 +46,42 @@ def fit(job: TrainingJob, work: str, on_report: Any = None) -> Fitted:
         StageError: the loss is not finite, or the workers failed twice at the same step, or more than
             `training.max_failures` times.
     """
+    return fit_all(job.name, [job], work, on_report)[0]
+
+
+def fit_all(name: str, jobs: Sequence[TrainingJob], work: str, on_report: Any = None) -> list[Fitted]:
+    """The same for several jobs, one after another on one group of workers, whose start takes longer than a short training.
+
+    Args:
+        name: of all of them, for checkpoints and messages; a file name.
+        jobs: at least one; they agree in the workers that they need.
+        work: as in `fit`.
+        on_report: as in `fit`.
+
+    Raises:
+        ModelError, StageError: as in `fit`, of the first job that fails.
+    """
     work = storage.absolute(work)
+    jobs = [_located(job) for job in jobs]
+    for variable, value in RAY_TRAIN_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    returned = _restarted(name, jobs, work, on_report)
+    if error := returned.get("error"):
+        raise error
+    storage.delete_tree(storage.join(work, name))
+    histories: list[list[Row]] = returned["histories"]
+    return [Fitted(job.out, history[-1], history) for job, history in zip(jobs, histories, strict=True)]
+
+
+def _located(job: TrainingJob) -> TrainingJob:
+    """The same job with absolute locations; the model that it begins with is there."""
     initial = job.initial and storage.absolute(job.initial)
     if initial is not None:
         read_card(initial)
-    job = replace(job, out=storage.absolute(job.out), initial=initial)
-    for variable, value in RAY_TRAIN_ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
-    returned = _restarted(job, work, on_report)
-    if error := returned.get("error"):
-        raise error
-    storage.delete_tree(storage.join(work, job.name))
-    history: list[Row] = returned["history"]
-    return Fitted(job.out, history[-1], history)
+    return replace(job, out=storage.absolute(job.out), initial=initial)
 
 
-def _restarted(job: TrainingJob, work: str, on_report: Any) -> dict[str, Any]:
+def _restarted(name: str, jobs: Sequence[TrainingJob], work: str, on_report: Any) -> dict[str, Any]:
     """What the worker of rank 0 returned, after as many restarts as it took.
 
     Ray Train would restart the workers itself, but cannot say where they died, nor stop when they die at the same step again. It still
@@ -72,18 +92,19 @@ def _restarted(job: TrainingJob, work: str, on_report: Any) -> dict[str, Any]:
     from models.training.traces import Failure, collect, failure_of
 
     failures: list[Failure] = []
+    most = jobs[0].training.max_failures
     while True:
-        key = f"{job.name}-{uuid.uuid4().hex}"
+        key = f"{name}-{uuid.uuid4().hex}"
         try:
-            return _run_workers(job, work, key, on_report)
+            return _run_workers(name, jobs, work, key, on_report)
         except WorkerGroupError as error:
             failures.append(failure_of(error.worker_failures, collect(key)))
             again = len(failures) > 1 and failures[-1].repeats(failures[-2])
-            if again or len(failures) > job.training.max_failures:
-                raise _reported(job, failures, storage.join(work, job.name), error) from error
+            if again or len(failures) > most:
+                raise _reported(name, failures, most, storage.join(work, name), error) from error
 
 
-def _reported(job: TrainingJob, failures: "Sequence[Failure]", folder: str, error: Exception) -> TophatError:
+def _reported(name: str, failures: "Sequence[Failure]", most: int, folder: str, error: Exception) -> TophatError:
     """The worker's own error if it is one of ours, else one line about it; the rest goes into a file in `folder`."""
     from models.training.traces import described
 
@@ -93,27 +114,27 @@ def _reported(job: TrainingJob, failures: "Sequence[Failure]", folder: str, erro
     log = storage.join(folder, f"worker-{last.rank}.txt")
     stack = last.trace.stack if last.trace else ""
     storage.publish(log, f"{stack}\n{error}\n".encode())
-    return StageError(f"training {job.name}: {described(failures, job.training.max_failures, log)}")
+    return StageError(f"training {name}: {described(failures, most, log)}")
 
 
-def _run_workers(job: TrainingJob, work: str, key: str, on_report: Any) -> dict[str, Any]:
+def _run_workers(name: str, jobs: Sequence[TrainingJob], work: str, key: str, on_report: Any) -> dict[str, Any]:
     """What the worker of rank 0 returned."""
     from ray.train import CheckpointConfig, ControllerError, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    training = job.training
+    training = jobs[0].training
     filesystem, path = storage.ray_filesystem(work)
     resources: dict[str, float] = {"CPU": training.cpus_per_worker}
     if training.gpus_per_worker:
         resources["GPU"] = training.gpus_per_worker
-    work_of_each: Any = partial(_worker, job, key, on_report is not None)
+    work_of_each: Any = partial(_worker, jobs, key, on_report is not None)
     trainer = TorchTrainer(
         work_of_each,
         scaling_config=ScalingConfig(
             num_workers=training.workers, use_gpu=training.gpus_per_worker > 0, resources_per_worker=resources
         ),
         run_config=RunConfig(
-            name=job.name,
+            name=name,
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=0),
@@ -126,7 +147,7 @@ def _run_workers(job: TrainingJob, work: str, key: str, on_report: Any) -> dict[
         returned: dict[str, Any] = result.return_value
     except ControllerError as error:  # not a worker but Ray Train itself
         why = getattr(error.controller_failure, "cause", error.controller_failure)
-        raise StageError(one_line(f"training {job.name} could not be run: {type(why).__name__}: {why}")) from error
+        raise StageError(one_line(f"training {name} could not be run: {type(why).__name__}: {why}")) from error
     return returned
 
 
@@ -144,8 +165,8 @@ def _beside_main_thread(work: Callable[[], T]) -> T:
     return found.result()
 
 
-def _worker(job: TrainingJob, key: str, reports: bool) -> dict[str, Any]:
+def _worker(jobs: Sequence[TrainingJob], key: str, reports: bool) -> dict[str, Any]:
     """Runs in every worker."""
     from models.training.loop import train
 
-    return train(job, key, reports)
+    return train(jobs, key, reports)

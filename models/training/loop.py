@@ -4,6 +4,7 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -38,23 +39,58 @@ CHECKPOINT_RATIO = 20.0
 
 PROGRESS_SECONDS = 0.5
 
+COUNTERS = "counters.json"
+"""In a checkpoint: how far it goes. Of a job that is under way, the weights and the momentum lie beside it."""
 
-def train(job: TrainingJob, key: str, reports: bool) -> dict[str, Any]:
-    """Trains as rank `ray.train.get_context()` says; rank 0 publishes the model.
+
+def train(jobs: Sequence[TrainingJob], key: str, reports: bool) -> dict[str, Any]:
+    """Trains one model after another, as rank `ray.train.get_context()` says; rank 0 publishes each.
 
     Args:
-        job: what to train.
+        jobs: what to train; at least one.
         key: of the workers' traces; see `models.training.traces`.
         reports: report each validation to Ray Train, where somebody listens.
 
     Returns:
-        `history`, or `error`: one that every worker meets alike, which a restart would not mend.
+        `histories`, of each job one, or `error`: one that every worker meets alike, which a restart would not mend.
     """
     try:
         with traced(key, ray.train.get_context().get_world_rank()) as tracer:
-            return {"history": _Trainer(job, reports).run(tracer)}
+            return {"histories": _train_all(jobs, reports, tracer)}
     except (ModelError, StageError) as error:
         return {"error": error}
+
+
+def _train_all(jobs: Sequence[TrainingJob], reports: bool, tracer: Tracer) -> list[list[Row]]:
+    """The histories; a job that was finished before the workers were restarted is not repeated."""
+    finished: list[list[Row]] = _counters().get("finished", [])
+    for job in jobs[len(finished) :]:
+        before = sum(each.training.steps(each.data.images) for each in jobs[: len(finished)])
+        finished = [*finished, _Trainer(job, reports, finished).run(tracer, before)]
+        if len(finished) < len(jobs):
+            _keep_finished(finished)
+    return finished
+
+
+def _counters() -> dict[str, Any]:
+    """What the last checkpoint of an interrupted run counts; nothing where there is none."""
+    found = ray.train.get_checkpoint()
+    if found is None:
+        return {}
+    with found.as_directory() as folder:
+        counters: dict[str, Any] = json.loads(Path(folder, COUNTERS).read_text())
+    return counters
+
+
+def _keep_finished(finished: list[list[Row]]) -> None:
+    """Checkpoints that some jobs are done, and the next has not begun; waits for all workers."""
+    metrics: dict[str, Any] = dict(finished[-1][-1])
+    if ray.train.get_context().get_world_rank() != 0:
+        ray.train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory(prefix="tophat-") as folder:
+        Path(folder, COUNTERS).write_text(json.dumps({"finished": finished}))
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
 def check_finite(name: str, loss: float, images_seen: int, training: Training) -> None:
@@ -86,11 +122,12 @@ def network_input(images: Tensor, transform: Transform, device: torch.device, la
 
 
 class _Trainer:
-    """The state of one worker."""
+    """The state of one worker in one job, after those whose histories are `finished`."""
 
-    def __init__(self, job: TrainingJob, reports: bool) -> None:
+    def __init__(self, job: TrainingJob, reports: bool, finished: list[list[Row]]) -> None:
         context = ray.train.get_context()
         self.job = job
+        self.finished = finished
         self.reports = reports
         self.training = job.training
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
@@ -116,8 +153,8 @@ class _Trainer:
         self.next_checkpoint = time.monotonic() + CHECKPOINT_SECONDS
         self._restore()
 
-    def run(self, tracer: Tracer) -> list[Row]:
-        """The steps that are left."""
+    def run(self, tracer: Tracer, before: int) -> list[Row]:
+        """The steps that are left; `before` is how many the finished jobs had."""
         job, training = self.job, self.training
         steps = training.steps(job.data.images)
         batches = job.data.training_batches(
@@ -134,7 +171,7 @@ class _Trainer:
         self.model.train(self.trained is self.model)
         self.trained.train()
         while self.step < steps:
-            tracer.at(self.step + 1)
+            tracer.at(before + self.step + 1)
             images, labels = next(batches)
             self._learn(network, images, labels, steps, meter)
             self.step += 1
@@ -272,19 +309,23 @@ class _Trainer:
         }
         save_file(checkpoint.state_of(self.model), folder / "weights.safetensors")
         save_file(momentum, folder / "momentum.safetensors")
-        counters = {"step": self.step, "scaler": self.scaler.state_dict(), "history": self.history}
-        (folder / "counters.json").write_text(json.dumps(counters))
+        counters = {
+            "finished": self.finished,
+            "step": self.step,
+            "scaler": self.scaler.state_dict(),
+            "history": self.history,
+        }
+        (folder / COUNTERS).write_text(json.dumps(counters))
 
     def _restore(self) -> None:
-        """Continues from the last checkpoint of an interrupted run, if there is one."""
-        found = ray.train.get_checkpoint()
-        if found is None:
+        """Continues from the last checkpoint of an interrupted run, if there is one of this job."""
+        found, counters = ray.train.get_checkpoint(), _counters()
+        if found is None or "step" not in counters or len(counters.get("finished", [])) != len(self.finished):
             return
         with found.as_directory() as name:
             folder = Path(name)
             self.model.load_state_dict(load_file(folder / "weights.safetensors"))
             momentum = load_file(folder / "momentum.safetensors")
-            counters = json.loads((folder / "counters.json").read_text())
         for parameter_name, parameter in self.model.named_parameters():
             if parameter_name in momentum:
                 buffer = torch.empty_like(parameter).copy_(momentum[parameter_name])

@@ -153,5 +153,5 @@ def score(
     out.print(pairs(f"Score table {scored.uri}", counts))
     print_passed_over(out, {"--source": images})
     out.print(f"images: {scored.listed:,} listed = {scored.scored:,} scored + {scored.rejected:,} rejected")
-    for line in rejects_lines(scored):
+    for line in rejects_lines(scored, rejects):
         out.print(line, markup=False)

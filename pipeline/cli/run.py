@@ -53,6 +53,7 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
     from cluster.resources import check, cluster_shape
     from cluster.session import Session
     from cluster.store import RunStore
+    from pipeline.advice import advise
     from pipeline.cli import tables
     from pipeline.content import write_run_report
     from pipeline.context import Reached, Run, rounds_of
@@ -90,6 +91,8 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
         )
     tables.print_stages(out, stages)
     tables.print_closing(out, everything)
+    for one in advise(everything):
+        out.print(f"next: {one}", markup=False, highlight=False)
     tables.print_passed_over(out, sources.listed())
     for name in (*(f"{prefix}gallery" for prefix in rounds_of(everything)), "report"):
         if name in this.stages():

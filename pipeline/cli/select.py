@@ -23,7 +23,9 @@ from pipeline.cli.app import (
 
 @app.command()
 def select(
-    scores: Annotated[str, typer.Option("--scores", metavar="URI", help="A score table: a folder of Parquet files.")],
+    scores: Annotated[
+        str, typer.Option("--scores", metavar="URI", help="The --out of tophat score, or any folder of score files.")
+    ],
     to: Annotated[
         str, typer.Option("--out", metavar="URI", help="Folder of the selection (of several, their folders).")
     ],
@@ -44,25 +46,33 @@ def select(
         bool, typer.Option("--tags", help="The table has tags and no scores: select at random among them.")
     ] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Of --tags and --zipf-exponent.")] = 0,
+    gallery: Annotated[
+        str | None,
+        typer.Option("--gallery", metavar="URI", help="Folder for pages that show each class at chosen ranks."),
+    ] = None,
     memory_mib: Annotated[int, typer.Option("--memory-mib", min=64, help="For each scanning task.")] = 2048,
     address: Address = "local",
     verbose: Verbose = False,
 ) -> None:
     """Select the K best-scored images of each class out of any score table.
 
-    Several K or P make a selection of each pair, in one pass over the scores, in folders named by them, P10-K16000.
+    Several K or P make a selection of each pair, in one pass over the scores, in folders named by them, P10-K16000. Where the images are files
+    of their own, _files.csv beside a selection names them.
     """
     from cluster import storage
     from cluster.progress import Display
     from cluster.store import Outside
     from pipeline.cli import tables
     from pipeline.recipe.reading import select_settings
+    from pipeline.report import preview
+    from pipeline.scoring import beside
+    from pipeline.selection import record as selection_record
     from pipeline.selection import select as selection
 
     ps: list[int | None] = list(classes_per_image) if classes_per_image else [None]
     pairs = [(p, k) for p in dict.fromkeys(ps) for k in dict.fromkeys(images_per_class)]
-    for p, k in pairs:
-        settings = select_settings(
+    each = [
+        select_settings(
             images_per_class=k,
             classes_per_image=p,
             zipf_exponent=zipf_exponent,
@@ -71,14 +81,27 @@ def select(
             tags=scores if tags else None,
             memory_mib=memory_mib,
         )
-    wanted = [selection.Wanted(to if len(pairs) == 1 else storage.join(to, f"P{p or ''}-K{k}"), k, p) for p, k in pairs]
-    given = [("--scores", storage.absolute(scores)), *(("--exclude", uri) for uri in settings.exclude)]
+        for p, k in pairs
+    ]
+    settings = each[0]
+    places = ["" if len(pairs) == 1 else f"P{p or ''}-K{k}" for p, k in pairs]
+    wanted = [selection.Wanted(storage.join(to, at), k, p) for at, (p, k) in zip(places, pairs, strict=True)]
+    with in_options("--scores"):
+        found = beside.find(scores)
+        record, source = found.record(), found.listing()
+    if gallery is not None:
+        if source is None:
+            rule = "cannot be made: no listing of the images lies beside these scores"
+            raise InputError("--gallery", gallery, rule, "score with `tophat score`, or leave it out")
+        source.check_outside("--gallery", gallery)
+        preview.check_gallery("--gallery", storage.absolute(gallery))
+    given = [("--scores", found.table), *(("--exclude", uri) for uri in settings.exclude)]
     with in_options("--scores", "classes_per_image"), ray_session(address, verbose) as session:
         read = [Outside.at(name, uri, partial(selection.listing, name, uri)) for name, uri in given]
         session.start()
         with Display(out).task("selection", None) as progress:
             selected = selection.select_several(
-                storage.absolute(scores),
+                found.table,
                 wanted,
                 zipf_exponent=zipf_exponent,
                 min_score=min_score,
@@ -88,16 +111,31 @@ def select(
                 memory_mib=memory_mib,
                 progress=progress,
             )
-    for each in read:
-        if (uri := each.changed()) is not None:
-            rule = "has changed while images were selected: run the same command again"
-            raise StageError(f"{each.name} = {shown(uri)}: {rule}")
+        for outside in read:
+            if (uri := outside.changed()) is not None:
+                rule = "has changed while images were selected: run the same command again"
+                raise StageError(f"{outside.name} = {shown(uri)}: {rule}")
+        names = record.classes if record is not None and len(record.classes) == selected[0].num_classes else None
+        files = [
+            selection_record.publish(one, how.deciding(), names, source)
+            for one, how in zip(selected, each, strict=True)
+        ]
+        galleries = [] if gallery is None else [storage.join(storage.absolute(gallery), at) for at in places]
+        for one, folder in zip(selected, galleries, strict=False):
+            assert source is not None
+            with Display(out).task("gallery", None) as progress:
+                title = f"{scores}, K = {one.images_per_class}"
+                preview.show_selection(folder, one, source, names, title=title, progress=progress)
     if len(selected) == 1:
-        tables.print_selection(out, selected[0])
+        tables.print_selection(out, selected[0], names)
     else:
-        tables.print_selections(out, selected)
-    for one in selected:
+        tables.print_selections(out, selected, names)
+    for one, listed_files in zip(selected, files, strict=True):
         out.print(f"selection: {one.uri}", markup=False)
+        if listed_files is not None and source is not None:
+            out.print(f"files: {listed_files} (below {shown(source.reader.root)})", markup=False)
+    for folder in galleries:
+        out.print(f"gallery: {storage.join(folder, 'index.html')}", markup=False)
 
 
 @app.command()

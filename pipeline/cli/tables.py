@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from models.inputs.formats import NEEDS_PLUGIN
+from pipeline.choosing import ChosenK
 from pipeline.context import Stages, begun, rounds_of, teacher_of
 from pipeline.data.rejects import counted, some_rejects
 from pipeline.data.sources import ImageSource
@@ -19,7 +20,7 @@ from pipeline.scoring.forecast import Forecast
 from pipeline.scoring.score import Scored
 from pipeline.selection.select import Selected
 from pipeline.selection.tags import Matched
-from pipeline.stages import Surveyed
+from pipeline.stages import Surveyed, rejects_of
 
 EXAMPLES = 20
 FEW = 3
@@ -38,6 +39,9 @@ def print_closing(console: Console, stages: Stages) -> None:
     """The closing tables: accuracies as in Table 2, a row for each round; then what became of every image."""
     if "evaluation" in stages:
         print_accuracies(console, stages)
+    for name, made in stages.items():
+        if made.key.stage == "chosen-k":
+            print_choice(console, made.outputs, name.rpartition("/")[0])
     tagged = {made.fingerprint: made for name, made in stages.items() if made.key.stage in ("weak-tags", "tags")}
     for made in tagged.values():
         print_tags(console, made.outputs, stages["labeled-train"].outputs.class_names)
@@ -75,6 +79,24 @@ def _accuracy(measured: Measured | None) -> str:
     if measured is None:
         return text.DASH
     return f"{text.percent(measured.top1)} ({text.interval(measured.interval)}) / {text.percent(measured.top5)}"
+
+
+def print_choice(console: Console, chosen: ChosenK, prefix: str = "") -> None:
+    """The values of K that were tried, and what each came to."""
+    values = chosen.by_value()
+    if not values:
+        console.print(f"K: {chosen.images_per_class:,}, as there was no other value to try", highlight=False)
+        return
+    lengths = [f"{max(one.images_seen for one in rung):,} seen" for rung in chosen.rungs]
+    where = f"{prefix.replace('-', ' ')}, " if prefix else ""
+    title = f"K: {where}top-1 on {text.thousands(chosen.judged)} images of D after short pre-trainings"
+    made = table(title, "K", "|D-hat|", *lengths, "")
+    for one, entered in values:
+        cells = ["" if found is None else f"{text.percent(found.top1)} ± {100 * found.error:.1f}" for found in entered]
+        k = one.images_per_class
+        said = "taken" if k == chosen.images_per_class else "within a standard error" if k in chosen.close else ""
+        made.add_row(f"{k:,}", f"{one.dhat:,}", *cells, said)
+    console.print(made)
 
 
 def _network(outputs: Trained) -> str:
@@ -128,18 +150,18 @@ def conservation_lines(stages: Stages) -> list[str]:
             lines.append(
                 f"{said}images: {scores.listed:,} listed = {scores.scored:,} scored + {scores.rejected:,} rejected"
             )
-            lines += rejects_lines(scores)
+            lines += rejects_lines(scores, rejects_of(stages[f"{prefix}scores"]))
         if f"{prefix}selection" in stages:
             lines += [said + line for line in selection_lines(stages[f"{prefix}selection"].outputs)]
     return lines
 
 
-def rejects_lines(scores: Scored) -> list[str]:
-    """Why images have no scores, and the names of some of them."""
+def rejects_lines(scores: Scored, uri: str) -> list[str]:
+    """Why images have no scores, and the names of some of them; `uri`: of the rejects."""
     lines = []
     if scores.rejects:
-        lines.append(f"  rejects: {counted(scores.rejects)}; which ones and why: {scores.rejects_uri}")
-        some = some_rejects(scores.rejects_uri, FEW)
+        lines.append(f"  rejects: {counted(scores.rejects)}; which ones and why: {uri}")
+        some = some_rejects(uri, FEW)
         lines += [text.short(f"    {one.where}: {one.reason}", 150) for one in some]
         if sum(scores.rejects.values()) > len(some):
             lines.append("    ...")
@@ -186,8 +208,10 @@ def print_stages(console: Console, stages: Stages) -> None:
     console.print(made)
 
 
-def print_selections(console: Console, selections: Sequence[Selected]) -> None:
-    """Table 9's columns, a row for each selection."""
+def print_selections(
+    console: Console, selections: Sequence[Selected], class_names: Sequence[str] | None = None
+) -> None:
+    """Table 9's columns, a row for each selection; of several, also the lowest scores of few classes."""
     columns = ("P", "K", "|U|", "|D-hat|", "classes short of K", "lowest score: least", "median", "greatest")
     made = table("Selection", *columns)
     for selection in selections:
@@ -202,26 +226,37 @@ def print_selections(console: Console, selections: Sequence[Selected]) -> None:
         )
         made.add_row(*("–" if number is None else f"{number:,}" for number in numbers), *spread)
     console.print(made)
+    classes = selections[0].num_classes
+    if len(selections) > 1 and classes <= EXAMPLES:
+        heads = [
+            f"K = {one.images_per_class:,}" + (f", P = {one.classes_per_image}" if one.classes_per_image else "")
+            for one in selections
+        ]
+        lows = table("Lowest score of each class", "class", *heads)
+        for number in range(classes):
+            cells = [text.score(one.lowest_scores[number]) for one in selections]
+            lows.add_row(_class_name(number, class_names), *cells)
+        console.print(lows)
 
 
-def print_selection(console: Console, selection: Selected, class_names: tuple[str, ...] | None = None) -> None:
-    """Table 9's columns for one selection, and the classes that are short of K."""
+def _class_name(number: int, class_names: Sequence[str] | None) -> str:
+    return str(number) if class_names is None else escape(text.short(class_names[number]))
+
+
+def print_selection(console: Console, selection: Selected, class_names: Sequence[str] | None = None) -> None:
+    """Table 9's columns for one selection, and its classes: all of few, else those that are short of K."""
     print_selections(console, [selection])
     counts = list(zip(selection.counts, selection.lowest_scores, strict=True))
-    short = [n for n, (count, _) in enumerate(counts) if count < selection.quotas[n]]
-    if short:
-        made = table(
-            f"Classes short of K (first {EXAMPLES} of {len(short):,})"
-            if len(short) > EXAMPLES
-            else "Classes short of K",
-            "class",
-            "images",
-            "lowest score",
-        )
-        for number in short[:EXAMPLES]:
+    shown, title = list(range(len(counts))), "Classes"
+    if len(counts) > EXAMPLES:
+        shown = [n for n, (count, _) in enumerate(counts) if count < selection.quotas[n]]
+        title = "Classes short of K" + (f" (first {EXAMPLES} of {len(shown):,})" if len(shown) > EXAMPLES else "")
+    if shown:
+        made = table(title, "class", "images", "lowest score")
+        for number in shown[:EXAMPLES]:
             count, low = counts[number]
-            name = escape(text.plain(class_names[number])) if class_names else str(number)
-            made.add_row(name, f"{count:,}", "–" if low is None else f"{low:.4f}")
+            short = f" of {selection.quotas[number]:,}" if count < selection.quotas[number] else ""
+            made.add_row(_class_name(number, class_names), f"{count:,}{short}", text.score(low))
         console.print(made)
     for line in selection_lines(selection):
         console.print(line, highlight=False)

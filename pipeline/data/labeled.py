@@ -220,9 +220,31 @@ def hold_out(
     return tuple(np.split(np.where(held, REJECTED, flat), cuts)), tuple(np.split(np.where(held, flat, REJECTED), cuts))
 
 
-def training_set(source: ImageSource, labels: Sequence[Integers], names: Sequence[str]) -> TrainingSet:
-    """The usable images of a source."""
-    rows = [np.flatnonzero(shard != REJECTED) for shard in labels]
+def times(labels: Sequence[Integers], classes: int) -> list[Integers]:
+    """How often each image counts where all classes are to count alike: as often as makes its class as large as the largest.
+
+    Returns:
+        Per shard, int64 [rows]; where that is no whole number, the first images of a class count once more. 0 of what is rejected.
+    """
+    flat = np.concatenate(labels)
+    often = np.zeros(len(flat), np.int64)
+    counts = count_labels(labels, classes)
+    for number in np.flatnonzero(counts):
+        members = np.flatnonzero(flat == number)
+        whole, more = divmod(int(counts.max()), len(members))
+        often[members] = whole
+        often[members[:more]] += 1
+    return np.split(often, np.cumsum([len(shard) for shard in labels])[:-1])
+
+
+def training_set(
+    source: ImageSource, labels: Sequence[Integers], names: Sequence[str], *, balance: bool = False
+) -> TrainingSet:
+    """The usable images of a source; with `balance`, each as often as `times` says."""
+    if balance:
+        rows = [np.repeat(np.arange(len(shard)), shard) for shard in times(labels, len(names))]
+    else:
+        rows = [np.flatnonzero(shard != REJECTED) for shard in labels]
     used = [number for number, indices in enumerate(rows) if len(indices)]
     shards = source.shards()
     ids = class_ids(names, source.reader)

@@ -105,7 +105,7 @@ class TrainingSet:
     Attributes:
         reader: of the source.
         shards: those that hold usable images.
-        rows: per shard, int64 [n], ascending indices of its usable images; an index may repeat where `labels` are given.
+        rows: per shard, int64 [n], ascending indices of its usable images; one that repeats counts as often.
         class_ids: the network's output for each label, of the source or of `labels`.
         labels: per shard, int64 [n], the label of each of `rows`, in place of the source's own; None where those are used.
     """
@@ -263,18 +263,24 @@ class TrainingSet:
         return ahead(batches(), AHEAD_BATCHES) if torch.cuda.is_available() else batches()
 
 
-def dhat_training_set(uri: str, classes: int) -> TrainingSet:
+def dhat_training_set(uri: str, classes: int, quotas: Sequence[int] | None = None) -> TrainingSet:
     """D-hat as training data: every image of its shards, labeled by class number (section 3.2).
 
     Args:
         uri: the folder of D-hat's Parquet shards.
         classes: how many there are.
+        quotas: only so many of each class, the best-ranked ones [classes]: the D-hat of a smaller K.
     """
     import pyarrow.parquet as pq
 
+    most = None if quotas is None else np.array(quotas, np.int64)
+
     def rows(entry: storage.FileEntry) -> Integers:
         with storage.open_input(storage.join(uri, entry.path)) as file:
-            return np.arange(pq.read_metadata(file).num_rows)
+            if most is None:
+                return np.arange(pq.read_metadata(file).num_rows)
+            table = pq.read_table(file, columns=["label", "rank"])
+            return np.flatnonzero(table["rank"].to_numpy() < most[table["label"].to_numpy()])
 
     files = storage.list_files(uri, ".parquet")
     with ThreadPoolExecutor(max_workers=16) as pool:

@@ -8,7 +8,9 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    ValidationError,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
 )
@@ -22,6 +24,9 @@ from pipeline.recipe.deduplicate import Deduplicate
 from pipeline.recipe.document import dump
 from pipeline.recipe.uris import RESNET18, SIDECAR, TEACHER, Uri
 from tuning.config import Sweep
+
+AUTO, MOST_K = "auto", 10**9
+"""Of `select.images_per_class`: K that is found by trying, and the greatest that can be given."""
 
 
 class Source(Section):
@@ -50,6 +55,8 @@ class Labeled(Section):
     """Labeled images that every result is measured on; nothing is chosen on them."""
     test_fraction: float = Field(default=0.2, gt=0.0, lt=1.0)
     """Without `test`: the share of D that is held out for it, class by class (a fixed draw from `seed`)."""
+    balance: bool = False
+    """Whether trainings on D see as many images of each class: those of smaller classes several times in an epoch, which is as long as if every class were as large as the largest."""
     classes: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = None
     """Class names in the order of the network's outputs; by default what D itself says, else sorted."""
 
@@ -273,8 +280,12 @@ class Select(Section):
 
     selection: Uri | None = None
     """A selection of U that exists, in place of a teacher, scores and the picking: the `--out` of a `tophat select`, or a run's `selection`. Its classes must be those of D, in their order. What else decides a selection is left out, or is what it was made with."""
-    images_per_class: int = Field(default=16_000, ge=1, le=10**9)
-    """K; with a class distribution, its mean: the total stays K x the number of classes."""
+    images_per_class: Annotated[int, Field(ge=1, le=MOST_K)] | Literal["auto"] = 16_000
+    """K; with a class distribution, its mean: the total stays K x the number of classes. `auto` tries a few values in short pre-trainings and takes the one whose student knows D best; together they see fewer images than two pre-trainings."""
+    tries: Annotated[tuple[Annotated[int, Field(ge=1, le=MOST_K)], ...], Field(min_length=2, max_length=20)] | None = (
+        None
+    )
+    """The values of K that `images_per_class: auto` tries; by default up to 6, from the labels of a class to where images of U are selected once on average."""
     zipf_exponent: float | None = Field(default=None, ge=0.0, le=10.0)
     """Unbalanced: classes in a seeded order get images in proportion to 1, 1/2^s, 1/3^s, and so on (section 4.4)."""
     class_weights: tuple[Annotated[float, Field(ge=0.0, le=1e12)], ...] | None = None
@@ -290,8 +301,24 @@ class Select(Section):
     memory_mib: Annotated[int, FREE, Unit("in MiB")] = Field(default=2048, ge=64, le=1_000_000)
     """What each scanning task may hold; with more classes x K, the scores are read once for each range of classes that fits."""
 
+    @field_validator("images_per_class", mode="wrap")
+    @classmethod
+    def _number_or_auto(cls, given: object, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(given)
+        except ValidationError:  # which would tell a mistake for each of the two
+            raise ValueError(f"must be a whole number from 1 to {MOST_K:,}, or {AUTO}") from None
+
     @model_validator(mode="after")
     def _one_way(self) -> Self:
+        if self.tries is not None and self.images_per_class != AUTO:
+            raise ValueError(
+                f"tries is for images_per_class = {AUTO}, and K is {self.images_per_class}: leave one of them out"
+            )
+        if self.tries is not None and len(set(self.tries)) < 2:
+            raise ValueError(f"tries has the one value {self.tries[0]}: set images_per_class to it, or add others")
+        if self.images_per_class == AUTO and self.tags is not None:
+            raise ValueError(f"images_per_class = {AUTO} follows scores, which tags have not: give K a number")
         if self.zipf_exponent is not None and self.class_weights is not None:
             raise ValueError("zipf_exponent and class_weights exclude each other: both say how large each class is")
         if self.class_weights is not None and not any(self.class_weights):

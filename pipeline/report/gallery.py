@@ -147,7 +147,7 @@ def write_gallery(
         StorageError: a location that refuses.
     """
     site = _Site(out_uri, dhat_uri, title, tuple(classes), first_ranks, strided_ranks, frozenset(rows_of))
-    wanted = site.places()
+    wanted = places_of(site.classes, first_ranks, strided_ranks)
     found, gathered = 0, []
     files = [(file.path,) for file in storage.list_files(dhat_uri, ".parquet")]
     for made, shares in scatter(partial(_gather, site, wanted), files, values=site.groups):
@@ -187,7 +187,7 @@ def _gather(site: "_Site", wanted: NDArray[np.int64], file: str) -> tuple[Any, .
     with storage.open_input(uri) as source, pq.ParquetFile(source) as parquet:
         for group in range(parquet.num_row_groups):
             places = parquet.read_row_group(group, columns=["label", "rank"])
-            hits = np.flatnonzero(np.isin(_place(places["label"].to_numpy(), places["rank"].to_numpy()), wanted))
+            hits = np.flatnonzero(np.isin(place(places["label"].to_numpy(), places["rank"].to_numpy()), wanted))
             if not len(hits):
                 continue
             for row in parquet.read_row_group(group).take(hits).to_pylist():
@@ -198,7 +198,8 @@ def _gather(site: "_Site", wanted: NDArray[np.int64], file: str) -> tuple[Any, .
     return sum(map(len, shares)), *shares
 
 
-def _place(class_id: NDArray[np.int32], rank: NDArray[np.int32]) -> NDArray[np.int64]:
+def place(class_id: NDArray[np.int32], rank: NDArray[np.int32]) -> NDArray[np.int64]:
+    """int64: class << 32 | rank."""
     return class_id.astype(np.int64) << 32 | rank
 
 
@@ -256,11 +257,12 @@ class _Site:
     def group_of(self, class_id: int) -> int:
         return class_id // PER_PAGE % self.groups
 
-    def places(self) -> NDArray[np.int64]:
-        """int64: class << 32 | rank of every image that is shown."""
-        ranks = [figure_ranks(one.count, self.first_ranks, self.strided_ranks) for one in self.classes]
-        ids = np.repeat(np.arange(len(ranks), dtype=np.int32), [len(each) for each in ranks])
-        return _place(ids, np.fromiter(chain.from_iterable(ranks), np.int32, len(ids)))
+
+def places_of(classes: Sequence[ClassCount], first: int, strided: int) -> NDArray[np.int64]:
+    """The `place` of every image that a gallery shows; see `figure_ranks`."""
+    ranks = [figure_ranks(one.count, first, strided) for one in classes]
+    ids = np.repeat(np.arange(len(ranks), dtype=np.int32), [len(each) for each in ranks])
+    return place(ids, np.fromiter(chain.from_iterable(ranks), np.int32, len(ids)))
 
 
 def page_name(page: int) -> str:

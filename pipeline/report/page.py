@@ -81,6 +81,33 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class TriedK:
+    """One value of K that was tried before one was taken."""
+
+    images_per_class: int
+    dhat: int
+    """Images of its D-hat."""
+    top1: Sequence[float | None]
+    """At the end of each rung, as fractions; None where it did not enter it."""
+    error: Sequence[float | None]
+    """Standard errors of these."""
+    close: bool = False
+    """Whether it is within a standard error of the best of the last rung."""
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How K was chosen."""
+
+    values: Sequence[TriedK]
+    judged: int
+    """Labeled images that the trials were judged on."""
+    images: int
+    """Seen in all trials."""
+
+
+@dataclass(frozen=True)
 class Tags:
     """How many images have a class by their tags, and how many each class got."""
 
@@ -107,6 +134,22 @@ class StageRow:
 
 
 @dataclass(frozen=True)
+class Advice:
+    """A fact, and what to do about it.
+
+    Attributes:
+        fact: what was measured.
+        do: what would help.
+    """
+
+    fact: str
+    do: str
+
+    def __str__(self) -> str:
+        return f"{self.fact}: {self.do}"
+
+
+@dataclass(frozen=True)
 class ReportContent:
     """Everything that the report shows. Sections without data are left out of the page."""
 
@@ -116,6 +159,8 @@ class ReportContent:
     """The resolved recipe."""
     created: str = ""
     """When the report was written, as text."""
+    advice: Sequence[Advice] = ()
+    """What to do next, the most important first."""
     teacher: ModelFacts | None = None
     student: ModelFacts | None = None
     teacher_accuracy: Accuracy | None = None
@@ -140,6 +185,8 @@ class ReportContent:
     reject_examples: Sequence[Reject] = ()
     images_per_class: int | None = None
     """K."""
+    choice: Choice | None = None
+    """How K was chosen, where the recipe left it open."""
     classes: Sequence[ClassCount] = ()
     """All classes, by class_id."""
     rows: Sequence[ClassRow] = ()

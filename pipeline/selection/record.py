@@ -25,7 +25,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
-FILES = "files.csv"
+FILES = "_files.csv"
+"""Readers of folders of Parquet files pass over names with an underscore."""
 
 
 @dataclass(frozen=True)

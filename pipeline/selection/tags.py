@@ -199,15 +199,14 @@ def match_tags(
     list<int32> (ascending, distinct), in the order of shard and index; an image without a class has no row. The bytes do not depend on the
     number of workers. The folder is what `select.tags` and `weak_training_set` read; one that was there before is replaced.
 
-    Every image that has a class is read and decoded once (a JPEG at an eighth of its size, which still reads all of its bytes), as labeled
-    sets are, so that none ends a training hours in. Those that cannot be decoded have no row; they are counted, and listed among the rejects.
+    Every image that has a class is read and decoded once, as labeled sets are, so that none ends a training hours in. Those that cannot be
+    decoded have no row.
 
     Args:
         field: the recipe's field or the option that names the tags, for messages.
         source: the images.
         class_names: by class id; see `Matcher`.
-        out_uri: a folder.
-        rejects_uri: a folder of their own for the rejects, which is emptied first.
+        out_uri, rejects_uri: folders; that of the rejects is emptied first.
         tags_uri: a Parquet file, or a folder of them, with the columns shard string, index uint32 and `tags` (list<string>, each text a tag;
             or string, split by `split_tags`); or, in place of `tags`, `class_ids` list<int32>, which need no matching. Rows of one image are
             united. None: the tags are in the source itself (see `Reader.tags`).
