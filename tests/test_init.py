@@ -196,7 +196,7 @@ def test_a_plan_is_shortened_until_it_is_in_time() -> None:
     assert shorter.size == plan.size
     assert shorter.lengths.value.pretrain < plan.lengths.value.pretrain
     assert len(shorter.notes) == 1
-    smaller = budget.in_time(plan, COSTS, found, 0.35 * whole)
+    smaller = budget.in_time(plan, COSTS, found, 0.45 * whole)
     assert smaller.size.value < plan.size.value
     assert "smaller" in smaller.notes[0]
     impossible = budget.in_time(plan, COSTS, found, 0.1)
@@ -212,6 +212,9 @@ def test_time_follows_the_machine_and_the_pool() -> None:
     assert took["scores"] == pytest.approx(budget.SCORING_START + 7_000 * 0.003 / 2)
     more = findings(pool=70_000)
     assert budget.estimate(decide.decide(more), COSTS, more)["scores"] > 4 * took["scores"]
+    few = findings(pool=8)
+    assert "choice of K" in took
+    assert "choice of K" not in budget.estimate(decide.decide(few), COSTS, few)  # there is nothing to choose from
     ready = findings(teacher=Ready("models/t"))
     assert budget.estimate(decide.decide(ready), COSTS, ready)["teacher"] < took["teacher"]
 
@@ -310,6 +313,7 @@ def written(folder: Path, found: Findings, **changes: Any) -> tuple[str, Recipe]
         {"teacher": Ready("open_clip:ViT-B-32/x", library="open_clip"), "per_class": {"a": 3, "b": 3}},
         {"teacher": Ready("models/t", class_names=("a", "b")), "per_class": {"a": 3, "b": 9}},
         {"unlabeled": seen(3, elongation=9.0, shorter=2)},
+        {"per_class": {"a": 5, "b": 50}},
         {"per_class": {f"class {number}": 3 for number in range(2_000)}},
     ],
 )
@@ -319,7 +323,10 @@ def test_what_is_written_is_a_recipe(tmp_path: Path, changes: dict[str, Any]) ->
     assert len(text.splitlines()) < 40
     plan = decide.decide(found)
     recipe.check_class_count(found.classes)
-    assert recipe.select.images_per_class == plan.images_per_class.value
+    assert recipe.select.images_per_class == ("auto" if plan.tries else plan.images_per_class.value)
+    assert (
+        recipe.labeled.balance == plan.balance == ("a" in found.labeled.per_class and found.labeled.per_class["b"] > 9)
+    )
     assert recipe.labeled.validation_fraction == plan.validation_fraction.value
     assert (recipe.labeled.test is None) == (found.test is None)
     assert recipe.select.exclude == ("d.copies.parquet",)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import one_line
-from pipeline.guide.decide import FEW_LABELS, Plan, described, standard_error, trainings_of, transform_of
+from pipeline.guide.decide import FEW_LABELS, Plan, described, standard_error, trainings_of, transform_of, unequal
 from pipeline.guide.findings import Findings, Look, fewest
 from pipeline.recipe.document import dump
 
@@ -55,6 +55,7 @@ def recipe_text(plan: Plan, found: Findings, sources: Sources, minutes: float) -
         lines.append(_line(1, "test_fraction", plan.test_fraction.value, plan.test_fraction.why))
     lines += [
         _line(1, "validation_fraction", plan.validation_fraction.value, plan.validation_fraction.why),
+        *([_line(1, "balance", True, "the classes are unequal")] if plan.balance else []),
         _line(0, "unlabeled", sources.unlabeled),
         "teacher:",
     ]
@@ -78,7 +79,7 @@ def recipe_text(plan: Plan, found: Findings, sources: Sources, minutes: float) -
     lines += [
         "select:",
         _line(1, "classes_per_image", min(plan.selected_classes.value, classes), plan.selected_classes.why),
-        _line(1, "images_per_class", plan.images_per_class.value, plan.images_per_class.why),
+        _line(1, "images_per_class", "auto" if plan.tries else plan.images_per_class.value, _why_k(plan)),
     ]
     if sources.excluded is not None:
         lines.append(_line(1, "exclude", [sources.excluded], "images of U that are copies of labeled or test images"))
@@ -149,10 +150,16 @@ def decided_lines(plan: Plan, found: Findings) -> list[tuple[str, str, str]]:
         said.append(("test set", f"{plan.test_fraction.value:.0%} of D", plan.test_fraction.why))
     said.append(("validation", f"{plan.validation_fraction.value:.0%} of D", plan.validation_fraction.why))
     said.append(("P", f"{plan.selected_classes.value}", plan.selected_classes.why))
-    said.append(("K", f"{plan.images_per_class.value:,}", plan.images_per_class.why))
+    said.append(("K", "auto" if plan.tries else f"{plan.images_per_class.value:,}", _why_k(plan)))
     rates = ", ".join(f"{rate:g}" for rate in plan.rates.value)
     said.append(("rates", rates, plan.rates.why))
     return [(name, one_line(value), one_line(why)) for name, value, why in said]
+
+
+def _why_k(plan: Plan) -> str:
+    if not plan.tries:
+        return plan.images_per_class.why
+    return f"the run tries {', '.join(f'{k:,}' for k in plan.tries)}: too large a K hurts, and U alone does not tell it"
 
 
 def warnings_of(found: Findings) -> list[str]:
@@ -190,8 +197,10 @@ def warnings_of(found: Findings) -> list[str]:
             f"{len(few):,} of {found.classes:,} classes have fewer than {FEW_LABELS} labels ({names}): more of these would help most"
         )
     most, least = max(labeled.per_class.values()), min(labeled.per_class.values())
-    if most > 5 * least:
-        said.append(f"the classes are unequal: from {least:,} to {most:,} labels; the model will prefer the large ones")
+    if unequal(labeled.per_class):
+        said.append(
+            f"the classes are unequal, from {least:,} to {most:,} labels: trainings see as many images of each (balance)"
+        )
     for option, seen in (("--labeled", labeled), ("--test", found.test), ("--unlabeled", found.unlabeled)):
         if seen is not None and seen.unusable:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(seen.unusable.items()))
