@@ -118,6 +118,8 @@ class ListedFiles:
     def changed(self) -> str | None:
         """The first file that is not what it was; files that came later are none of the source."""
         source = self.listed()
+        if source.labels is not None and source.labels.changed():
+            return source.labels.uri
         root = source.reader.root
         now = {file.path: file.etag for file in list_files(root)}
         for shard in source.listing:

@@ -15,6 +15,7 @@ from pipeline.context import ListedFiles, Run, place_of, referred
 from pipeline.data import labeled as labeled_stage
 from pipeline.data import rejects as rejected
 from pipeline.data.labeled import Survey
+from pipeline.data.labels import label_file
 from pipeline.data.loading import TrainingSet, dhat_training_set
 from pipeline.data.sources import ImageSource
 from pipeline.duplicates.exclude import Excluded
@@ -153,12 +154,13 @@ def survey_labeled(this: Run, recipe: Recipe) -> LabeledData:
     def other(name: str, source: Source | None) -> LabeledSet:
         if source is None:
             return LabeledSet(train, name)
-        inputs = {"labeled.train": train.fingerprint}
+        inputs = {"labeled.train": train.fingerprint, **label_file(f"labeled.{name}", source.labels)}
         key = Key(f"labeled-{name}", {name: source}, inputs, watched=_listing(this, f"labeled.{name}"))
         return LabeledSet(this.once(key, Surveyed, lambda place: survey_other(name, place), demand=_ONE_CPU), name)
 
     sections = {"train": settings.train, "classes": settings.classes, **draw}
-    key = Key("labeled-train", sections, watched=_listing(this, "labeled.train"))
+    file = label_file("labeled.train", settings.train.labels)
+    key = Key("labeled-train", sections, file, watched=_listing(this, "labeled.train"))
     train = this.once(key, Surveyed, survey_train, demand=_ONE_CPU)
     if train.record is not None:
         recipe.check_class_count(len(train.outputs.class_names))

@@ -51,6 +51,10 @@ ImageColumn = Annotated[
     str | None,
     typer.Option("--image-column", metavar="NAME", help="Parquet: the column of images; by default what is found."),
 ]
+Labels = Annotated[
+    str | None,
+    typer.Option("--labels", metavar="FILE", help="Folders: CSV, TSV or Parquet of paths and labels, for its images."),
+]
 LabelColumn = Annotated[str, typer.Option("--label-column", metavar="NAME", help="Parquet: the column of labels.")]
 
 
@@ -65,12 +69,18 @@ def pairs(title: str, values: Mapping[str, int]) -> Any:
 
 
 def source_of(
-    option: str, uri: str, layout: str = "auto", image_column: str | None = None, label_column: str = "label"
+    option: str,
+    uri: str,
+    layout: str = "auto",
+    image_column: str | None = None,
+    label_column: str = "label",
+    labels: str | None = None,
 ) -> "Source":
     """A source, as the options of a command describe it; `option` gives its URI."""
     from pipeline.recipe.reading import source_settings
 
-    return source_settings(option, uri, layout=layout, image_column=image_column, label_column=label_column)
+    columns = {"image_column": image_column, "label_column": label_column}
+    return source_settings(option, uri, layout=layout, labels=labels, **columns)
 
 
 def listed(option: str, source: "Source", *, labeled: bool = False) -> "ImageSource":
@@ -84,7 +94,7 @@ def listed(option: str, source: "Source", *, labeled: bool = False) -> "ImageSou
     return found
 
 
-OPTIONS = ("layout", "image_column", "label_column", "model", "scores", "exclude", "out")
+OPTIONS = ("layout", "image_column", "label_column", "labels", "model", "scores", "exclude", "out")
 """Fields that have an option of their name in each command that knows them."""
 
 

@@ -10,6 +10,7 @@ from pipeline.cli.app import (
     ClassesPerImage,
     ImageColumn,
     LabelColumn,
+    Labels,
     Layout,
     Model,
     Sets,
@@ -43,6 +44,7 @@ def ingest(
     layout: Layout = "auto",
     image_column: ImageColumn = None,
     label_column: LabelColumn = "label",
+    labels: Labels = None,
     origin: Annotated[
         str | None, typer.Option("--from", metavar="DIR", help="Where a known data set's files are.")
     ] = None,
@@ -74,7 +76,7 @@ def ingest(
                 raise InputError(option, value, f"is for {' and '.join(datasets.NAMES)}", "leave it out")
         if written_as not in ("webdataset", "parquet"):
             raise InputError("--as", written_as, "is not a layout of shards", "use webdataset or parquet")
-        found = listed("SOURCE", source_of("SOURCE", source, layout, image_column, label_column), labeled=True)
+        found = listed("SOURCE", source_of("SOURCE", source, layout, image_column, label_column, labels), labeled=True)
         with in_options("SOURCE", out=to), display.task("ingest", None) as progress:
             written = ingest_source(
                 found,

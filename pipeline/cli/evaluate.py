@@ -12,6 +12,7 @@ from pipeline.cli.app import (
     Address,
     ImageColumn,
     LabelColumn,
+    Labels,
     Layout,
     Sets,
     Verbose,
@@ -43,6 +44,7 @@ def evaluate(
     layout: Layout = "auto",
     image_column: ImageColumn = None,
     label_column: LabelColumn = "label",
+    labels: Labels = None,
     sets: Sets = None,
     address: Address = "local",
     verbose: Verbose = False,
@@ -71,7 +73,7 @@ def evaluate(
             raise ModelError("--against", against, error.rule, fix) from None
         models["against"] = Candidate(storage.absolute(against), outputs)
     settings = score_settings(sets or [], None, len(names))
-    images = listed("--source", source_of("--source", source, layout, image_column, label_column), labeled=True)
+    images = listed("--source", source_of("--source", source, layout, image_column, label_column, labels), labeled=True)
     if to is not None:
         images.check_outside("--out", to)
         storage.check_writable("--out", storage.absolute(to))
@@ -83,8 +85,8 @@ def evaluate(
         display = Display(out)
         with display.task("reading", None) as progress:
             found = labeled.survey("--source", images, progress)
-        labels = labeled.number_labels("--source", found, names, complete=False)
-        data = labeled.training_set(images, labels, names)
+        numbered = labeled.number_labels("--source", found, names, complete=False)
+        data = labeled.training_set(images, numbered, names)
         if not data.images:
             raise SourceError("--source", source, "holds no image that can be used", "look at the files")
         with display.task("evaluation", data.images * len(models)) as progress, _told(models):

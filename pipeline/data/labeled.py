@@ -96,7 +96,7 @@ def _survey_shard(job: tuple[str, int, Reader, Shard]) -> tuple[int, tuple[Label
 _LABELS_FIX = {
     "webdataset": "put a .cls file next to every image, with its name",
     "parquet": "set label_column to the column of labels",
-    "folder": "put the images into one folder per class",
+    "folder": "put the images into one folder per class, or name a file of labels",
 }
 
 

@@ -112,7 +112,7 @@ def read_parquet(
             if pa.types.is_struct(column.type):
                 fields = {column.type.field(i).name: values for i, values in enumerate(column.flatten())}
                 column, paths = fields["bytes"], fields.get("path")
-            classes = _labels(name, labels, batch.column(labels)) if labels else None
+            classes = labels_of(name, labels, batch.column(labels)) if labels else None
             for offset in range(batch.num_rows):
                 if wanted is None or start + offset in wanted:
                     data = column[offset].as_py()
@@ -149,7 +149,7 @@ def _holds_labels(kind: pa.DataType) -> bool:
     return any(getattr(pa.types, f"is_{test}")(kind) for test in tests) or bool(pa.types.is_large_binary(kind))
 
 
-def _labels(name: str, field: str, column: pa.Array) -> list[Label]:
+def labels_of(name: str, field: str, column: pa.Array | pa.ChunkedArray) -> list[Label]:
     """Labels as numbers and texts: a number without a fraction is that number, whatever its type, NaN is no label, bytes are UTF-8.
 
     Raises:

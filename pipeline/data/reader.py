@@ -22,7 +22,7 @@ from pipeline.data.shards import (
     ShardError,
     UnfitShardError,
 )
-from pipeline.data.tar import DAMAGE, read_tar
+from pipeline.data.tar import DAMAGE, number_of, read_tar
 from pipeline.data.words import MAX_SIDECAR_BYTES, sidecar_words
 
 if TYPE_CHECKING:
@@ -155,7 +155,11 @@ class Reader:
     def _read_files(self, shard: Shard, wanted: frozenset[int] | None) -> Iterator[Row]:
         for index, path in enumerate(shard.files):
             if wanted is None or index in wanted:
-                folder = path.partition("/")[0] if "/" in path else None
+                label: Label = path.partition("/")[0] if "/" in path else None
+                if shard.labels:
+                    text = shard.labels[index]
+                    number = number_of(text)
+                    label = text if number is None else number
                 try:
                     with self._open(path) as file:
                         data, problem = file.read(), None
@@ -167,7 +171,7 @@ class Reader:
                 except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
                     data, problem = b"", one_line(f"{type(error).__name__}: {error.strerror or error}")
                 words = self._words_beside(path) if self.tags else ()
-                yield Row(index, data, folder, problem, words=words, file=path)
+                yield Row(index, data, label, problem, words=words, file=path)
 
     def _words_beside(self, path: str) -> tuple[str, ...]:
         try:

@@ -100,6 +100,7 @@ class Shard:
         etag: changes when the content does.
         files: of a virtual shard, the paths of its images, in row order.
         etags: of a virtual shard, those of its images, in row order.
+        labels: of a virtual shard whose source has a file of labels, those of its images, in row order.
     """
 
     name: str
@@ -107,13 +108,17 @@ class Shard:
     etag: str
     files: tuple[str, ...] = ()
     etags: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
 
 
 def shard_table(shards: Iterable[Shard]) -> "pa.Table":
-    """Shards as columns: shard, size, etag, files, etags."""
+    """Shards as columns: shard, size, etag, files, etags, and labels where there are any."""
     import pyarrow as pa
 
     rows = list(shards)
+    labels = (
+        {"labels": pa.array([s.labels for s in rows], pa.list_(pa.string()))} if any(s.labels for s in rows) else {}
+    )
     return pa.table(
         {
             "shard": pa.array([s.name for s in rows], pa.string()),
@@ -121,6 +126,7 @@ def shard_table(shards: Iterable[Shard]) -> "pa.Table":
             "etag": pa.array([s.etag for s in rows], pa.string()),
             "files": pa.array([s.files for s in rows], pa.list_(pa.string())),
             "etags": pa.array([s.etags for s in rows], pa.list_(pa.string())),
+            **labels,
         }
     )
 
@@ -128,6 +134,7 @@ def shard_table(shards: Iterable[Shard]) -> "pa.Table":
 def shards_of(table: "pa.Table") -> Iterator[Shard]:
     """The shards of a `shard_table`, or of one without the etags of files."""
     columns = [table[name].to_pylist() for name in ("shard", "size", "etag", "files")]
-    etags = table["etags"].to_pylist() if "etags" in table.column_names else [()] * len(table)
-    for name, size, etag, files, each in zip(*columns, etags, strict=True):
-        yield Shard(name, size, etag, tuple(files), tuple(each))
+    for name in ("etags", "labels"):
+        columns.append(table[name].to_pylist() if name in table.column_names else [()] * len(table))
+    for name, size, etag, files, etags, labels in zip(*columns, strict=True):
+        yield Shard(name, size, etag, tuple(files), tuple(etags), tuple(labels))

@@ -24,6 +24,7 @@ from cluster import storage
 from cluster.errors import RunError, SourceError, TophatError, one_line
 from cluster.storage import FileEntry
 from pipeline.data import kinds
+from pipeline.data.labels import LabelFile, given_to, read_labels
 from pipeline.data.reader import Reader
 from pipeline.data.shards import Layout, Row, Shard, ShardError, shard_table, shards_of
 from pipeline.recipe import sections as recipe
@@ -72,12 +73,14 @@ class ImageSource:
         listing: every shard.
         parts: objects that are parts of what is read, such as the text beside an image.
         passed_over: the objects that are not read, by reason, most of them first.
+        labels: the file that has the labels, as it was read; None where there is none, and in a listing that was saved.
     """
 
     reader: Reader
     listing: tuple[Shard, ...]
     parts: int = 0
     passed_over: tuple[PassedOver, ...] = ()
+    labels: LabelFile | None = None
 
     def shards(self) -> tuple[Shard, ...]:
         """Every shard."""
@@ -147,12 +150,14 @@ class ImageSource:
             raise RunError(field, uri, "lies inside the source", "give a folder outside of it")
 
     def told(self) -> str | None:
-        """What is passed over, in one line; None where nothing is."""
+        """What is passed over, and what labels are of no image, in one line; None where nothing is."""
+        of_none = None if self.labels is None else self.labels.told()
         if not self.passed_over:
-            return None
+            return of_none
         count = sum(one.count for one in self.passed_over)
         reasons = ", ".join(f"{one.count:,} {one.reason} ({_few(one)})" for one in self.passed_over)
-        return f"passed over: {count:,} of {self.objects:,} objects: {reasons}"
+        passed = f"passed over: {count:,} of {self.objects:,} objects: {reasons}"
+        return f"{passed}; {of_none}" if of_none else passed
 
     @property
     def objects(self) -> int:
@@ -162,7 +167,9 @@ class ImageSource:
 
     @property
     def lacks_much(self) -> bool:
-        """Whether so much is passed over that someone should look before work starts."""
+        """Whether so much is passed over, or a label is of no image, that someone should look before work starts."""
+        if self.labels and self.labels.missing:
+            return True
         count, size = sum(one.count for one in self.passed_over), sum(one.bytes for one in self.passed_over)
         return size > MUCH * (size + self.bytes) or count > max(FEW, MUCH * self.objects)
 
@@ -184,6 +191,9 @@ def open_source(field: str, source: recipe.Source, *, labeled: bool = True) -> I
         StorageError: the store refuses.
     """
     root = storage.absolute(source.uri)
+    labels_uri = None if source.labels is None else storage.absolute(source.labels)
+    if labels_uri is not None and not labeled:
+        raise SourceError(f"{field}.labels", source.labels, "is for images that are labeled", "leave it out")
     if not storage.is_remote(root) and os.path.isfile(root):
         raise SourceError(f"{field}.uri", source.uri, "is a file", "give the folder that it is in")
     try:
@@ -201,7 +211,8 @@ def open_source(field: str, source: recipe.Source, *, labeled: bool = True) -> I
     if any(f.path == INGEST_FILE for f in files) and not _complete(storage.join(root, INGEST_FILE)):
         rule, fix = "holds an ingest that did not finish", "run the same `tophat ingest` again"
         raise SourceError(f"{field}.uri", source.uri, rule, fix)
-    content = _Content.of(root, files)
+    others = [file for file in files if storage.inside(root, file.path) != labels_uri]
+    content = _Content.of(root, others)
     layout = content.layout(field, source)
     names = _names_of_file(field, root, files)
     image_column = source.image_column or kinds.IMAGE_COLUMN
@@ -213,8 +224,19 @@ def open_source(field: str, source: recipe.Source, *, labeled: bool = True) -> I
         if labeled:
             parquet.check_labels(f"{field}.label_column", uri, content.schema, source.label_column)
         names = names or parquet.class_names(content.schema, source.label_column)
-    read = content.of_layout[layout]
-    if layout == "folder":
+    read, label_file = content.of_layout[layout], None
+    if labels_uri is not None:
+        if layout != "folder":
+            rule, fix = (
+                f"is for image files, and the source is of the layout {layout}",
+                "leave it out, or name the layout",
+            )
+            raise SourceError(f"{field}.labels", source.labels, rule, fix)
+        label_file, labels = read_labels(f"{field}.labels", labels_uri, [f.path for f in read])
+        reason = f"images without a label in {one_line(labels_uri.rpartition('/')[2])}"
+        skipped = [*skipped, *(storage.Skipped(f.path, reason, f.size) for f in read if f.path not in labels)]
+        shards = given_to(_virtual_shards(f for f in read if f.path in labels), labels)
+    elif layout == "folder":
         shards = _virtual_shards(read)
         # A folder without images is a class without images, which a labeled set must not have.
         folders = {f.path.partition("/")[0] for f in read if "/" in f.path} | set(storage.list_folders(root))
@@ -222,8 +244,9 @@ def open_source(field: str, source: recipe.Source, *, labeled: bool = True) -> I
     else:
         shards = [Shard(f.path, f.size, f.etag) for f in read]
     parts, passed_over = content.beside(layout, skipped)
+    parts += len(files) - len(others)
     reader = Reader(root, layout, image_column, source.label_column if labeled else None, names)
-    return ImageSource(reader, tuple(shards), parts, passed_over)
+    return ImageSource(reader, tuple(shards), parts, passed_over, label_file)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,8 @@ class Source(Section):
     """Parquet: the column of image bytes, or of structs with a `bytes` field; by default `image` where there is one, else the only column of encoded images."""
     label_column: str = Field(default="label", min_length=1, max_length=200)
     """Parquet: the column of class numbers or names."""
+    labels: Uri | None = None
+    """Folder: a CSV, TSV or Parquet file with the label of each image, by its path relative to `uri`, in place of one folder per class."""
 
 
 class Labeled(Section):
