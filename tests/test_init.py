@@ -496,6 +496,7 @@ def test_what_no_run_could_begin_with_is_refused(tophat: Callable[..., Answer], 
     assert "does not exist or holds no files" in refused("nowhere")
     assert refused("train", "nothing").startswith("error: --unlabeled = ")
     shutil.copytree(images / "train" / "one", images / "single" / "one")
+    assert "error: name = 'a b': " in refused("train", "unlabeled", "--name", "a b")
     assert "has one class ('one'), and there is nothing to tell it from" in refused("single")
     for name in ("one", "two"):
         for number in (0, 1):
@@ -517,3 +518,18 @@ def test_a_labeled_folder_inside_the_pool(tophat: Callable[..., Answer], images:
     assert code == 0
     assert "warning: --labeled lies inside --unlabeled: the student would learn twice from labeled images" in said
     assert len(pq.read_table(tmp_path / "r.copies.parquet")) == 36
+
+
+def test_labels_may_stand_in_a_file(tophat: Callable[..., Answer], images: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    lines = ["path,label"]
+    for number, name in enumerate(("one", "two") * 6):
+        shutil.copy(images / "train" / name / f"{number // 2}.png", flat / f"{number}.png")
+        lines.append(f"{number}.png,{name}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+    words = ("--labeled", str(flat), "--labels", str(tmp_path / "labels.csv"), "--unlabeled", str(images / "unlabeled"))
+    code, said, errors = tophat("init", *words, "--out", str(tmp_path / "r.yaml"))
+    assert (code, errors) == (0, "")
+    assert "labeled: 12 images, 2 classes (one 6, two 6)" in said
+    assert load(str(tmp_path / "r.yaml")).labeled.train.labels == str(tmp_path / "labels.csv")
