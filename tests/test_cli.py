@@ -62,7 +62,7 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
 
 
 def test_a_missing_recipe(tophat: Callable[..., Answer]) -> None:
-    refused(tophat("run", "no-such.yaml"), "RECIPE = 'no-such.yaml': is not a file", "demo, fashion-mnist, paper")
+    refused(tophat("run", "no-such.yaml"), "RECIPE = 'no-such.yaml': is not a file", "demo, drawings, fashion-mnist, paper")
 
 
 def test_unknown_and_wrong_fields(tophat: Callable[..., Answer], recipe: Callable[..., str], tmp_path: Path) -> None:

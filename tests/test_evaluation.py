@@ -13,7 +13,7 @@ from rich.console import Console
 
 import tiny
 from cluster import storage
-from cluster.errors import ModelError, RecipeError
+from cluster.errors import ModelError, RecipeError, ResourceError
 from cluster.progress import SILENT, Display
 from cluster.session import Session
 from cluster.store import Made, RunStore
@@ -122,6 +122,9 @@ def test_what_cannot_be_judged_is_told(folders: Path, tmp_path: Path) -> None:
     models = {"a": network(tmp_path / "a", 1)}
     with pytest.raises(RecipeError, match=r"score\.views = 'five': has no corners"):
         judge(models, {"test": (data, ["a"])}, NAMES, SETTINGS.model_copy(update={"views": "five"}))
+    if not torch.cuda.is_available():  # the Ray of the tests takes this machine to have one: the actors ask for it
+        with pytest.raises(ResourceError, match=r"score\.gpus_per_actor = 1.*finds no GPU"):
+            judge(models, {"test": (data, ["a"])}, NAMES, SETTINGS.model_copy(update={"gpus_per_actor": 1.0}))
     (tmp_path / "a" / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ModelError, match="of 7 bytes where its card says"):
         judge(models, {"test": (data, ["a"])}, NAMES, SETTINGS)
@@ -176,7 +179,7 @@ def test_the_closing_table_has_intervals_and_the_comparison(finished: Finished) 
     assert f"{100 * found.models['student'].top1:.1f}% ({low}\u2013{high}) / 100.0%" in said
     assert "student against baseline: " in said
     page = Path(finished.uri, "report", "index.html").read_text()
-    assert f"student, fine-tuned on 60 test images: {100 * found.models['student'].top1:.1f}% right" in page
+    assert f"Student, fine-tuned on 60 test images: {100 * found.models['student'].top1:.1f}% right" in page
     assert Path(finished.uri, "report", "assets", "mistakes.jpg").is_file() == bool(found.mistakes)
 
 

@@ -70,7 +70,7 @@ def test_calibration() -> None:
     assert found.counts.sum() == 500
     assert found.error == pytest.approx(np.abs(means - accuracies) @ found.counts / 500)
     # The edge belongs to the last bin; what is no number claimed nothing.
-    assert calibration(np.array([1.0, 1.0, np.nan]), np.array([True, False, True])).counts.tolist() == [1, 2]
+    assert calibration(np.array([1.0, 0.99, np.nan]), np.array([True, False, True])).counts.tolist() == [1, 2]
     assert calibration(np.array([1.0, 1.0]), np.array([True, True])).error == 0.0
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from cluster.errors import InputError, RecipeError, RecipeErrors
 from cluster.store import RunStore
 from models.config import ModelConfig, Training
+from models.usual import usual_training
 from pipeline.plan import plan
 from pipeline.recipe.document import parse
 from pipeline.recipe.reading import _override, load, load_text, shipped, validate
@@ -215,6 +216,20 @@ def test_what_is_usual_depends_on_the_network(tmp_path: Path) -> None:
     weak = written(file, MINIMAL, "teacher.model.architecture=resnet8", "teacher.weak.images.uri=w").teacher.weak
     assert weak is not None
     assert (*lengths(weak.training), weak.training.learning_rate) == (90, 60_000, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "trained", "expected"),
+    [
+        ("resnet14", False, (90, 60_000, 2.0)),
+        ("resnet14", True, (30, 8_000, 0.1)),
+        ("resnet18", False, (90, 60_000, 0.1)),
+        ("resnet18", True, (30, 8_000, 0.1)),
+    ],
+)
+def test_the_usual_training(architecture: str, trained: bool, expected: tuple[int, int, float]) -> None:
+    found = usual_training(None, ModelConfig(architecture=architecture), trained=trained)
+    assert (found["epochs"], found["images_seen"], found["learning_rate"]) == expected
 
 
 def test_a_mistake_is_told_without_what_is_usual(tmp_path: Path) -> None:
@@ -641,7 +656,7 @@ def test_weights_are_held_against_the_classes_of_d() -> None:
 
 def test_no_file() -> None:
     text = message("dem")
-    assert text == "RECIPE = 'dem': is not a file; give a YAML file, or one of demo, fashion-mnist, paper"
+    assert text == "RECIPE = 'dem': is not a file; give a YAML file, or one of demo, drawings, fashion-mnist, paper"
 
 
 def test_p_above_the_class_count() -> None:

@@ -30,7 +30,7 @@ _terminal = sys.stdout is not None and sys.stdout.isatty()
 out = Console(highlight=False, soft_wrap=not _terminal, width=None if _terminal else 160)
 
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe: demo, fashion-mnist, paper.")
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe: demo, drawings, fashion-mnist, paper.")
 ]
 RunDir = Annotated[
     str | None, typer.Option("--run-dir", metavar="URI", help="Where everything is written; by default runs/NAME.")

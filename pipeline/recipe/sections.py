@@ -405,9 +405,8 @@ class Recipe(Section):
     @property
     def given(self) -> str | None:
         """The field that names what a teacher is for, and that exists; None where the run makes a teacher."""
-        if self.select.selection is not None:
-            return "select.selection"
-        return None if self.score.table is None else "score.table"
+        named = {"select.selection": self.select.selection, "score.table": self.score.table}
+        return next((field for field, uri in named.items() if uri is not None), None)
 
     @property
     def taught(self) -> Teacher | None:

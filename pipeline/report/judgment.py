@@ -149,13 +149,15 @@ def _recalls(judgment: Judgment) -> Chart | None:
 
 def _reliability(judgment: Judgment) -> Chart:
     """Accuracy over the score: on the diagonal, a score is the share that is right."""
-    traces = [trace("as claimed", [0, 1], [0, 1], mode="lines", line={"dash": "dot", "width": 1}, hoverinfo="skip")]
+    traces = []
     for model in judgment.models:
         counts, scores, accuracies = (each.tolist() for each in model.calibration)
         hover = f"{plotly_text(model.name)}: score %{{x:.2f}}, %{{y:.1%}} right of %{{text}} images<extra></extra>"
         x, y = ([round(value, 4) for value in values] for values in (scores, accuracies))
         texts = [f"{count:,}" for count in counts]
         traces.append(trace(model.name, x, y, mode="lines+markers", text=texts, hovertemplate=hover))
+    line = {"dash": "dot", "width": 1}
+    traces.append(trace("as claimed", [0, 1], [0, 1], mode="lines", line=line, hoverinfo="skip"))  # in no model's color
     summary = "; ".join(f"{model.name}: calibration error {percent(model.measured.ece)}" for model in judgment.models)
     axis = {"range": [0, 1.02], "tickformat": ".0%"}
     return chart(

@@ -2,7 +2,7 @@
 
 OUT/part-*.parquet    the selection
 OUT/_selection.json   its classes, its source, its settings and counts: written last
-OUT/files.csv         of images that are files of their own: class, rank, score and file
+OUT/_files.csv        of images that are files of their own: class, rank, score and file
 """
 
 from collections.abc import Sequence

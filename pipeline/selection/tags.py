@@ -199,8 +199,7 @@ def match_tags(
     list<int32> (ascending, distinct), in the order of shard and index; an image without a class has no row. The bytes do not depend on the
     number of workers. The folder is what `select.tags` and `weak_training_set` read; one that was there before is replaced.
 
-    Every image that has a class is read and decoded once, as labeled sets are, so that none ends a training hours in. Those that cannot be
-    decoded have no row.
+    Every image that has a class is decoded once, so that none ends a training hours in; one that cannot be is a reject.
 
     Args:
         field: the recipe's field or the option that names the tags, for messages.
