@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.errors import ModelError, RunError, SourceError, one_line, shown
-from pipeline.cli.app import app, in_options, listed, out, source_of
+from pipeline.cli.app import Labels, app, in_options, listed, out, source_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,6 +25,7 @@ def init(
         str, typer.Option("--labeled", metavar="URI", help="D: one folder of images per class, or shards.")
     ],
     unlabeled: Annotated[str, typer.Option("--unlabeled", metavar="URI", help="U: any folder of images, or shards.")],
+    labels: Labels = None,
     test: Annotated[
         str | None,
         typer.Option("--test", metavar="URI", help="Labeled images to measure with; by default a part of D."),
@@ -47,14 +48,19 @@ def init(
     from pipeline.guide import budget, decide, timing, writing
     from pipeline.guide.findings import Findings, repeats
     from pipeline.guide.look import inside, look, machine
-    from pipeline.recipe.reading import load
+    from pipeline.recipe.reading import load_text
 
     uris = {"--labeled": labeled, "--unlabeled": unlabeled, **({} if test is None else {"--test": test})}
     name = name or _name_of(labeled)
     file = Path(to or f"{name}.yaml")
     _check_free(file, force)
     sources = {
-        option: listed(option, source_of(option, uri), labeled=option != "--unlabeled") for option, uri in uris.items()
+        option: listed(
+            option,
+            source_of(option, uri, labels=labels if option == "--labeled" else None),
+            labeled=option != "--unlabeled",
+        )
+        for option, uri in uris.items()
     }
     looks: dict[str, Look] = {}
     for option, source in sources.items():
@@ -85,14 +91,14 @@ def init(
     excluded = [one for one, _ in found.copies.pool]
     given = writing.Sources(
         name=name,
-        labeled={"uri": labeled},
+        labeled={"uri": labeled} | ({} if labels is None else {"labels": labels}),
         unlabeled={"uri": unlabeled},
         test=None if test is None else {"uri": test},
         excluded=str(copies) if excluded else None,
     )
     text = writing.recipe_text(plan, found, given, sum(seconds.values()) / 60)
+    load_text("--out", str(file), text.encode())  # before it is written: a --name may be none
     _write(file, text, copies, excluded)
-    load(str(file))
     notes = [*writing.warnings_of(found), *plan.notes, *filter(None, [budget.slow_images(plan, costs)])]
     _print(found, plan, seconds, notes)
     if excluded:

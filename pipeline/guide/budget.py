@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.guide.decide import SIZES, Choice, Lengths, Plan
 from pipeline.guide.findings import Findings
+from tuning.halving import rungs
 
 FLOOR = 1 / 3
 """What a length is shortened to, at most."""
@@ -53,8 +54,16 @@ def estimate(plan: Plan, costs: Costs, found: Findings) -> dict[str, float]:
         trained["teacher"] = SCORING_START + found.labeled.images * (forward + costs.score_decode)
     shared = pool * (forward + costs.score_decode) / machine.cores
     scored = pool * max(forward / machine.gpus, costs.score_decode / machine.cores) if machine.gpus else shared
-    order = {"teacher": trained.pop("teacher"), "scores": SCORING_START + scored, **trained, "the rest": OTHERS}
-    return order
+    tried = rungs(len(plan.tries)) if plan.tries else []
+    choice = sum(rung.settings * (TRAINING_START + rung.share * learnt["pretrained"] / plan.workers) for rung in tried)
+    chosen = {"choice of K": choice} if tried else {}
+    return {
+        "teacher": trained.pop("teacher"),
+        "scores": SCORING_START + scored,
+        **chosen,
+        **trained,
+        "the rest": OTHERS,
+    }
 
 
 def in_time(plan: Plan, costs: Costs, found: Findings, minutes: float) -> Plan:

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from unicodedata import normalize
 
 from pipeline.guide.findings import Findings, Machine, Ready
+from pipeline.selection.ladder import ladder
 
 T = TypeVar("T")
 
@@ -27,6 +28,8 @@ TESTED, TEST_SHARE = 400, 0.25
 """Images that a test set wants: the standard error of an accuracy is then at most 2.5 points."""
 FEW_LABELS = 10
 """Labels of a class that are few."""
+UNEQUAL = 3
+"""The largest class over the smallest, that is much."""
 POOL_SHARE = 0.2
 """Share of U's images, divided by the classes, that is taken for each: of those that show a class, the best; others show none."""
 PAPER_K = 16_000
@@ -90,7 +93,9 @@ class Plan:
         lengths: of the trainings.
         rates: of the sweep.
         selected_classes: P of the selection.
-        images_per_class: K.
+        images_per_class: K, as far as it can be said before a run.
+        tries: the values that the run tries for it; empty where it takes the one above.
+        balance: whether trainings on D see as many images of each class.
         test_fraction: share of D for the test set; None where one is given.
         validation_fraction: share of the rest for validation.
         machine: that it is for.
@@ -108,6 +113,8 @@ class Plan:
     rates: Choice[tuple[float, ...]]
     selected_classes: Choice[int]
     images_per_class: Choice[int]
+    tries: tuple[int, ...]
+    balance: bool
     test_fraction: Choice[float] | None
     validation_fraction: Choice[float]
     machine: Machine
@@ -256,6 +263,11 @@ def images_per_class(pool: int, classes: int, labels: int) -> Choice[int]:
     return Choice(value, f"a fifth of U, over {classes:,} classes; with more, images that show none of them come in")
 
 
+def unequal(per_class: Mapping[str, int]) -> bool:
+    """Whether the classes of D differ so much that the small ones would be learned less."""
+    return max(per_class.values()) > UNEQUAL * min(per_class.values())
+
+
 def lengths(labeled: int, dhat: int, gpus: int, *, small: bool) -> Choice[Lengths]:
     """Images seen by each training, from those that D trains on and those of D-hat."""
     teacher = max(15_000, min(150 * labeled, 60_000), 30 * labeled)
@@ -291,6 +303,8 @@ def decide(found: Findings) -> Plan:
         teacher, head = Choice(None, choice.why), choice.value
     middle = sorted(found.labeled.per_class.values())[classes // 2]
     chosen = images_per_class(found.unlabeled.images, classes, middle)
+    long = lengths(trained_on, chosen.value * classes, gpus, small=small)
+    tries = ladder(trained_on, found.unlabeled.images, classes, long.value.pretrain)
     return Plan(
         size=size,
         fit=fit(max(found.labeled.elongation, found.unlabeled.elongation)),
@@ -298,10 +312,12 @@ def decide(found: Findings) -> Plan:
         teacher=teacher,
         student=student,
         head=head,
-        lengths=lengths(trained_on, chosen.value * classes, gpus, small=small),
+        lengths=long,
         rates=rates(chosen_on, small=small),
         selected_classes=selected_classes(classes),
         images_per_class=chosen,
+        tries=tries if len(tries) > 1 else (),
+        balance=unequal(found.labeled.per_class),
         test_fraction=test,
         validation_fraction=validation,
         machine=found.machine,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import one_line
-from pipeline.guide.decide import FEW_LABELS, Plan, described, standard_error, trainings_of, transform_of
+from pipeline.guide.decide import FEW_LABELS, Plan, described, standard_error, trainings_of, transform_of, unequal
 from pipeline.guide.findings import Findings, Look, fewest
 from pipeline.recipe.document import dump
 
@@ -38,9 +38,13 @@ def recipe_text(plan: Plan, found: Findings, sources: Sources, minutes: float) -
     trainings = trainings_of(plan)
     classes = min(10, found.classes)
     lines = [
-        f"# Written by `tophat init` for {found.classes:,} classes, {found.labeled.labeled:,} labeled images and "
-        f"{found.unlabeled.images:,} unlabeled",
-        f"# ones, on {described(found.machine)}: about {minutes:.0f} minutes. Rates are per 256 images.",
+        _comment(
+            0,
+            f"Written by `tophat init` for {found.classes:,} classes, {found.labeled.labeled:,} labeled images and "
+            f"{found.unlabeled.images:,} unlabeled",
+        ),
+        _comment(0, f"ones, on {described(found.machine)}: about {minutes:.0f} minutes."),
+        _comment(0, "Learning rates are per 256 images. `tophat recipe --explain FIELD` tells of a field."),
         _line(0, "name", sources.name),
         "labeled:",
         _line(1, "train", sources.labeled),
@@ -51,6 +55,7 @@ def recipe_text(plan: Plan, found: Findings, sources: Sources, minutes: float) -
         lines.append(_line(1, "test_fraction", plan.test_fraction.value, plan.test_fraction.why))
     lines += [
         _line(1, "validation_fraction", plan.validation_fraction.value, plan.validation_fraction.why),
+        *([_line(1, "balance", True, "the classes are unequal")] if plan.balance else []),
         _line(0, "unlabeled", sources.unlabeled),
         "teacher:",
     ]
@@ -74,7 +79,7 @@ def recipe_text(plan: Plan, found: Findings, sources: Sources, minutes: float) -
     lines += [
         "select:",
         _line(1, "classes_per_image", min(plan.selected_classes.value, classes), plan.selected_classes.why),
-        _line(1, "images_per_class", plan.images_per_class.value, plan.images_per_class.why),
+        _line(1, "images_per_class", "auto" if plan.tries else plan.images_per_class.value, _why_k(plan)),
     ]
     if sources.excluded is not None:
         lines.append(_line(1, "exclude", [sources.excluded], "images of U that are copies of labeled or test images"))
@@ -145,10 +150,16 @@ def decided_lines(plan: Plan, found: Findings) -> list[tuple[str, str, str]]:
         said.append(("test set", f"{plan.test_fraction.value:.0%} of D", plan.test_fraction.why))
     said.append(("validation", f"{plan.validation_fraction.value:.0%} of D", plan.validation_fraction.why))
     said.append(("P", f"{plan.selected_classes.value}", plan.selected_classes.why))
-    said.append(("K", f"{plan.images_per_class.value:,}", plan.images_per_class.why))
+    said.append(("K", "auto" if plan.tries else f"{plan.images_per_class.value:,}", _why_k(plan)))
     rates = ", ".join(f"{rate:g}" for rate in plan.rates.value)
     said.append(("rates", rates, plan.rates.why))
     return [(name, one_line(value), one_line(why)) for name, value, why in said]
+
+
+def _why_k(plan: Plan) -> str:
+    if not plan.tries:
+        return plan.images_per_class.why
+    return f"the run tries {', '.join(f'{k:,}' for k in plan.tries)}: too large a K hurts, and U alone does not tell it"
 
 
 def warnings_of(found: Findings) -> list[str]:
@@ -156,12 +167,10 @@ def warnings_of(found: Findings) -> list[str]:
     said = []
     labeled, copies = found.labeled, found.copies
     for option in found.inside:
-        what = (
-            "test images would be pre-trained on, and the accuracy be too good"
-            if option == "--test"
-            else "its images would be selected, too"
+        learnt = "would learn from test images" if option == "--test" else "would learn twice from labeled images"
+        said.append(
+            f"{option} lies inside --unlabeled: the student {learnt}, were those of them that were read not left out"
         )
-        said.append(f"{option} lies inside --unlabeled: {what}")
     if copies.test:
         names = ", ".join(f"{one.shown} = {other.shown}" for one, other in copies.test[:3])
         said.append(
@@ -188,8 +197,10 @@ def warnings_of(found: Findings) -> list[str]:
             f"{len(few):,} of {found.classes:,} classes have fewer than {FEW_LABELS} labels ({names}): more of these would help most"
         )
     most, least = max(labeled.per_class.values()), min(labeled.per_class.values())
-    if most > 5 * least:
-        said.append(f"the classes are unequal: from {least:,} to {most:,} labels; the model will prefer the large ones")
+    if unequal(labeled.per_class):
+        said.append(
+            f"the classes are unequal, from {least:,} to {most:,} labels: trainings see as many images of each (balance)"
+        )
     for option, seen in (("--labeled", labeled), ("--test", found.test), ("--unlabeled", found.unlabeled)):
         if seen is not None and seen.unusable:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(seen.unusable.items()))
