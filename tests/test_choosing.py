@@ -173,6 +173,7 @@ def open_k(folders: Path, **more: Any) -> Any:
     return validate(tiny.recipe(str(folders), select={"images_per_class": "auto", "tries": [8, 16, 24, 30]}, **more))
 
 
+@pytest.mark.slow
 def test_a_run_chooses_k_once_and_goes_on_with_it(folders: Path, ray_local: None, tmp_path: Path) -> None:
     uri = str(tmp_path / "run")
     done = execute(open_k(folders), uri, "dhat")
