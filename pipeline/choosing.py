@@ -93,8 +93,8 @@ class ChosenK:
 def close(tried: Sequence[Tried]) -> tuple[int, ...]:
     """The values of K within a standard error of the best, ascending.
 
-    The greatest of them is to be taken: short trainings favor few and clean images, as they end before more images tell. (On the demo, 200 of
-    a class lead 350 at a quarter of the length, and are behind at its end.)
+    The greatest of them is to be taken: short trainings favor few and clean images, as they end before more images tell. (With one seed of
+    the demo, 200 of a class lead 350 at a quarter of the length, and are behind at its end.)
     """
     best = min(tried, key=order)
     return tuple(sorted(one.images_per_class for one in tried if one.top1 >= best.top1 - best.error))

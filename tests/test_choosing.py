@@ -102,10 +102,8 @@ def test_the_report_shows_every_value_and_what_was_taken(tmp_path: Path) -> None
     rows = page.partition("Top-1, rung 2")[2]
     for expected in (
         "1,000 70.0% ± 2.0 –",
-        "72.0% ± 2.0 80.0% ± 1.5",
-        "taken",
-        "79.0% ± 1.5",
-        "as good, within a standard error",
+        "72.0% ± 2.0 80.0% ± 1.5 taken",
+        "79.0% ± 1.5 as good, within a standard error",
     ):
         assert expected.replace(" ", "") in "".join(rows.split()), expected
 
@@ -175,6 +173,7 @@ def open_k(folders: Path, **more: Any) -> Any:
     return validate(tiny.recipe(str(folders), select={"images_per_class": "auto", "tries": [8, 16, 24, 30]}, **more))
 
 
+@pytest.mark.slow
 def test_a_run_chooses_k_once_and_goes_on_with_it(folders: Path, ray_local: None, tmp_path: Path) -> None:
     uri = str(tmp_path / "run")
     done = execute(open_k(folders), uri, "dhat")

@@ -197,6 +197,7 @@ def test_jobs_that_follow_each_other_are_as_if_each_was_alone(calm: Fitted, tmp_
     assert [Path(one.uri).name for one in (first, second)] == ["first", "second"]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_told_from_a_crash(ray_local: None, tmp_path: Path) -> None:
     killed = Corners(256, kill_at=16 * 21, killed=str(tmp_path / "killed"))
     with pytest.raises(StageError) as caught:
