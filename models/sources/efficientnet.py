@@ -5,10 +5,10 @@
 Both are under the Apache License 2.0.
 """
 
-from typing import Any
-
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from models.config import Transform
 
 NAME = "efficientnet-lite0"
 FILE_CLASSES = 1000
@@ -16,18 +16,30 @@ FILE_CLASSES = 1000
 HEAD = "_fc."
 """Names of the last layer's weights begin with it."""
 MEAN, STD = 127 / 255, 128 / 255
-INPUT: dict[str, Any] = {
-    "input_size": (3, 224, 224),
-    "crop_pct": 0.875,
-    "interpolation": "bicubic",
-    "mean": (MEAN, MEAN, MEAN),
-    "std": (STD, STD, STD),
-}
-"""How its authors prepare images, in timm's words for it; a network has it as `pretrained_cfg`."""
+"""Of its own input, every channel."""
+
+
+class Renormalized(nn.Module):
+    """A network's own input, from one that was normalized as by the defaults of `Transform`: [N, 3, H, W], both."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, mean: float, std: float) -> None:
+        super().__init__()
+        usual = Transform()
+        means, stds = (torch.tensor(values).view(1, 3, 1, 1) for values in (usual.mean, usual.std))
+        self.register_buffer("scale", stds / std, persistent=False)
+        self.register_buffer("shift", (means - mean) / std, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
 
 
 def lite0(num_classes: int = FILE_CLASSES) -> nn.Module:
-    """EfficientNet-Lite0, float32, with trained weights; the last layer's are random where `num_classes` are not ImageNet's 1000.
+    """EfficientNet-Lite0, float32, with trained weights, for images as `Transform` prepares them by default.
+
+    The last layer's weights are random where `num_classes` are not ImageNet's 1000.
 
     Raises:
         ImportError: one of the two packages is missing.
@@ -41,5 +53,4 @@ def lite0(num_classes: int = FILE_CLASSES) -> nn.Module:
         own = model.state_dict()
         weights = {name: own[name] if name.startswith(HEAD) else tensor for name, tensor in weights.items()}
     model.load_state_dict(weights)
-    model.pretrained_cfg = INPUT  # type: ignore[assignment]
-    return model
+    return nn.Sequential(Renormalized(MEAN, STD), model)
