@@ -8,7 +8,7 @@ import shutil
 import struct
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ import pipeline.data.ingest
 from cluster import storage
 from cluster.errors import RunError, SourceError
 from cluster.progress import Board, Progress, State
+from models.config import Transform
+from models.inputs.image import evaluation_image, reduced
 from pipeline.data import known as datasets
 from pipeline.data.ingest import Ingested, ingest
 from pipeline.data.pools import DRAWINGS, IDX_FILES, Pixels
@@ -551,3 +553,80 @@ def test_a_split_puts_every_row_in_one_part() -> None:
     assert set(parts["train"]) < set(more["train"])
     assert set(parts["validation"]) == set(more["validation"])
     assert set(parts["train"]) != set(datasets.split(labels, 4, 3, np.random.default_rng(1))["train"])
+
+
+def encoded(pixels: np.ndarray[Any, Any], kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def large_and_small() -> dict[str, bytes]:
+    """Real photographs in many formats, larger and smaller than 64 pixels, and what is none."""
+    from sklearn.datasets import load_sample_images
+
+    china, flower = (np.ascontiguousarray(one[:, :300]) for one in load_sample_images().images)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    alpha = np.dstack([flower, np.where(np.arange(300) < 150, 0, 255)[None, :].repeat(len(flower), 0).astype(np.uint8)])
+    return {
+        "wide.jpg": encoded(china, "JPEG"),
+        "turned.jpg": encoded(china, "JPEG", exif=turned),
+        "plain.png": encoded(flower, "PNG"),
+        "clear.png": encoded(alpha, "PNG"),
+        "lossy.webp": encoded(flower, "WEBP"),
+        "apart.tif": encoded(flower, "TIFF"),
+        "tall.png": encoded(np.ascontiguousarray(china[:, :30]), "PNG"),
+        "small.jpg": encoded(np.ascontiguousarray(flower[:64, :64]), "JPEG"),
+        "cut.jpg": encoded(china, "JPEG")[:2000],
+        "text.png": b"no image",
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_large_images_are_made_smaller(tmp_path: Path, layout: ShardLayout) -> None:
+    files = large_and_small()
+    for name, data in files.items():
+        storage.publish(f"{tmp_path}/photos/{name}", data)
+    for out in ("one", "two"):
+        done = ingest(opened(f"{tmp_path}/photos"), f"{tmp_path}/{out}", layout=layout, resize=64)
+        assert (done.images, done.resized) == (10, 6)
+    assert contents(f"{tmp_path}/one") == contents(f"{tmp_path}/two")
+    assert not ingest(opened(f"{tmp_path}/photos"), f"{tmp_path}/one", layout=layout, resize=64).fresh
+    with pytest.raises(RunError, match="another ingest"):
+        ingest(opened(f"{tmp_path}/photos"), f"{tmp_path}/one", layout=layout, resize=65)
+    written = {data for data, _ in rows(f"{tmp_path}/one")}
+    kept = {name for name, data in files.items() if data in written}
+    assert kept == {"tall.png", "small.jpg", "cut.jpg", "text.png"}
+    assert len(rows(f"{tmp_path}/one")) == 10
+
+
+def test_what_a_network_sees_of_an_image_that_was_made_smaller() -> None:
+    files = large_and_small()
+    transform = Transform(size=56, resize=64)
+    formats = {"jpg": "JPEG", "png": "PNG", "webp": "JPEG", "tif": "PNG"}
+    for name in ("wide.jpg", "turned.jpg", "plain.png", "clear.png", "lossy.webp", "apart.tif"):
+        small = reduced(files[name], 64)
+        with Image.open(io.BytesIO(small)) as image:
+            assert (image.format, image.mode, min(image.size)) == (formats[name.rpartition(".")[2]], "RGB", 64)
+            assert image.size == ((64 * 427 // 300, 64) if name == "turned.jpg" else (64, 64 * 427 // 300))
+        before, after = (evaluation_image(data, transform).astype(int) for data in (files[name], small))
+        # PNG keeps every pixel; the crop of the whole image rounds once, and of the smaller one twice.
+        assert np.abs(before - after).max() <= (2 if image.format == "PNG" else 40)
+        assert np.abs(before - after).mean() < (1 if image.format == "PNG" else 4)
+    assert reduced(files["tall.png"], 30) == files["tall.png"]
+
+
+def test_the_closing_lines_tell_what_was_resized(tmp_path: Path, tophat: Callable[..., tuple[int, str, str]]) -> None:
+    for name, data in large_and_small().items():
+        storage.publish(f"{tmp_path}/photos/{name}", data)
+    code, printed, errors = tophat("ingest", f"{tmp_path}/photos", "--out", f"{tmp_path}/out", "--resize", "64")
+    assert (code, errors) == (0, "")
+    lines = [line.split() for line in printed.splitlines()]
+    assert ["resized", "to", "64", "pixels", "6"] in lines
+    assert ["kept", "as", "they", "were", "4"] in lines
+    refused = tophat("ingest", "digits", "--out", f"{tmp_path}/digits", "--resize", "64")
+    assert (refused[0], refused[2].splitlines()) == (
+        2,
+        ["error: --resize = 64: is not for known data sets; leave it out"],
+    )

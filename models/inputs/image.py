@@ -52,6 +52,8 @@ RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 """Of each `Transform.interpolation`."""
+LOSSY = ("JPEG", "WEBP", "AVIF", "HEIF", "JXL")
+"""Formats of photographs, which another lossy coding does little to."""
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -145,6 +147,34 @@ def evaluation_image(data: bytes, transform: Transform, seconds: float = DECODE_
     """
     with _opened(data, transform, seconds) as encoded:
         return _channels_first(_crop(encoded, whole_box(*encoded.size, transform), transform))
+
+
+def reduced(data: bytes, shorter: int, seconds: float = DECODE_SECONDS) -> bytes:
+    """The image, encoded again with a shorter side of `shorter` pixels, upright and in RGB; the same bytes, where that is not more now.
+
+    The longer side is what `evaluation_image` makes of it. What was lossy becomes a JPEG of quality 95 with all of its color
+    (4:4:4), all else a PNG.
+
+    Args:
+        data: an encoded image.
+        shorter: the shorter side, in pixels.
+        seconds: of CPU time, after which decoding is given up.
+
+    Raises:
+        UndecodableImage: whatever the bytes are.
+    """
+    with _opened(data, Transform(), seconds) as encoded:
+        least = min(encoded.size)
+        if least <= shorter:
+            return data
+        width, height = (shorter if side == least else int(shorter * side / least) for side in encoded.size)
+        pixels = encoded.pixels(shorter / least).resize((width, height), Image.Resampling.BILINEAR)
+        file = io.BytesIO()
+        if known(data) in LOSSY:
+            pixels.save(file, "JPEG", quality=95, subsampling=0)
+        else:
+            pixels.save(file, "PNG")
+        return file.getvalue()
 
 
 def training_image(data: bytes, transform: Transform, rng: random.Random) -> NDArray[np.uint8]:

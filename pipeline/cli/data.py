@@ -52,6 +52,14 @@ def ingest(
         int | None, typer.Option(min=1, help="Known data sets: labeled images of each class.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the shuffle and the split.")] = 0,
+    resize: Annotated[
+        int | None,
+        typer.Option(
+            min=8,
+            max=4096,
+            help="Make the shorter side of larger images so many pixels; by default nothing is changed.",
+        ),
+    ] = None,
 ) -> None:
     """Turn images into shards, so that plain files can be used as a source."""
     from cluster.progress import Display
@@ -64,6 +72,8 @@ def ingest(
     licence: str | None = None
     display = Display(out, here=True)
     if source in datasets.NAMES:
+        if resize is not None:
+            raise InputError("--resize", resize, "is not for known data sets", "leave it out")
         with display.task("ingest", None) as progress:
             made = datasets.make(
                 source, to, origin=origin, train_per_class=train_per_class, seed=seed, progress=progress
@@ -84,10 +94,20 @@ def ingest(
                 layout=written_as,  # type: ignore[arg-type]
                 images_per_shard=images_per_shard,
                 seed=seed,
+                resize=resize,
                 progress=progress,
             )
+        of_resizing = (
+            {}
+            if written.resized is None
+            else {
+                f"  resized to {resize} pixels": written.resized,
+                "  kept as they were": written.images - written.resized,
+            }
+        )
         counts: dict[str, Any] = {
             "images": written.images,
+            **of_resizing,
             "labeled": written.labeled,
             **{f"left out: {reason}": count for reason, count in written.left_out.items()},
             "shards": written.shards,

@@ -1,19 +1,25 @@
 """`tophat ingest`: any source of images into shuffled shards, on a disk or in an object store.
 
-Bytes are copied as they are: what cannot be decoded is found, and recorded, by scoring. What has no bytes is counted here.
+Bytes are copied as they are, but for large images where smaller ones are asked for: what cannot be decoded is found, and recorded, by
+scoring. What has no bytes is counted here.
 """
 
 import itertools
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cluster import storage
 from cluster.errors import SourceError, one_line
 from cluster.progress import SILENT, Progress
+from models.inputs.decoding import Decoder
+from models.inputs.image import DECODE_SECONDS, UndecodableImage, reduced
 from pipeline.data import writers
 from pipeline.data.rejects import counted
 from pipeline.data.shards import Label, Row, Shard, ShardError
@@ -36,6 +42,7 @@ class Ingested:
         shards: how many there are.
         bytes: their size.
         labeled: images with a label.
+        resized: images that were made smaller; None where nobody asked for that.
         left_out: rows of the source that are no image or could not be read, by reason.
         classes: class names, where the source knows them.
         unreadable: shards of the source that broke off, with the reason; their rows before that were copied.
@@ -47,6 +54,7 @@ class Ingested:
     shards: int
     bytes: int
     labeled: int
+    resized: int | None
     left_out: dict[str, int]
     classes: tuple[str, ...] | None
     unreadable: tuple[tuple[str, str], ...]
@@ -60,13 +68,14 @@ def ingest(
     layout: ShardLayout = "webdataset",
     images_per_shard: int = IMAGES_PER_SHARD,
     seed: int = 0,
+    resize: int | None = None,
     progress: Progress = SILENT,
 ) -> Ingested:
     """Copies every image of a source, shuffled, into shards named `shard-000000`, `shard-000001`, ...
 
     The shuffle takes rows in turn from 16 shards at a time, drawn at random, and permutes each new shard: complete for image
     folders, whose virtual shards are mixed over all folders, and partial for a source in few large shards sorted by class.
-    The result depends on the source, `layout`, `images_per_shard` and `seed` alone. Memory: one new shard.
+    The result depends on the source and on these arguments alone. Memory: one new shard.
 
     Args:
         source: from `open_source`.
@@ -74,6 +83,8 @@ def ingest(
         layout: of the new shards.
         images_per_shard: images in each new shard but the last.
         seed: of the shuffle.
+        resize: pixels of the shorter side, which no image shall exceed: larger ones are decoded and encoded again (`models.inputs.image.reduced`).
+            Those that cannot be decoded stay as they are.
         progress: gets the number of images that were read, and of all images, where each is a file of its own.
 
     Raises:
@@ -89,6 +100,7 @@ def ingest(
         "layout": layout,
         "images_per_shard": images_per_shard,
         "seed": seed,
+        **({} if resize is None else {"resize": resize}),
     }
     classes = source.reader.class_names
     record = writers.completed("--out", out, identity)
@@ -98,7 +110,8 @@ def ingest(
         broken: list[tuple[str, str]] = []
         files = [len(shard.files) for shard in source.shards()]
         counter = _Counter(progress, sum(files) if all(files) else None)
-        samples = _shuffled(source, images_per_shard, np.random.default_rng(seed), broken, counter)
+        resizer = None if resize is None else _Resizer(resize)
+        samples = _shuffled(source, images_per_shard, np.random.default_rng(seed), broken, counter, resizer)
         try:
             done = writers.write_shards(
                 out, samples, layout=layout, images_per_shard=images_per_shard, class_names=classes
@@ -114,6 +127,7 @@ def ingest(
             rule = one_line(f"holds no image that can be copied{told}{first}")
             raise SourceError("SOURCE", source.reader.root, rule, "look at the files, or name another source")
         record |= {"labeled": counter.labeled, "left_out": counter.left_out, "unreadable": broken}
+        record |= {} if resizer is None else {"resized": resizer.resized}
         writers.finish(out, identity, record)
     return Ingested(
         out,
@@ -121,6 +135,7 @@ def ingest(
         shards=record["shards"],
         bytes=record["bytes"],
         labeled=record["labeled"],
+        resized=record.get("resized"),
         left_out=record["left_out"],
         classes=classes,
         unreadable=tuple((shard, reason) for shard, reason in record["unreadable"]),
@@ -157,23 +172,55 @@ def _shuffled(
     random: np.random.Generator,
     broken: list[tuple[str, str]],
     counter: _Counter,
+    resizer: "_Resizer | None",
 ) -> Iterator[Sample]:
     shards = source.shards()
     order = (shards[i] for i in random.permutation(len(shards)))
     names = {name: number for number, name in enumerate(source.reader.class_names or ())}
-    rows = counter.count(_in_turn(source, order, broken))
+    rows = counter.count(_in_turn(source, order, broken, resizer))
     while batch := list(itertools.islice(rows, images_per_shard)):
         for i in random.permutation(len(batch)):
             shard, row = batch[i]
             yield _sample(shard, row, names)
 
 
-def _in_turn(source: ImageSource, order: Iterator[Shard], broken: list[tuple[str, str]]) -> Iterator[tuple[Shard, Row]]:
+def _reduced(data: bytes, shorter: int) -> NDArray[np.uint8]:
+    """The bytes of `reduced`, in the form that a `Decoder` gives."""
+    return np.frombuffer(reduced(data, shorter), np.uint8)
+
+
+class _Resizer:
+    """Makes images smaller, for any number of threads at once, and counts those."""
+
+    def __init__(self, shorter: int) -> None:
+        self.resized = 0
+        self._reduce = partial(_reduced, shorter=shorter)
+        self._lock = threading.Lock()
+        self._own = threading.local()
+
+    def __call__(self, row: Row) -> Row:
+        if row.problem is not None:
+            return row
+        if not hasattr(self._own, "decoder"):
+            self._own.decoder = Decoder(self._reduce, DECODE_SECONDS)
+        try:
+            data = self._own.decoder(row.data).tobytes()
+        except UndecodableImage:
+            return row  # as it is, for scoring to tell what is wrong with it
+        with self._lock:
+            self.resized += data != row.data
+        return replace(row, data=data)
+
+
+def _in_turn(
+    source: ImageSource, order: Iterator[Shard], broken: list[tuple[str, str]], resizer: _Resizer | None
+) -> Iterator[tuple[Shard, Row]]:
     """One row of each of up to `LANES` open shards, again and again, read side by side; a finished one makes room for the next."""
 
     def advance(lane: tuple[Shard, Iterator[Row]]) -> Row | ShardError | None:
         try:
-            return next(lane[1], None)
+            row = next(lane[1], None)
+            return row if row is None or resizer is None else resizer(row)
         except ShardError as error:
             return error
 
