@@ -1,4 +1,4 @@
-"""Networks by name, and any user's own by import path.
+"""Networks by name, other libraries', and any user's own by import path.
 
 The large ones are torchvision's own class with the paper's sizes (section 4.1). Parameters, in millions, against
 Table 3: ResNet-50 25.6 (25), ResNeXt-50 32x4 25.0 (25), ResNeXt-101 32x4 44.2 (43), 32x8 88.8 (88), 32x16 194.0 (193),
@@ -8,14 +8,16 @@ has 11.7M and is the one here.
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from cluster.errors import ModelError
-from models.config import ModelConfig
+from cluster.errors import ModelError, shown
+from models.config import LIBRARIES, ModelConfig
+from models.libraries import build_named
 
 Factory = Callable[..., nn.Module]
 
@@ -84,7 +86,8 @@ _FACTORIES: dict[str, Factory] = {
 def build(config: ModelConfig, num_classes: int) -> nn.Module:
     """A network with fresh weights, float32, on the CPU, in training mode.
 
-    An import path runs the user's code: `package.module` is imported and `factory(num_classes=..., **options)` called.
+    A library's network (`models.libraries`) needs that library. An import path runs the user's code: `package.module` is
+    imported and `factory(num_classes=..., **options)` called.
 
     Args:
         config: the architecture, its options, and the size of its input.
@@ -94,14 +97,17 @@ def build(config: ModelConfig, num_classes: int) -> nn.Module:
         ModelError: a failing import or factory, a result that is not a network of the right output.
     """
     name = config.architecture
-    factory = factory_of(name)
+    library = name.partition(":")[0] in LIBRARIES
+    factory: Factory = partial(_of_library, name) if library else factory_of(name)
     try:
         model = factory(num_classes=num_classes, **config.options)
+    except ModelError:
+        raise
     except Exception as error:  # a factory is the user's code, options are the user's
         raise ModelError(
             "architecture",
             name,
-            f"could not be built with num_classes = {num_classes} and options {config.options} "
+            f"could not be built with num_classes = {num_classes} and options {shown(config.options)} "
             f"({type(error).__name__}: {error})",
             "correct the options or the factory",
         ) from error
@@ -110,6 +116,10 @@ def build(config: ModelConfig, num_classes: int) -> nn.Module:
     if ":" in name:
         _check_output(name, model, config.transform.size, num_classes)
     return model.train()
+
+
+def _of_library(name: str, num_classes: int, **options: Any) -> nn.Module:
+    return build_named(name, num_classes, options)
 
 
 def factory_of(name: str) -> Factory:

@@ -25,6 +25,19 @@ class Weights(Section):
     """In bytes."""
 
 
+class Origin(Section):
+    """Where a network that exists was found, in its source's own words."""
+
+    spec: str
+    """What was asked for, such as `timm:resnet18`."""
+    license: str | None = None
+    """Of the weights (of a factory: of its package), where it is stated."""
+    revision: str | None = None
+    """Which weights of that name: a tag, a version, a commit."""
+    url: str | None = None
+    """Where they are published."""
+
+
 class ModelCard(Section):
     """The content of `model.json`."""
 
@@ -40,6 +53,8 @@ class ModelCard(Section):
     """What was measured, such as top1 in [0, 1]; none where a figure is not finite."""
     provenance: Annotated[dict[str, Any], Field(default_factory=dict)]
     """Where it comes from: run, stage, data, seed."""
+    source: Origin | None = None
+    """Where it was found, of a network that others trained."""
     weights: Weights
     """The file beside the card."""
 

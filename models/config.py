@@ -51,6 +51,10 @@ class Transform(Section):
     """Black pixels put around the image by `pad` before it crops at random; at most half of `size`."""
     flip: bool = True
     """Mirror every other training image at random; wrong for digits and letters."""
+    exact: bool = False
+    """In evaluation and scoring, resize the whole image and then crop it, and decode JPEGs at their full size, as other libraries do: the same
+    pixels as theirs. Else both are done at once, and large JPEGs decoded smaller, which is up to several times as fast and differs by
+    little."""
     mean: tuple[Channel, Channel, Channel] = (0.485, 0.456, 0.406)
     """Mean of each channel (red, green, blue), of values in [0, 1]."""
     std: tuple[Deviation, Deviation, Deviation] = (0.229, 0.224, 0.225)
@@ -91,21 +95,30 @@ ARCHITECTURES = (
 """The architectures that have a name; `models.architectures` builds them."""
 
 
+IMPORT_PATH = re.compile(r"\w+(\.\w+)*:\w+(\.\w+)*")
+"""A factory: `package.module:factory`."""
+
+LIBRARIES = ("torchvision", "timm", "open_clip", "hf")
+"""The libraries whose networks have a name: `LIBRARY:NAME`. `hf` is Hugging Face's transformers."""
+
+
 class ModelConfig(Section):
     """A network and what it takes in."""
 
     architecture: str = Field(default="resnet50", min_length=1, max_length=200)
-    """A name (`resnet18`, `resnet50`, `resnext101_32x8d`, `resnet20` for small images, ...) or an import path
-    `package.module:factory`, called as `factory(num_classes=..., **options)`."""
+    """A name (`resnet18`, `resnet50`, `resnext101_32x8d`, `resnet20` for small images, ...), a library's (`torchvision:NAME`, `timm:NAME`,
+    `open_clip:NAME`, `hf:TYPE`), or an import path `package.module:factory`, called as `factory(num_classes=..., **options)`."""
     options: dict[str, bool | int | float | str] = Field(default_factory=dict, max_length=50)
-    """Arguments for the architecture, such as `width: 8` for the small ResNets."""
+    """Arguments for the architecture, such as `width: 8` for the small ResNets. A library's network may have its configuration here, `config`,
+    as JSON."""
     transform: Transform = Transform()
     """What happens to an image before it."""
 
     @field_validator("architecture")
     @classmethod
     def _named(cls, name: str) -> str:
-        if name in ARCHITECTURES or re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", name):
+        library, _, rest = name.partition(":")
+        if name in ARCHITECTURES or (library in LIBRARIES and rest) or IMPORT_PATH.fullmatch(name):
             return name
         near = get_close_matches(name, ARCHITECTURES, n=3) or ARCHITECTURES
         raise ValueError(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cluster import storage
 from cluster.errors import ModelError
 from models.architectures import build
-from models.card import CARD, WEIGHTS, ModelCard, Weights, read_card, read_weights
+from models.card import CARD, WEIGHTS, ModelCard, Origin, Weights, read_card, read_weights
 from models.config import ModelConfig
 
 
@@ -44,6 +44,7 @@ def save(
     class_names: list[str],
     metrics: dict[str, float],
     provenance: dict[str, Any],
+    source: Origin | None = None,
 ) -> ModelCard:
     """Publishes a model directory: the weights, then the card.
 
@@ -54,6 +55,7 @@ def save(
         class_names: class i of the output is class_names[i].
         metrics: figures of the model.
         provenance: JSON values that say where it comes from.
+        source: where it was found, if others trained it.
 
     Raises:
         StorageError: the store refuses.
@@ -68,6 +70,7 @@ def save(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             metrics={name: value if math.isfinite(value) else None for name, value in metrics.items()},
             provenance=provenance,
+            source=source,
             weights=weights,
         )
         storage.publish(storage.join(uri, WEIGHTS), path)

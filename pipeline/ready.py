@@ -11,8 +11,8 @@ from cluster.errors import ModelError, RecipeError, shown
 from cluster.store import Key, Made, Outside
 from cluster.tasks import parallel_map
 from models.card import CARD, WEIGHTS, ModelCard, read_card, read_weights
-from models.config import Outputs
-from models.sources import Wanted, is_spec, obtain
+from models.config import LIBRARIES, Outputs
+from models.sources import SourceSpec, is_spec, obtain
 from pipeline.context import Run
 from pipeline.data.labeled import REJECTED, Labels, load_labels
 from pipeline.data.sources import ImageSource
@@ -31,6 +31,8 @@ from numpy.typing import NDArray
 
 MOST_ROWS = 200_000
 """Of a class map."""
+TEMPLATES = ("a photo of a {}.",)
+"""Of `zero-shot`, where the recipe has none."""
 HELD_OUT = "held-out.parquet"
 """In the folder of a linear head: what it said of D's images when it was fitted without them."""
 
@@ -86,16 +88,18 @@ def existing(this: Run, role: str, said: str, data: LabeledData, teacher: Teache
     if not is_spec(said):
         model = Existing(field, said, storage.absolute(said), "")
         return Existing(field, said, model.uri, Outside.at(field, said, lambda: model.card().fingerprint))
-    by_words = teacher is not None and teacher.head == "zero-shot"
-    templates = (teacher.templates or ()) if teacher is not None else ()
+    library = said.partition(":")[0]
+    named = library == "open_clip" or library not in LIBRARIES  # which have no classes of their own
+    zero_shot = teacher is not None and teacher.head == "zero-shot"
+    templates = (teacher.templates or TEMPLATES) if teacher is not None and zero_shot else ()
 
     def work(place: str) -> Trained:
-        names = list(data.class_names) if by_words else None
-        card = obtain(Wanted(said, class_names=names, templates=templates), place, field)
+        names = data.class_names if named else ()
+        card = obtain(SourceSpec(said, class_names=names, templates=templates), place, field)
         return Trained(0, card.model.architecture, card.parameters, dict(card.metrics), [])
 
-    classes = {"labeled.train": data.train.made.fingerprint} if by_words else {}
-    key = Key(f"{role}-source", {"model": said, "by_words": by_words, "templates": templates}, classes)
+    classes = {"labeled.train": data.train.made.fingerprint} if named else {}
+    key = Key(f"{role}-source", {"model": said, "templates": templates}, classes)
     made = this.once(key, Trained, work, needs_ray=False)
     return Existing(field, said, made.uri, made.fingerprint)
 

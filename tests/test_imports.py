@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = (
     ("cluster",),
     ("models", "models.inputs"),
-    ("models.training",),
+    ("models.training", "models.sources"),
     ("tuning",),
     ("pipeline.recipe",),
     ("pipeline.data",),
@@ -137,6 +137,7 @@ def loaded_by(statement: str) -> set[str]:
         "pipeline.recipe.reading",
         "cluster.config",
         "models.config",
+        "models.sources",
         "tuning.config",
         "cluster.errors",
         "pipeline.cli",

@@ -90,6 +90,18 @@ def test_each_fit_and_interpolation_is_pils(width: int, height: int, kind: Inter
         ), fit
 
 
+@pytest.mark.parametrize("kind", ["nearest", "bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize(("width", "height"), [*SHAPES, (1600, 1200)])
+def test_an_exact_image_has_torchvisions_pixels(width: int, height: int, kind: Interpolation) -> None:
+    mode, noise = v2.InterpolationMode(kind), np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    steps = {"crop": [v2.Resize(32, mode), v2.CenterCrop(28)], "squash": [v2.Resize((28, 28), mode)]}
+    data = encoded(Image.fromarray(noise), "JPEG")
+    for fit, reference in steps.items():
+        values = {**SMALL.model_dump(), "fit": fit, "interpolation": kind, "exact": True}
+        got = evaluation_image(data, Transform.model_validate(values))
+        assert np.array_equal(got, v2.Compose([*reference, v2.PILToTensor()])(Image.open(io.BytesIO(data))).numpy())
+
+
 def test_a_padded_image_is_zero_where_nothing_is() -> None:
     transform = Transform(size=28, fit="pad")
     got = torch.from_numpy(evaluation_image(encoded(picture(20, 60)), transform))[None]
@@ -280,6 +292,8 @@ def test_an_extreme_shape_costs_no_more_than_its_output(
         for crop in crops:
             transform = Transform(size=224, resize=256, crop=crop, fit=fit)
             seen = evaluation_image(data, transform)
+            exact = evaluation_image(data, transform.model_copy(update={"exact": True}))
+            assert difference(exact[:, 112, 112], np.array([9, 8, 7])) <= 2
             assert difference(seen[:, 112, 112], np.array([9, 8, 7])) <= 2
             trained = [training_image(data, transform, random.Random(seed)) for seed in range(5)]
             assert all(image.shape == (3, 224, 224) for image in trained)

@@ -55,6 +55,9 @@ RESAMPLING = {
 LOSSY = ("JPEG", "WEBP", "AVIF", "HEIF", "JXL")
 """Formats of photographs, which another lossy coding does little to."""
 
+LONGEST = 16
+"""Times `size` to which the longer side is resized at most before it is cropped, where `Transform.exact` asks for that."""
+
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -146,7 +149,7 @@ def evaluation_image(data: bytes, transform: Transform, seconds: float = DECODE_
         UndecodableImage: whatever the bytes are.
     """
     with _opened(data, transform, seconds) as encoded:
-        return _channels_first(_crop(encoded, whole_box(*encoded.size, transform), transform))
+        return _channels_first(_whole(encoded, transform))
 
 
 def reduced(data: bytes, shorter: int, seconds: float = DECODE_SECONDS) -> bytes:
@@ -216,13 +219,17 @@ def whole_box(width: int, height: int, transform: Transform) -> Box:
     if transform.fit == "pad":
         side = max(width, height)
         return Box((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
-    shorter = min(width, height)
-    new_width = transform.resize if width == shorter else int(transform.resize * width / shorter)
-    new_height = transform.resize if height == shorter else int(transform.resize * height / shorter)
-    left = round((new_width - transform.size) / 2)
-    top = round((new_height - transform.size) / 2)
+    new_width, new_height = _resized(width, height, transform)
+    left, top = round((new_width - transform.size) / 2), round((new_height - transform.size) / 2)
     across, down = width / new_width, height / new_height
     return Box(left * across, top * down, (left + transform.size) * across, (top + transform.size) * down)
+
+
+def _resized(width: int, height: int, transform: Transform) -> tuple[int, int]:
+    """Width and height once the shorter side is `transform.resize`."""
+    shorter = min(width, height)
+    new_width = transform.resize if width == shorter else int(transform.resize * width / shorter)
+    return new_width, transform.resize if height == shorter else int(transform.resize * height / shorter)
 
 
 def random_box(width: int, height: int, transform: Transform, rng: random.Random) -> Box:
@@ -431,11 +438,23 @@ def _gray(image: Image.Image) -> Image.Image:
     return Image.fromarray(gray)
 
 
-def _crop(encoded: _Encoded, box: Box, transform: Transform) -> NDArray[np.uint8]:
-    """Decodes and resizes `box`, given in the upright header's pixels, to uint8 [size, size, 3]; outside the image is the mean color."""
+def _whole(encoded: _Encoded, transform: Transform) -> NDArray[np.uint8]:
+    """What evaluation sees, uint8 [size, size, 3]."""
+    size = transform.size
+    width, height = _resized(*encoded.size, transform)
+    if transform.exact and transform.fit == "crop" and max(width, height) <= LONGEST * size:
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        resized = encoded.pixels(1.0).resize((width, height), RESAMPLING[transform.interpolation])
+        return np.asarray(resized.crop((left, top, left + size, top + size)))
+    return _crop(encoded, whole_box(*encoded.size, transform), transform, whole=transform.exact)
+
+
+def _crop(encoded: _Encoded, box: Box, transform: Transform, *, whole: bool = False) -> NDArray[np.uint8]:
+    """Decodes and resizes `box`, given in the upright header's pixels, to uint8 [size, size, 3]; outside the image is the mean color.
+    With `whole`, a JPEG is decoded at its full size."""
     size, (width, height) = transform.size, encoded.size
     scale = max(size / (box.right - box.left), size / (box.bottom - box.top))
-    pixels = encoded.pixels(scale)
+    pixels = encoded.pixels(1.0 if whole else scale)
     if pixels.size == (size, size) and box == (0, 0, size, size):
         return np.asarray(pixels)
     across, down = pixels.width / width, pixels.height / height

@@ -1,19 +1,29 @@
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+"""Networks that exist elsewhere, by SPEC, as ordinary model directories."""
+
+from typing import TYPE_CHECKING
+
+from models.sources.spec import SourceSpec, is_spec
+
+if TYPE_CHECKING:
+    from models.card import ModelCard
+
+__all__ = ["SourceSpec", "is_spec", "obtain"]
 
 
-@dataclass(frozen=True)
-class Wanted:
-    spec: str
-    class_names: Sequence[str] | None = None
-    templates: Sequence[str] = ()
+def obtain(wanted: SourceSpec, out: str, field: str) -> "ModelCard":
+    """Makes the model directory `out` of a network that exists.
 
+    Nothing is written before the network is built again from its card and the weights are found to fit.
 
-def is_spec(text: str) -> bool:
-    return re.fullmatch(r"(torchvision|timm|open_clip|hf):.+|\w+(\.\w+)*:\w+(\.\w+)*", text) is not None
+    Args:
+        wanted: which network.
+        out: the model directory, which should be empty or new.
+        field: what asked for it, for messages.
 
+    Raises:
+        ModelError: it cannot be had, or is none that images can be classified with.
+        StorageError: the store refuses.
+    """
+    from models.sources.obtaining import obtain_model
 
-def obtain(wanted: Wanted, out: str, field: str) -> Any:
-    raise NotImplementedError
+    return obtain_model(wanted, out, field)

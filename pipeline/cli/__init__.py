@@ -5,6 +5,7 @@ from pipeline.cli import (  # noqa: F401 - each adds its commands to the applica
     evaluate,
     export,
     init,
+    models,
     recipe,
     run,
     select,

@@ -172,7 +172,8 @@ def _given(teacher: str | None, labeled: "Look") -> "Iterator[tuple[Ready | None
 
     from cluster.storage import absolute
     from models.card import read_card
-    from models.sources import Wanted, is_spec, obtain
+    from models.config import LIBRARIES
+    from models.sources import SourceSpec, is_spec, obtain
     from pipeline.guide.findings import Ready
 
     if teacher is None:
@@ -182,11 +183,12 @@ def _given(teacher: str | None, labeled: "Look") -> "Iterator[tuple[Ready | None
     with tempfile.TemporaryDirectory(prefix="tophat-") as folder:
         place = folder if library else absolute(teacher)
         with _by_option(teacher):
-            names = (
-                list(labeled.per_class) if library == "open_clip" else None
-            )  # whose outputs are what it is asked for
-            card = obtain(Wanted(teacher, class_names=names), place, "--teacher") if library else read_card(place)
-        known = () if library == "open_clip" else tuple(card.class_names)
+            named = bool(library) and (
+                library == "open_clip" or library not in LIBRARIES
+            )  # it has no classes of its own
+            names = tuple(labeled.per_class) if named else ()
+            card = obtain(SourceSpec(teacher, class_names=names), place, "--teacher") if library else read_card(place)
+        known = () if named else tuple(card.class_names)
         yield Ready(teacher, library, known, card.model.transform.size), place
 
 

@@ -123,6 +123,18 @@ def select_settings(**options: Any) -> Select:
     return _of_options(Select, given, *given)
 
 
+def transform_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Fields of a transform, of a command that has no recipe: `transform.field=value`.
+
+    Raises:
+        RecipeError: an override has another form.
+    """
+    document: dict[str, Any] = {}
+    for override in overrides:
+        _override(document, override.removeprefix("transform."))
+    return document
+
+
 def source_settings(uri_option: str, uri: str, **options: Any) -> Source:
     """A source without a recipe.
 

@@ -126,7 +126,7 @@ class Teacher(Section):
     templates: (
         Annotated[tuple[Annotated[str, Field(min_length=2, max_length=500)], ...], Field(min_length=1)] | None
     ) = None
-    """Of `zero-shot`: sentences with {} for the class's name, whose meanings are averaged; by default the usual ones of CLIP."""
+    """Of `zero-shot`: sentences with {} for the class's name, whose meanings are averaged; by default `a photo of a {}.`"""
     weak: Weak | None = None
     """Weakly labeled images to pre-train on (section 3.3)."""
     self_training: SelfTraining | None = None
