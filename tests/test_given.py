@@ -269,9 +269,12 @@ def test_runs_on_s3_from_scores_and_from_a_selection(
 
 @pytest.mark.usefixtures("ray_local")
 def test_scores_that_are_not_finished(folders: Path, scores: Path, tmp_path: Path) -> None:
-    next(scores.rglob("table/**/*.parquet")).unlink()
+    (file,) = scores.rglob("table/**/*.parquet")
+    whole = file.rename(file.with_name("00000000-00000153.parquet"))  # rows of a shard that goes on
     with pytest.raises(RecipeError, match=r"is not the whole of a scoring: .* is not scored completely"):
         execute(recipe_of(folders, "score", table=str(scores)), str(tmp_path / "run"), "scores")
+    whole.unlink()
+    assert "holds no Parquet files" in refusal(recipe_of(folders, "score", table=str(scores)))
 
 
 @pytest.mark.usefixtures("ray_local")
