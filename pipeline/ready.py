@@ -251,7 +251,8 @@ def fit_linear_head(
         table, rejects = storage.join(place, TABLE), storage.join(place, REJECTS)
         with this.display.task(name, None) as progress:
             scoring.score(source, model.uri, table, rejects, settings, progress)
-        (made,) = parallel_map(_fit, [(model, table, source, labels, data, seed, place)])
+        about = _Fitting(model.uri, model.said, table, data.class_names, seed, data.train.balance, place)
+        (made,) = parallel_map(_fit, [(about, source, labels)])
         return made
 
     sections = {"precision": settings.precision, "seed": seed}
@@ -270,18 +271,32 @@ def _all_of(data: LabeledData) -> tuple[ImageSource, Labels]:
     return source, [np.maximum(one, other) for one, other in zip(labels, held_out, strict=True)]
 
 
-def _fit(job: tuple[Existing, str, ImageSource, Labels, LabeledData, int, str]) -> Trained:
+@dataclass(frozen=True)
+class _Fitting:
+    """What a process that fits a head is told: the model and its name in the recipe, the score table with its features, the classes, the
+    seed, whether all classes count alike, and the stage's folder."""
+
+    model: str
+    said: str
+    table: str
+    class_names: tuple[str, ...]
+    seed: int
+    balance: bool
+    place: str
+
+
+def _fit(job: tuple[_Fitting, ImageSource, Labels]) -> Trained:
     """Fits and publishes, in a process of Ray's."""
     from models.directory import save
     from models.linear import fit_head, with_head
 
-    model, table, source, labels, data, seed, place = job
-    names = data.class_names
-    images = _labeled_features(table, source, labels)
+    about, source, labels = job
+    names = about.class_names
+    images = _labeled_features(about.table, source, labels)
     numbers = images["label"].to_numpy()
     features = images["embedding"].combine_chunks().flatten().to_numpy().reshape(len(numbers), -1).astype(np.float32)
-    head = fit_head(features, numbers, len(names), seed, balance=data.train.balance)
-    network, config = with_head(model.uri, head, list(names))
+    head = fit_head(features, numbers, len(names), about.seed, balance=about.balance)
+    network, config = with_head(about.model, head, list(names))
     metrics = {
         "images": float(len(numbers)),
         "val_top1": float((head.held_out.argmax(axis=1) == numbers).mean()),
@@ -289,14 +304,14 @@ def _fit(job: tuple[Existing, str, ImageSource, Labels, LabeledData, int, str]) 
         "l2": 1 / head.strength,
     }
     card = save(
-        place,
+        about.place,
         network,
         config=config,
         class_names=list(names),
         metrics=metrics,
-        provenance={"head": "linear", "of": model.said},
+        provenance={"head": "linear", "of": about.said},
     )
-    save_predictions(storage.join(place, HELD_OUT), _predictions(images, head.held_out, source, names))
+    save_predictions(storage.join(about.place, HELD_OUT), _predictions(images, head.held_out, source, names))
     return Trained(len(numbers), config.architecture, card.parameters, dict(card.metrics), [], held_out=HELD_OUT)
 
 
