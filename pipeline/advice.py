@@ -58,7 +58,23 @@ def advise(stages: Stages) -> list[Advice]:
         found += of_sweep(student.outputs.trials, student.outputs.learning_rate, held_out_images(stages))
     if selection is not None:
         found += of_cut(selection.outputs, names)
-    return found + of_labels(survey, names)
+    return of_copies(stages) + found + of_labels(survey, names)
+
+
+def of_copies(stages: Stages) -> list[Advice]:
+    """Whether images that models are measured or chosen on were trained on."""
+    found = []
+    for name in ("test", "validation"):
+        made: Made[Surveyed] | None = stages.get(f"labeled-{name}")
+        if made is not None and made.outputs.copies:
+            copies, images = made.outputs.copies, made.outputs.images
+            found.append(
+                Advice(
+                    f"{copies:,} of {images:,} {name} images are copies of images that are trained on, which flatters every model",
+                    f"take them out of labeled.{name}, or out of labeled.train",
+                )
+            )
+    return found
 
 
 def held_out_images(stages: Stages) -> int:

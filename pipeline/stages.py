@@ -52,6 +52,7 @@ class Surveyed:
         source: fingerprint of its listing.
         held_out: images of D that are kept for validation, beside `images`.
         held_for_test: images of D that are kept for the test set, beside those.
+        copies: of a test or validation set: images whose bytes are those of one of D.
     """
 
     class_names: tuple[str, ...]
@@ -62,6 +63,7 @@ class Surveyed:
     source: str
     held_out: int = 0
     held_for_test: int = 0
+    copies: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ def survey_labeled(this: Run, recipe: Recipe) -> LabeledData:
                 fix = f"add images, or name a labeled.{name} source"
                 raise RecipeError(f"labeled.{name}_fraction", fraction, rule, fix)
             held[name] = labeled_stage.save_labels(storage.join(place, name), found.source, drawn, ())
+        labeled_stage.save_digests(place, found.digests)
         return _surveyed(place, "train", found, labels, names, **held)
 
     def survey_other(name: str, place: str) -> Surveyed:
@@ -149,7 +152,8 @@ def survey_labeled(this: Run, recipe: Recipe) -> LabeledData:
         if not labeled_stage.count_labels(labels, len(names)).any():
             root = found.source.reader.root
             raise SourceError(f"labeled.{name}.uri", root, "holds no image that can be used", "look at the files")
-        return _surveyed(place, name, found, labels, names)
+        copies = labeled_stage.count_copies(train.uri, found.digests)
+        return replace(_surveyed(place, name, found, labels, names), copies=copies)
 
     def other(name: str, source: Source | None) -> LabeledSet:
         if source is None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import tiny
 from models.judging import Comparison
 from pipeline.advice import (
     Purity,
     advise,
     of_classes,
+    of_copies,
     of_cut,
     of_gain,
     of_labels,
@@ -25,9 +28,10 @@ from pipeline.advice import (
 )
 from pipeline.evaluation import Measured
 from pipeline.measuring import Evaluated
+from pipeline.recipe.reading import validate
 from pipeline.selection.select import Selected
 from pipeline.stages import Surveyed
-from runs import Finished
+from runs import Finished, execute
 from tuning.sweep import Trial
 
 NAMES = ["cat", "dog", "owl"]
@@ -41,6 +45,16 @@ def evaluated(difference: float = 0.1, p: float = 0.01, **models: Measured) -> E
     against = Comparison(100, 50, 20, 10, difference, (difference - 0.05, difference + 0.05), p)
     every = {"teacher": measured(0.8), "student": measured(0.7), "supervised": measured(0.6), **models}
     return Evaluated(100, every, {"student": against}, "student", (), {})
+
+
+def test_copies_of_what_is_trained_on() -> None:
+    def surveyed(copies: int) -> Any:
+        outputs = Surveyed(tuple(NAMES), 60, 0, 1, (20, 20, 20), "", copies=copies)
+        return SimpleNamespace(outputs=outputs)
+
+    assert of_copies({"labeled-test": surveyed(0)}) == []
+    (told,) = of_copies({"labeled-test": surveyed(3)})
+    assert told.fact.startswith("3 of 60 test images are copies of images that are trained on")
 
 
 def test_a_gain_is_called_one_only_beyond_chance() -> None:
@@ -138,3 +152,14 @@ def test_the_advice_of_a_run_stands_in_its_report(finished: Finished) -> None:
     page = Path(finished.uri, "report", "index.html").read_text()
     assert said
     assert all(one.do in page for one in said)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_copies_are_counted_when_the_test_set_is_read(tmp_path: Path) -> None:
+    tiny.write_folders(tmp_path / "data")
+    for name in ("0.png", "1.png"):
+        content = (tmp_path / "data" / "train" / "zero" / name).read_bytes()
+        (tmp_path / "data" / "test" / "zero" / f"copy-{name}").write_bytes(content)
+    recipe = validate(tiny.recipe(str(tmp_path / "data")))
+    stages = execute(recipe, str(tmp_path / "run"), until="labeled-test")
+    assert [stages[f"labeled-{name}"].outputs.copies for name in ("validation", "test")] == [0, 2]

@@ -5,14 +5,15 @@ start of a run rather than hours into it, and gives training the exact number of
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
 
 from cluster import storage
-from cluster.errors import SourceError, shown
+from cluster.errors import MissingError, SourceError, shown
 from cluster.progress import Progress
 from cluster.tasks import parallel_map
 from models.config import Transform
@@ -23,6 +24,8 @@ from pipeline.data.shards import Label, Row, Shard, ShardError, UnfitShardError
 from pipeline.data.sources import ImageSource
 from pipeline.data.tar import number_of
 
+DIGEST_BYTES = 16
+"""Of an image's bytes."""
 REJECTED = -1
 """In a table of labels: an image that cannot be used."""
 VALIDATION, TEST = 1, 2
@@ -39,11 +42,13 @@ class Survey:
         source: that source.
         labels: per shard, the label of every row; None where the image is rejected.
         rejects: the images that cannot be used.
+        digests: of the others' bytes, by which copies are known.
     """
 
     source: ImageSource
     labels: tuple[tuple[Label, ...], ...]
     rejects: tuple[Reject, ...]
+    digests: tuple[bytes, ...] = ()
 
     @property
     def images(self) -> int:
@@ -62,13 +67,18 @@ def survey(field: str, source: ImageSource, progress: Progress) -> Survey:
     Raises:
         SourceError: an image without a label, columns that hold none, or no image that can be used.
     """
-    found: dict[int, tuple[tuple[Label, ...], list[Reject]]] = {}
+    found: dict[int, tuple[tuple[Label, ...], list[Reject], list[bytes]]] = {}
     jobs = [(field, number, source.reader, shard) for number, shard in enumerate(source.shards())]
-    for number, labels, rejects in parallel_map(_survey_shard, jobs, num_cpus=1):
-        found[number] = (labels, rejects)
+    for number, labels, rejects, digests in parallel_map(_survey_shard, jobs, num_cpus=1):
+        found[number] = (labels, rejects, digests)
         progress.add(len(labels) - len(rejects), len(rejects))
     ordered = [found[number] for number in range(len(jobs))]
-    made = Survey(source, tuple(labels for labels, _ in ordered), tuple(r for _, rejects in ordered for r in rejects))
+    made = Survey(
+        source,
+        tuple(labels for labels, _, _ in ordered),
+        tuple(reject for _, rejects, _ in ordered for reject in rejects),
+        tuple(digest for _, _, digests in ordered for digest in digests),
+    )
     if made.images == len([one for one in made.rejects if one.index is not None]):
         reasons = Counter(one.reason for one in made.rejects)
         first = f", such as {made.rejects[0].error}" if made.rejects else ""
@@ -77,10 +87,11 @@ def survey(field: str, source: ImageSource, progress: Progress) -> Survey:
     return made
 
 
-def _survey_shard(job: tuple[str, int, Reader, Shard]) -> tuple[int, tuple[Label, ...], list[Reject]]:
+def _survey_shard(job: tuple[str, int, Reader, Shard]) -> tuple[int, tuple[Label, ...], list[Reject], list[bytes]]:
     field, number, reader, shard = job
     labels: list[Label] = []
     rejects: list[Reject] = []
+    digests: list[bytes] = []
     for row, reject in _checked(reader, shard):
         if reject is not None:
             rejects.append(reject)
@@ -90,7 +101,9 @@ def _survey_shard(job: tuple[str, int, Reader, Shard]) -> tuple[int, tuple[Label
                 where = shown(shard.files[row.index] if shard.files else shard.name)
                 rule = f"has no label for {where}" if shard.files else f"has no label for image {row.index} of {where}"
                 raise SourceError(f"{field}.uri", reader.root, rule, _LABELS_FIX[reader.layout])
-    return number, tuple(labels), rejects
+            if reject is None:
+                digests.append(blake2b(row.image, digest_size=DIGEST_BYTES).digest())
+    return number, tuple(labels), rejects, digests
 
 
 _LABELS_FIX = {
@@ -263,6 +276,21 @@ def save_labels(uri: str, source: ImageSource, labels: Labels, rejects: Sequence
     storage.publish(storage.join(uri, "labels.parquet"), sink.getvalue().to_pybytes())
     publish_rejects(storage.join(uri, "rejects.parquet"), rejects)
     return int(sum((shard != REJECTED).sum() for shard in labels))
+
+
+def save_digests(uri: str, digests: Sequence[bytes]) -> None:
+    """Publishes the digests of a labeled set under `uri`."""
+    storage.publish(storage.join(uri, "digests"), b"".join(digests))
+
+
+def count_copies(uri: str, digests: Iterable[bytes]) -> int:
+    """How many of the digests are those of an image in the labeled set under `uri`; 0 where it was made without them."""
+    try:
+        known = storage.read_bytes(storage.join(uri, "digests"))
+    except MissingError:
+        return 0
+    every = {known[start : start + DIGEST_BYTES] for start in range(0, len(known), DIGEST_BYTES)}
+    return sum(digest in every for digest in digests)
 
 
 def load_labels(uri: str) -> tuple[ImageSource, tuple[Integers, ...]]:
