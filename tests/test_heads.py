@@ -220,3 +220,50 @@ def test_a_student_that_starts_from_a_model(finished: Finished, tmp_path: Path) 
     assert stages["supervised"].outputs.history[0]["top1"] > plain  # it begins with features
     assert stages["student"].outputs.architecture == "resnet8"
     assert "evaluation" in stages
+
+
+class Pooled(torch.nn.Module):
+    """A network for images of any size: means of a few convolutions, which learn nothing here, before its last layer."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)  # as one that comes with weights of its own
+        self.features = torch.nn.Conv2d(3, 32, 9, stride=4)
+        self.fc = torch.nn.Linear(32 * 49, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled = torch.nn.functional.adaptive_avg_pool2d(self.features(x).relu(), 7)
+        return self.fc(pooled.flatten(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_local")
+def test_a_factory_is_a_teacher_with_a_linear_head(finished: Finished, tmp_path: Path) -> None:
+    recipe = validate(finished_recipe(finished, {"model": "test_heads:Pooled", "head": "linear"}))
+    uri = finished.copy(tmp_path / "run")
+    stages = execute(recipe, uri, until="scores")
+    assert fresh(stages) == ["teacher-source", "teacher", "scores"]
+    assert stages["teacher"].outputs.metrics["val_top1"] > 0.7  # its features are random, and digits easy
+    assert read_card(stages["teacher"].uri).class_names == ["one", "two", "zero"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_local")
+def test_a_class_map_joins_outputs(finished: Finished, tmp_path: Path) -> None:
+    teacher = load(finished.stages["teacher"].uri)
+    state = teacher.model.state_dict()
+    rows = [0, 1, 2, 2]  # two outputs for zero, of which each is as likely as it would be alone
+    for name in ("fc.weight", "fc.bias"):
+        state[name] = state[name][rows]
+    network = build(teacher.config, 4)
+    network.load_state_dict(state)
+    uri, names = str(tmp_path / "model"), ["uno", "due", "nil", "null"]
+    save(uri, network, config=teacher.config, class_names=names, metrics={}, provenance={})
+    (tmp_path / "map.csv").write_text("uno,one\ndue,two\nnil,zero\nnull,zero\n")
+    recipe = finished_recipe(finished, {"model": uri, "class_map": str(tmp_path / "map.csv")})
+    stages = execute(validate(recipe), finished.copy(tmp_path / "run"), until="scores")
+    assert stages["teacher"].outputs.class_outputs == (0, 1, (2, 3))
+    assert stages["scores"].outputs.scored == finished.stages["scores"].outputs.scored
+    (tmp_path / "map.csv").write_text("uno,one\ndue,two\nnil,nought\n")
+    with pytest.raises(RecipeError, match=r"names 1 classes that D does not have \('nought'\)"):
+        execute(validate(recipe), finished.copy(tmp_path / "other"), until="teacher")
