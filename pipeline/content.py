@@ -98,7 +98,7 @@ def _accuracies(stages: Stages, rounds: list[str]) -> dict[str, Any]:
 
 
 def _facts(made: Made[Trained]) -> report.ModelFacts:
-    return report.ModelFacts(made.outputs.architecture, made.outputs.parameters)
+    return report.ModelFacts(made.outputs.architecture, made.outputs.parameters, made.outputs.source)
 
 
 def _teacher_data(stages: Stages) -> str:

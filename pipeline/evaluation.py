@@ -27,6 +27,7 @@ class Trained:
         learning_rate: the best of a sweep, per 256 images.
         trials: of that sweep.
         class_outputs: where its outputs are not the classes of D in their order: the output of each class.
+        source: where it was found and its license, of a network that others trained.
     """
 
     images: int
@@ -37,6 +38,7 @@ class Trained:
     learning_rate: float | None = None
     trials: tuple[Trial, ...] = ()
     class_outputs: tuple[int, ...] | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True)

@@ -309,7 +309,13 @@ def ready_model(this: Run, uri: str, data: LabeledData) -> Made[Trained]:
         same = outputs == tuple(range(len(card.class_names)))
         metrics = dict(card.metrics)
         return Trained(
-            0, card.model.architecture, card.parameters, metrics, [], class_outputs=None if same else outputs
+            0,
+            card.model.architecture,
+            card.parameters,
+            metrics,
+            [],
+            class_outputs=None if same else outputs,
+            source=str(card.source or ""),
         )
 
     key = Key("teacher", {}, {"model": given, "labeled.train": data.train.made.fingerprint})
