@@ -37,6 +37,10 @@ class Origin(Section):
     url: str | None = None
     """Where they are published."""
 
+    def __str__(self) -> str:
+        revision = f" ({self.revision})" if self.revision else ""
+        return f"{self.spec}{revision}, license {self.license or 'not stated'}"
+
 
 class ModelCard(Section):
     """The content of `model.json`."""

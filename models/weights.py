@@ -1,14 +1,21 @@
-"""torchvision's ResNet-18, trained on ImageNet, as a model directory: what images are compared with by default (supplement 5)."""
+"""Files of weights that others publish; and torchvision's ResNet-18, trained on ImageNet, as a model directory: what images are compared with by
+default (supplement 5)."""
 
 import contextlib
 import hashlib
 import io
+import logging
 import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as deserialize
 from torch import Tensor
 from torchvision.models import ResNet18_Weights
 
@@ -39,10 +46,9 @@ def publish_resnet18(uri: str, field: str) -> None:
         ModelError: the weights cannot be had, or are no ResNet-18's.
         StorageError: the store refuses.
     """
-    cache = Path(torch.hub.get_dir(), "checkpoints", Path(URL).name)
-    fix = f"mend that (if {cache} is at fault, remove it), or name a model directory"
+    fix = f"mend that (if {cache_of(URL)} is at fault, remove it), or name a model directory"
     try:
-        state = _weights(cache)
+        state = published(URL)
     except Exception as error:  # a network and a file have many ways to fail
         rule = f"cannot be had from {URL} ({one_line(str(error))[:200]})"
         raise ModelError(field, NAME, rule, fix) from None
@@ -56,24 +62,51 @@ def publish_resnet18(uri: str, field: str) -> None:
     save(uri, model, config=config, class_names=list(categories), metrics={}, provenance={"weights": URL})
 
 
-def _weights(cache: Path) -> dict[str, Tensor]:
-    """The state dict in the file `cache`, which is downloaded where it is not there."""
+def published(url: str) -> dict[str, Tensor]:
+    """The state dict that torchvision publishes at `url`, in a file whose name ends in the beginning of its SHA-256, which is checked. The
+    file stays in torch's own cache.
+
+    Raises:
+        Exception: a network and a file have many ways to fail.
+    """
+    cache = cache_of(url)
     start_of_hash = cache.stem.rpartition("-")[2]
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with _patience(SILENCE):
-            torch.hub.download_url_to_file(URL, str(cache), start_of_hash, progress=sys.stderr.isatty())
+        with patience():
+            torch.hub.download_url_to_file(url, str(cache), start_of_hash, progress=sys.stderr.isatty())
     content = cache.read_bytes()
     if not hashlib.sha256(content).hexdigest().startswith(start_of_hash):
         raise ValueError(f"invalid hash value of {cache}")
-    state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    if not (isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())):
+    return state_of_bytes(content)
+
+
+def cache_of(url: str) -> Path:
+    """Where torch keeps what it has from `url`."""
+    return Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+
+
+def state_of_bytes(content: bytes) -> dict[str, Tensor]:
+    """The state dict in the bytes of a file: safetensors, or torch's own, read by the unpickler that makes tensors and runs nothing. Scripts
+    that train keep it at `state_dict` or `model`, and as of a `module`.
+
+    Raises:
+        Exception: they hold none.
+    """
+    try:
+        state: Any = deserialize(content)
+    except SafetensorError:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    for name in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+    if not (isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values())):
         raise ValueError("the file holds no state dict")
-    return {str(name): value for name, value in state.items()}
+    return {str(name).removeprefix("module."): value for name, value in state.items()}
 
 
 @contextlib.contextmanager
-def _patience(seconds: float) -> Iterator[None]:
+def patience(seconds: float = SILENCE) -> Iterator[None]:
     """For what connects without a time limit of its own."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
@@ -81,3 +114,35 @@ def _patience(seconds: float) -> Iterator[None]:
         yield
     finally:
         socket.setdefaulttimeout(before)
+
+
+ANSWER = 5.0
+"""Seconds in which a hub takes a connection, or is taken to be out of reach."""
+
+
+@contextlib.contextmanager
+def hub() -> Iterator[None]:
+    """For a library that asks Hugging Face's hub: in silence, and where the hub cannot be reached, of its cache alone. (Left to itself it
+    tries for up to a minute.)"""
+    from huggingface_hub import constants
+
+    before, quiet = constants.HF_HUB_OFFLINE, logging.root.manager.disable
+    constants.HF_HUB_OFFLINE = before or not _reached(constants.ENDPOINT)
+    logging.disable(logging.CRITICAL)
+    try:
+        with patience():
+            yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+        logging.disable(quiet)
+
+
+def _reached(url: str) -> bool:
+    if getproxies():
+        return True  # by another way than ours
+    place = urlsplit(url)
+    try:
+        socket.create_connection((str(place.hostname), place.port or 443), ANSWER).close()
+    except OSError:
+        return False
+    return True

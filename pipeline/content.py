@@ -140,7 +140,7 @@ def _judgment(stages: Stages) -> Judgment:
 
 
 def _facts(made: Made[Trained]) -> report.ModelFacts:
-    return report.ModelFacts(made.outputs.architecture, made.outputs.parameters)
+    return report.ModelFacts(made.outputs.architecture, made.outputs.parameters, made.outputs.source)
 
 
 def _teacher_data(stages: Stages) -> str:

@@ -43,6 +43,7 @@ class Trained:
         class_outputs: where its outputs are not the classes of D in their order: the output of each class, or several whose probabilities add up.
         held_out: where it was fitted on all of D: a file in its folder, of what it said of each image of D when it was fitted without it
             (`prediction_table`).
+        source: where it was found and its license, of a network that others trained.
     """
 
     images: int
@@ -54,6 +55,7 @@ class Trained:
     trials: tuple[Trial, ...] = ()
     class_outputs: Outputs | None = None
     held_out: str | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,13 @@ def ready_model(this: Run, model: Existing, class_map: str | None, data: Labeled
         same = outputs == tuple(range(len(card.class_names)))
         metrics = dict(card.metrics)
         return Trained(
-            0, card.model.architecture, card.parameters, metrics, [], class_outputs=None if same else outputs
+            0,
+            card.model.architecture,
+            card.parameters,
+            metrics,
+            [],
+            class_outputs=None if same else outputs,
+            source=str(card.source or ""),
         )
 
     inputs: dict[str, str | Outside] = {"model": model.fingerprint, "labeled.train": data.train.made.fingerprint}
@@ -310,9 +316,13 @@ def _fit(job: tuple[_Fitting, ImageSource, Labels]) -> Trained:
         class_names=list(names),
         metrics=metrics,
         provenance={"head": "linear", "of": about.said},
+        source=read_card(about.model).source,
     )
     save_predictions(storage.join(about.place, HELD_OUT), _predictions(images, head.held_out, source, names))
-    return Trained(len(numbers), config.architecture, card.parameters, dict(card.metrics), [], held_out=HELD_OUT)
+    figures, source_said = dict(card.metrics), str(card.source or "")
+    return Trained(
+        len(numbers), config.architecture, card.parameters, figures, [], held_out=HELD_OUT, source=source_said
+    )
 
 
 def _labeled_features(table: str, source: ImageSource, labels: Labels) -> pa.Table:

@@ -109,7 +109,7 @@ def test_a_factory_is_called_by_its_import_path() -> None:
         ("resnet18", {"wide": 3}, "unexpected keyword argument 'wide'"),
         ("no_such_package:model", {}, "could not be imported (ModuleNotFoundError"),
         ("torchvision.models:resnet5O", {}, "could not be imported (AttributeError"),
-        ("torchvision:__version__", {}, "cannot be called"),
+        ("torch:__version__", {}, "cannot be called"),
         (f"{__name__}:not_a_network", {}, "returned a int; return a torch.nn.Module"),
         (f"{__name__}:a_fixed_factory", {}, "returned [1, 10] for one image of 3 classes; return logits [N, 3]"),
         (f"{__name__}:a_large_factory", {}, "does not take a batch of 3 x 16 x 16"),

@@ -1,22 +1,14 @@
 """What a source says of a network, and the reading of files of weights."""
 
-import contextlib
-import io
-import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as deserialize
 from torch import Tensor
 
 from cluster.errors import ModelError, one_line
-
-SILENCE = 60.0
-"""Seconds after which a server that says nothing is given up."""
+from models.weights import state_of_bytes
 
 
 @dataclass(frozen=True)
@@ -66,32 +58,3 @@ def read_state(field: str, path: str) -> dict[str, Tensor]:
     except Exception as error:  # unpickling hostile bytes has many ways to fail
         rule = f"holds no weights alone ({said(error)})"
         raise ModelError(field, path, rule, "save the state dict again, as safetensors") from None
-
-
-def state_of_bytes(content: bytes) -> dict[str, Tensor]:
-    """The state dict in the bytes of a file; training scripts keep it at `state_dict` or `model`, and as of a `module`.
-
-    Raises:
-        Exception: they hold none.
-    """
-    try:
-        state: Any = deserialize(content)
-    except SafetensorError:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    for name in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(name), dict):
-            state = state[name]
-    if not (isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values())):
-        raise ValueError("the file holds no state dict")
-    return {str(name).removeprefix("module."): value for name, value in state.items()}
-
-
-@contextlib.contextmanager
-def patience(seconds: float = SILENCE) -> Iterator[None]:
-    """For what connects without a time limit of its own."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

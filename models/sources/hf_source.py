@@ -6,8 +6,9 @@ from typing import Any
 
 from cluster.errors import ModelError
 from models.libraries import library
-from models.sources.found import Found, patience, said
+from models.sources.found import Found, said
 from models.sources.spec import SourceSpec
+from models.weights import hub
 
 INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """Of Pillow's numbers."""
@@ -26,7 +27,7 @@ def find(wanted: SourceSpec, name: str, field: str) -> Found:
         rule = f"is no option beside {wanted.spec}: its weights lie beside its configuration"
         raise ModelError("weights", wanted.weights, rule, "name a local folder, hf:PATH")
     try:
-        with patience():
+        with hub():
             network, loading = hf.AutoModelForImageClassification.from_pretrained(
                 name, use_safetensors=True, output_loading_info=True, dtype="float32"
             )
@@ -101,7 +102,7 @@ def _license(name: str) -> str | None:
     if Path(name).is_dir() and not place.is_file():
         return None
     try:
-        with patience():
+        with hub():
             stated = ModelCard.load(str(place) if place.is_file() else name).data.to_dict().get("license")
     except Exception:  # a hub that is not reached; a card may be no YAML
         return None

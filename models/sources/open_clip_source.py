@@ -8,8 +8,9 @@ from torch import Tensor
 
 from cluster.errors import ModelError
 from models.libraries import library, unknown
-from models.sources.found import Found, patience, said
+from models.sources.found import Found, said
 from models.sources.spec import SourceSpec
+from models.weights import hub
 
 FITS = {"shortest": "crop", "squash": "squash"}
 """What each `resize_mode` of open_clip is called here; its `longest` pads with black, which none here does."""
@@ -29,7 +30,7 @@ def find(wanted: SourceSpec, name: str, field: str) -> Found:
     if not wanted.class_names:
         raise ModelError(field, wanted.spec, "has no classes of its own", "give their names (--classes FILE)")
     try:
-        with patience():
+        with hub():
             model = clip.create_model(name, pretrained=wanted.weights or tag, weights_only=True)
             layer = _zero_shot(clip, model, name, wanted) if wanted.templates else {}
     except Exception as error:  # a network and a file have many ways to fail
@@ -41,7 +42,7 @@ def find(wanted: SourceSpec, name: str, field: str) -> Found:
         raise ModelError(field, wanted.spec, f"takes an input that is none of ours: {seen}", "use another model")
     tower = {f"visual.{key}": value for key, value in model.visual.state_dict().items()}
     kept = {"embed_dim": config["embed_dim"], "vision_cfg": config["vision_cfg"]}
-    hub = published.get("hf_hub", "").rstrip("/")
+    place = published.get("hf_hub", "").rstrip("/")
     return Found(
         f"open_clip:{name}",
         {
@@ -57,7 +58,7 @@ def find(wanted: SourceSpec, name: str, field: str) -> Found:
         {"config": json.dumps({**kept, "quick_gelu": config.get("quick_gelu", False)})},
         headless=not layer,
         revision=None if wanted.weights else tag,
-        url=None if wanted.weights else published.get("url") or (f"https://huggingface.co/{hub}" if hub else None),
+        url=None if wanted.weights else published.get("url") or (f"https://huggingface.co/{place}" if place else None),
     )
 
 

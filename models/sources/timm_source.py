@@ -8,8 +8,9 @@ from typing import Any
 
 from cluster.errors import ModelError
 from models.libraries import library, unknown
-from models.sources.found import Found, patience, read_state, said
+from models.sources.found import Found, read_state, said
 from models.sources.spec import SourceSpec
+from models.weights import hub
 
 FITS = {"center": "crop", "squash": "squash", "border": "pad"}
 """What each `crop_mode` of timm is called here."""
@@ -25,7 +26,7 @@ def find(wanted: SourceSpec, name: str, field: str) -> Found:
     if ":" not in name and not timm.is_model(name.partition(".")[0]):
         raise unknown(field, wanted.spec, name, timm.list_models())
     try:
-        with patience():
+        with hub():
             network = timm.create_model(name, pretrained=wanted.weights is None)
     except Exception as error:  # a network, a file and a folder have many ways to fail
         fix = "put the files into the cache, or give timm:local-dir:PATH, or a file of weights (--weights)"
@@ -35,7 +36,7 @@ def find(wanted: SourceSpec, name: str, field: str) -> Found:
     arguments.pop("num_classes", None)
     kept = timm.models.filter_pretrained_cfg(stated, remove_source=True)
     kept = {key: value for key, value in kept.items() if key not in ("label_names", "label_descriptions")}
-    hub = stated.get("hf_hub_id")
+    place = stated.get("hf_hub_id")
     return Found(
         f"timm:{stated['architecture']}",
         _transform(wanted.spec, field, data),
@@ -45,7 +46,7 @@ def find(wanted: SourceSpec, name: str, field: str) -> Found:
         headless=network.num_classes == 0,
         license=stated.get("license"),
         revision=None if wanted.weights else stated.get("tag") or None,
-        url=None if wanted.weights else stated.get("url") or (hub and f"https://huggingface.co/{hub}") or None,
+        url=None if wanted.weights else stated.get("url") or (place and f"https://huggingface.co/{place}") or None,
     )
 
 

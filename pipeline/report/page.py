@@ -35,10 +35,11 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A network: its architecture's name and the number of its parameters."""
+    """A network: its architecture's name, the number of its parameters, and where it was found, if others trained it."""
 
     architecture: str
     parameters: int
+    source: str = ""
 
 
 @dataclass(frozen=True)
