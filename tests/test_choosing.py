@@ -128,6 +128,7 @@ def test_the_images_of_a_smaller_k_are_the_first_ranks(tmp_path: Path) -> None:
         "index": range(8),
         "rank": [rank for _, rank in rows],
         "score": [0.5] * 8,
+        "file": ["a.png"] * 8,
     }
     for part in (0, 1):
         table = pa.table(
