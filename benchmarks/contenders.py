@@ -196,7 +196,8 @@ def ours(folder: Path, cores: int, how: How, clock: Clock) -> None:
     from cluster.progress import Progress
     from cluster.session import Session
     from pipeline.data.sources import open_source
-    from pipeline.recipe.sections import Score, Source
+    from pipeline.recipe.images import Source
+    from pipeline.recipe.sections import Score
     from pipeline.scoring.beside import TABLE, claim
     from pipeline.scoring.score import score
 

@@ -22,7 +22,8 @@ from pipeline.context import Run
 from pipeline.data.loading import dhat_training_set
 from pipeline.duplicates.exclude import Excluded
 from pipeline.evaluation import Candidate, Measured, measured
-from pipeline.recipe.sections import AUTO, Recipe, Score
+from pipeline.recipe.sections import Recipe, Score
+from pipeline.recipe.select import AUTO
 from pipeline.scoring.judging import judge
 from pipeline.scoring.score import Scored
 from pipeline.selection import dhat as dhat_stage

@@ -15,7 +15,7 @@ from cluster.session import Session
 from cluster.storage import absolute, is_remote, join, list_files
 from cluster.store import Key, Made, Outside, RunStore, Watched
 from pipeline.data.sources import ImageSource, open_source
-from pipeline.recipe.sections import Source
+from pipeline.recipe.images import Source
 
 T = TypeVar("T")
 

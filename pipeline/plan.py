@@ -13,7 +13,8 @@ from cluster.session import Session
 from cluster.store import RunStore
 from models.config import ModelConfig
 from pipeline.context import Planned, Run, Sources
-from pipeline.recipe.sections import Recipe, Source
+from pipeline.recipe.images import Source
+from pipeline.recipe.sections import Recipe
 from pipeline.run import run
 
 

@@ -20,7 +20,8 @@ from pipeline.data.loading import TrainingSet, dhat_training_set
 from pipeline.data.sources import ImageSource
 from pipeline.duplicates.exclude import Excluded
 from pipeline.evaluation import Trained
-from pipeline.recipe.sections import Recipe, Score, Source
+from pipeline.recipe.images import Source
+from pipeline.recipe.sections import Recipe, Score
 from pipeline.recipe.uris import SIDECAR
 from pipeline.report import gallery
 from pipeline.report.gallery import Gallery

@@ -21,8 +21,8 @@ from models.config import ModelConfig
 from pipeline.data.ingest import ingest
 from pipeline.data.sources import open_source
 from pipeline.plan import check_networks, plan, sources_of
+from pipeline.recipe.images import Source
 from pipeline.recipe.reading import load
-from pipeline.recipe.sections import Source
 
 Answer = tuple[int, str, str]
 

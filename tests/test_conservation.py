@@ -33,7 +33,7 @@ from pipeline.data.ingest import ingest
 from pipeline.data.shards import NO_IMAGE, Row, ShardError
 from pipeline.data.sources import ImageSource, open_source
 from pipeline.data.tar import label_of
-from pipeline.recipe.sections import Source
+from pipeline.recipe.images import Source
 
 KEYS = ("a", "b", "clip", "ü", "x y", "%2e", "+", "#1", "..a")
 MIDDLES = ("", ".000001", ".000002", ".left", ".mask")

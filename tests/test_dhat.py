@@ -15,7 +15,7 @@ from cluster import storage
 from cluster.errors import SourceError, StageError, StorageError
 from pipeline.data.shards import Row, Shard
 from pipeline.data.sources import ImageSource, open_source
-from pipeline.recipe.sections import Source
+from pipeline.recipe.images import Source
 from pipeline.selection import dhat
 from pipeline.selection.dhat import Dhat, materialize
 from pipeline.selection.places import permutation

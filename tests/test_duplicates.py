@@ -55,8 +55,9 @@ from pipeline.duplicates.nearest import (
 )
 from pipeline.plan import plan
 from pipeline.recipe.deduplicate import Deduplicate
+from pipeline.recipe.images import Source
 from pipeline.recipe.reading import deduplicate_settings, validate
-from pipeline.recipe.sections import Score, Source
+from pipeline.recipe.sections import Score
 from pipeline.scoring import beside
 from pipeline.scoring import score as scoring
 from pipeline.scoring.actors import score_table

@@ -14,7 +14,8 @@ import tiny
 from cluster.errors import InputError, StageError
 from cluster.resources import ClusterShape, NodeShape
 from pipeline.data.sources import ImageSource, open_source
-from pipeline.recipe.sections import Score, Source
+from pipeline.recipe.images import Source
+from pipeline.recipe.sections import Score
 from pipeline.scoring.forecast import HERE, Forecast, NodeType, node_types, nodes_rate, read_prices
 from pipeline.scoring.sampling import Cost, Sample, SampleReader, actors_on, count_images
 

@@ -31,8 +31,9 @@ from pipeline.data.sources import open_source
 from pipeline.evaluation import Candidate, measured
 from pipeline.measuring import Evaluated, evaluate, held_out_predictions, predictions
 from pipeline.plan import sources_of
+from pipeline.recipe.images import Source
 from pipeline.recipe.reading import validate
-from pipeline.recipe.sections import Score, Source
+from pipeline.recipe.sections import Score
 from pipeline.report.page import write_report
 from pipeline.scoring.judging import judge
 from pipeline.stages import survey_labeled

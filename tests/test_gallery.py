@@ -19,7 +19,7 @@ from browsing import BROKEN_IMAGES, NAMES, encoded, opened, text_of
 from cluster import storage
 from cluster.errors import StageError
 from pipeline.data.sources import open_source
-from pipeline.recipe.sections import Source
+from pipeline.recipe.images import Source
 from pipeline.report import gallery, text
 from pipeline.report.gallery import (
     LISTED,

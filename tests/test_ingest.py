@@ -29,7 +29,7 @@ from pipeline.data.pools import DRAWINGS, IDX_FILES, Pixels
 from pipeline.data.shards import Label
 from pipeline.data.sources import ImageSource, open_source
 from pipeline.data.writers import Sample, ShardLayout, tar_bytes, write_shards
-from pipeline.recipe.sections import Source
+from pipeline.recipe.images import Source
 
 LAYOUTS: tuple[ShardLayout, ...] = ("webdataset", "parquet")
 

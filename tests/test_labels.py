@@ -18,8 +18,8 @@ from pipeline.data.labels import read_labels
 from pipeline.data.shards import Label
 from pipeline.data.sources import ImageSource, open_source
 from pipeline.plan import plan
+from pipeline.recipe.images import Source
 from pipeline.recipe.reading import validate
-from pipeline.recipe.sections import Source
 
 IMAGES = ("a.png", "b.png", "deep/c.png", "deep/x/d, e.png", "ü.png", "back\\slash.png")
 

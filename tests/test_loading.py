@@ -18,7 +18,7 @@ from pipeline.data.loading import Piece, TrainingSet, ahead, arc, windows
 from pipeline.data.reader import Reader
 from pipeline.data.shards import Shard
 from pipeline.data.sources import ImageSource, open_source
-from pipeline.recipe.sections import Source
+from pipeline.recipe.images import Source
 
 COUNTS = st.lists(st.integers(1, 30), min_size=1, max_size=8)
 

@@ -18,7 +18,8 @@ from models.card import read_card
 from pipeline.data.rejects import Reject, publish_rejects, read_rejects, some_rejects
 from pipeline.data.shards import Shard
 from pipeline.data.sources import open_source
-from pipeline.recipe.sections import Score, Source
+from pipeline.recipe.images import Source
+from pipeline.recipe.sections import Score
 from pipeline.scoring import beside
 from pipeline.selection.record import FILES, check_whole, files_table, read_record
 from pipeline.selection.select import ENCODED, RECORD, SCHEMA

@@ -16,8 +16,8 @@ from pipeline.cli import tables
 from pipeline.data.ingest import ingest
 from pipeline.data.rejects import read_rejects
 from pipeline.data.sources import open_source
+from pipeline.recipe.images import Source
 from pipeline.recipe.reading import validate
-from pipeline.recipe.sections import Source
 from pipeline.report.gallery import TILE
 from runs import Finished, execute
 

@@ -33,7 +33,7 @@ from pipeline.data.sources import open_source
 from pipeline.duplicates.exclude import Embeddings, Pairs, features_model
 from pipeline.duplicates.nearest import read_pairs
 from pipeline.recipe.deduplicate import Deduplicate
-from pipeline.recipe.sections import Source
+from pipeline.recipe.images import Source
 
 Publish = Callable[..., Path]
 LEFT_OPEN = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")

@@ -12,7 +12,8 @@ import tiny
 from models.config import ModelConfig, Transform
 from pipeline.data.shards import Shard
 from pipeline.data.sources import ImageSource, open_source
-from pipeline.recipe.sections import Score, Source
+from pipeline.recipe.images import Source
+from pipeline.recipe.sections import Score
 from pipeline.scoring.ledger import (
     MAX_TASKS,
     MIN_TASK_BYTES,

@@ -10,9 +10,9 @@ from pydantic import Field
 
 from cluster.errors import InputError
 from cluster.section import FREE, Section, Unit
+from pipeline.recipe.images import Labeled
 from pipeline.recipe.reading import load, load_text
 from pipeline.recipe.reference import entries, explain, page, places
-from pipeline.recipe.sections import Labeled
 from pipeline.recipe.uris import Uri
 
 Answer = tuple[int, str, str]

@@ -24,7 +24,8 @@ from cluster.progress import SILENT
 from models.config import ModelConfig, Transform
 from pipeline.data.rejects import Reject, count_rejected, publish_rejects, read_rejects
 from pipeline.data.sources import ImageSource, open_source
-from pipeline.recipe.sections import Score, Source
+from pipeline.recipe.images import Source
+from pipeline.recipe.sections import Score
 from pipeline.scoring.actors import compiler_error
 from pipeline.scoring.beside import claim
 from pipeline.scoring.ledger import Range

@@ -26,7 +26,8 @@ from models.inputs.image import UndecodableImage, evaluation_image
 from pipeline.data import reader
 from pipeline.data.rejects import REJECTS
 from pipeline.data.sources import ImageSource, open_source
-from pipeline.recipe.sections import Score, Source
+from pipeline.recipe.images import Source
+from pipeline.recipe.sections import Score
 from pipeline.scoring.beside import TABLE
 from pipeline.scoring.ledger import RangeReader
 from pipeline.scoring.score import score

@@ -20,7 +20,7 @@ from pipeline.data.labeled import Survey, class_ids, class_names
 from pipeline.data.reader import Reader
 from pipeline.data.shards import ChangedShardError, Label, Row, Shard, ShardError
 from pipeline.data.sources import FILES_PER_SHARD, ImageSource, open_source
-from pipeline.recipe.sections import Source
+from pipeline.recipe.images import Source
 
 
 def tar(members: Sequence[tuple[str, bytes]], trailer: bool = True) -> bytes:

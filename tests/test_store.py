@@ -17,7 +17,8 @@ from cluster import storage
 from cluster.errors import RunError, StageError, StorageError
 from cluster.store import Key, Made, Outside, RunStore, fingerprint, publish_json, read_json
 from pipeline.recipe.reading import load, validate
-from pipeline.recipe.sections import Score, Select
+from pipeline.recipe.sections import Score
+from pipeline.recipe.select import Select
 
 WORKER = """
 import os, sys

@@ -20,8 +20,8 @@ from pipeline.cli import tables
 from pipeline.data.sources import open_source
 from pipeline.plan import plan
 from pipeline.ready import class_outputs, copy_model
+from pipeline.recipe.images import Source
 from pipeline.recipe.reading import validate
-from pipeline.recipe.sections import Source
 from pipeline.selection.weak import weak_training_set
 from pipeline.stages import images_of
 from runs import Finished, execute, fresh

@@ -21,16 +21,8 @@ from torchvision.transforms import v2
 
 from cluster.errors import RecipeError
 from models.config import Transform
-from models.inputs.image import (
-    REASONS,
-    UndecodableImage,
-    decode,
-    evaluation_image,
-    normalize,
-    random_box,
-    training_image,
-    whole_box,
-)
+from models.inputs.boxes import random_box, whole_box
+from models.inputs.image import REASONS, UndecodableImage, decode, evaluation_image, normalize, training_image
 from pipeline.recipe.sections import Score
 from pipeline.scoring.score import check_views
 

@@ -24,7 +24,7 @@ from models.config import Transform
 from models.inputs.image import evaluation_image
 from pipeline.data.rejects import read_rejects
 from pipeline.data.sources import ImageSource, open_source
-from pipeline.recipe.sections import Source
+from pipeline.recipe.images import Source
 from pipeline.selection.select import read_selection, select
 from pipeline.selection.tags import FUNCTION_WORDS, Matched, Matcher, match_tags
 from pipeline.selection.weak import weak_training_set

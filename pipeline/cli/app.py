@@ -16,7 +16,7 @@ from cluster.interrupt import INTERRUPTED, Interruption
 if TYPE_CHECKING:
     from cluster.session import Session
     from pipeline.data.sources import ImageSource
-    from pipeline.recipe.sections import Source
+    from pipeline.recipe.images import Source
 
 app = typer.Typer(
     name="tophat",

@@ -27,7 +27,7 @@ from pipeline.data import kinds
 from pipeline.data.labels import LabelFile, given_to, read_labels
 from pipeline.data.reader import Reader
 from pipeline.data.shards import Layout, Row, Shard, ShardError, shard_table, shards_of
-from pipeline.recipe import sections as recipe
+from pipeline.recipe import images as recipe
 
 if TYPE_CHECKING:
     import pyarrow as pa

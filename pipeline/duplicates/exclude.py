@@ -20,7 +20,8 @@ from pipeline.duplicates.copies import find_copies
 from pipeline.duplicates.nearest import LabeledSet, find_pairs, left_out, read_pairs
 from pipeline.duplicates.review import Review, decided, read_decisions, write_review
 from pipeline.recipe.deduplicate import Deduplicate
-from pipeline.recipe.sections import Score, Source
+from pipeline.recipe.images import Source
+from pipeline.recipe.sections import Score
 from pipeline.recipe.uris import RESNET18, TEACHER
 from pipeline.scoring import beside
 from pipeline.scoring import score as scoring

@@ -10,8 +10,10 @@ from pydantic import BaseModel, ValidationError
 from cluster.errors import RecipeError, RecipeErrors, shown
 from pipeline.recipe.deduplicate import Deduplicate
 from pipeline.recipe.document import MOST_BYTES, Unreadable, parse
+from pipeline.recipe.images import Source
 from pipeline.recipe.mistakes import LONGEST_NAME, mistakes_of, named
-from pipeline.recipe.sections import USUAL_P, Recipe, Score, Select, Source
+from pipeline.recipe.sections import USUAL_P, Recipe, Score
+from pipeline.recipe.select import Select
 
 SHIPPED = Path(__file__).parent / "shipped"
 CORRECT = "correct it, or quote a text as YAML does, too: --set 'FIELD=\"TEXT\"'"

@@ -2,15 +2,12 @@
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
-from unicodedata import normalize
 
 from pydantic import (
     Discriminator,
     Field,
     Tag,
-    ValidationError,
     ValidationInfo,
-    ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
 )
@@ -22,55 +19,10 @@ from models.config import CPU_BATCH, GPU_BATCH, ModelConfig, Training, Views
 from models.usual import usual_fine_tuning, usual_training
 from pipeline.recipe.deduplicate import Deduplicate
 from pipeline.recipe.document import dump
+from pipeline.recipe.images import Labeled, Source
+from pipeline.recipe.select import Select
 from pipeline.recipe.uris import RESNET18, SIDECAR, TEACHER, Uri
 from tuning.config import Sweep
-
-AUTO, MOST_K = "auto", 10**9
-"""Of `select.images_per_class`: K that is found by trying, and the greatest that can be given."""
-
-
-class Source(Section):
-    """Images in an object store or on a disk."""
-
-    uri: Uri
-    """The root: a local path, `s3://bucket/prefix` or `gs://bucket/prefix`."""
-    layout: Literal["auto", "webdataset", "parquet", "folder"] = "auto"
-    """`webdataset`: tar shards; `parquet`: files with a column of encoded images; `folder`: image files, one folder per class when labeled; `auto`: by what is found."""
-    image_column: str | None = Field(default=None, min_length=1, max_length=200)
-    """Parquet: the column of image bytes, or of structs with a `bytes` field; by default `image` where there is one, else the only column of encoded images."""
-    label_column: str = Field(default="label", min_length=1, max_length=200)
-    """Parquet: the column of class numbers or names."""
-    labels: Uri | None = None
-    """Folder: a CSV, TSV or Parquet file with the label of each image, by its path relative to `uri`, in place of one folder per class."""
-
-
-class Labeled(Section):
-    """The labeled set D, and the sets that models are chosen and measured on."""
-
-    train: Source
-    """D. Teacher, fine-tuning and the supervised baseline train on it."""
-    validation: Source | None = None
-    """Labeled images to choose the fine-tuning learning rate on."""
-    validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
-    """Without `validation`: the share of D that is held out for it (a fixed draw from `seed`), of what `test_fraction` leaves."""
-    test: Source | None = None
-    """Labeled images that every result is measured on; nothing is chosen on them."""
-    test_fraction: float = Field(default=0.2, gt=0.0, lt=1.0)
-    """Without `test`: the share of D that is held out for it, class by class (a fixed draw from `seed`)."""
-    balance: bool = False
-    """Whether trainings on D see as many images of each class: those of smaller classes several times in an epoch, which is as long as if every class were as large as the largest."""
-    classes: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = None
-    """Class names in the order of the network's outputs; by default what D itself says, else sorted."""
-
-    @field_validator("classes")
-    @classmethod
-    def _distinct(cls, classes: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        numbers: dict[str, int] = {}
-        for number, name in enumerate(classes or ()):
-            first = numbers.setdefault(normalize("NFC", name), number)
-            if first != number:
-                raise ValueError(f"must be distinct names: those at {first} and {number} are the same text")
-        return classes
 
 
 class Weak(Section):
@@ -274,59 +226,6 @@ class Score(Section):
     def _consistent(self) -> Self:
         if self.precision == "float16" and not self.gpus_per_actor:
             raise ValueError("precision = float16 needs gpus_per_actor above 0; on CPUs use float32")
-        return self
-
-
-class Select(Section):
-    """Stage (2), second half: the K best images of each class."""
-
-    selection: Uri | None = None
-    """A selection of U that exists, in place of a teacher, scores and the picking: the `--out` of a `tophat select`, or a run's `selection`. Its classes must be those of D, in their order. What else decides a selection is left out, or is what it was made with."""
-    images_per_class: Annotated[int, Field(ge=1, le=MOST_K)] | Literal["auto"] = 16_000
-    """K; with a class distribution, its mean: the total stays K x the number of classes. `auto` tries a few values in short pre-trainings and takes the one whose student knows D best; together they see fewer images than two pre-trainings."""
-    tries: Annotated[tuple[Annotated[int, Field(ge=1, le=MOST_K)], ...], Field(min_length=2, max_length=20)] | None = (
-        None
-    )
-    """The values of K that `images_per_class: auto` tries; by default up to 6, from the labels of a class to where images of U are selected once on average."""
-    zipf_exponent: float | None = Field(default=None, ge=0.0, le=10.0)
-    """Unbalanced: classes in a seeded order get images in proportion to 1, 1/2^s, 1/3^s, and so on (section 4.4)."""
-    class_weights: tuple[Annotated[float, Field(ge=0.0, le=1e12)], ...] | None = None
-    """Unbalanced: classes get images in proportion to these, one for each class in the order of the classes."""
-    classes_per_image: int | None = Field(default=None, ge=1, le=1000)
-    """P to select with, at most the P that was stored; by default that one."""
-    min_score: float | None = Field(default=None, ge=-1e6, le=1e6, allow_inf_nan=False)
-    """Candidates below it are never selected: from 0 to 1, but with `score.logits`, where scores have no bounds."""
-    tags: Uri | None = None
-    """Tags of U: `sidecar` for those that U has beside its images; else Parquet files with the columns `shard`, `index`, and `tags` (words, as of `teacher.weak`) or `class_ids` (numbers of classes). Then each class gets images at random among those tagged with it, and not the best-scored (section 4.4, "balanced-with-tags")."""
-    exclude: tuple[Uri, ...] = ()
-    """Parquet files, or folders of them, with columns `shard` and `index`: images that are never selected."""
-    memory_mib: Annotated[int, FREE, Unit("in MiB")] = Field(default=2048, ge=64, le=1_000_000)
-    """What each scanning task may hold; with more classes x K, the scores are read once for each range of classes that fits."""
-
-    @field_validator("images_per_class", mode="wrap")
-    @classmethod
-    def _number_or_auto(cls, given: object, check: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            return check(given)
-        except ValidationError:  # which would tell a mistake for each of the two
-            raise ValueError(f"must be a whole number from 1 to {MOST_K:,}, or {AUTO}") from None
-
-    @model_validator(mode="after")
-    def _one_way(self) -> Self:
-        if self.tries is not None and self.images_per_class != AUTO:
-            raise ValueError(
-                f"tries is for images_per_class = {AUTO}, and K is {self.images_per_class}: leave one of them out"
-            )
-        if self.tries is not None and len(set(self.tries)) < 2:
-            raise ValueError(f"tries has the one value {self.tries[0]}: set images_per_class to it, or add others")
-        if self.images_per_class == AUTO and self.tags is not None:
-            raise ValueError(f"images_per_class = {AUTO} follows scores, which tags have not: give K a number")
-        if self.zipf_exponent is not None and self.class_weights is not None:
-            raise ValueError("zipf_exponent and class_weights exclude each other: both say how large each class is")
-        if self.class_weights is not None and not any(self.class_weights):
-            raise ValueError("class_weights must have one above 0")
-        if self.tags is not None and (self.min_score is not None or self.classes_per_image is not None):
-            raise ValueError("tags have no scores: leave out min_score and classes_per_image")
         return self
 
 

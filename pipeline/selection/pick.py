@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from cluster.errors import StageError
 from cluster.progress import Progress
 from cluster.store import Outside
-from pipeline.recipe.sections import Select
+from pipeline.recipe.select import Select
 from pipeline.selection.select import Selected, listing, select
 
 
