@@ -287,6 +287,7 @@ def test_real_weights_by_import_path(tmp_path: Path, photographs: Pictures) -> N
     }
 
 
+@pytest.mark.slow  # a process each
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
