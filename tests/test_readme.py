@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,8 @@ def test_python_does_what_it_says(
     """In a folder with a finished run whose student is one of torchvision's, with its ONNX file, and a photograph."""
     monkeypatch.chdir(tmp_path)
     run = Path(finished.copy(tmp_path / "runs" / "birds"))
+    shutil.copytree(run, "runs/demo", symlinks=True)
+    Path("DIR").symlink_to((run / "scores").resolve().parent)  # as `tophat score --out DIR` leaves one
     names = json.loads((run / "teacher" / "model.json").read_text())["class_names"]
     torch.manual_seed(0)
     config = ModelConfig(architecture="resnet18", transform=Transform(size=56, resize=64))
