@@ -4,6 +4,7 @@ Imports nothing heavy: the command line loads this file to show its help.
 """
 
 import re
+from collections.abc import Mapping
 from difflib import get_close_matches
 from math import ceil
 from typing import Annotated, Any, Literal, Self
@@ -35,7 +36,7 @@ class Transform(Section):
     size: Pixels = Field(default=224, ge=8, le=1024)
     """Side of the square fed to the network, in pixels."""
     resize: Pixels = Field(default=256, ge=8, le=2048)
-    """Shorter side of the image before the center crop of `size` is taken, in pixels; from `size` to twice `size`. Means nothing beside
+    """Shorter side of the image before the center crop of `size` is taken, in pixels; from `size` to twice `size`, by default 8/7 of it. Means nothing beside
     a `fit` other than `crop`."""
     fit: Literal["crop", "pad", "squash"] = "crop"
     """How an image of another shape becomes a square: by the center crop; whole, with the mean color beside it (`pad`), which keeps what is
@@ -61,6 +62,14 @@ class Transform(Section):
     """Standard deviation of each channel, of values in [0, 1]."""
     max_pixels: int = Field(default=100_000_000, ge=1_000, le=2_000_000_000)
     """An image with more pixels is rejected before it is decoded (3 bytes of memory each)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_proportion(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or "resize" in given:
+            return given
+        size = getattr(given.get("size"), "said", given.get("size"))
+        return {**given, "resize": round(size * 8 / 7)} if isinstance(size, int) and size > 0 else given
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -5,8 +5,10 @@ import contextlib
 import hashlib
 import io
 import logging
+import pickle
 import socket
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,7 +98,12 @@ def state_of_bytes(content: bytes) -> dict[str, Tensor]:
     try:
         state: Any = deserialize(content)
     except SafetensorError:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about a file of another format than its own
+            try:
+                state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError:  # whose words tell how to run the code
+                raise ValueError("a pickle that holds more than tensors, which may be code") from None
     for name in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]

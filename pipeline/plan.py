@@ -11,7 +11,7 @@ from cluster.progress import Display
 from cluster.resources import Demand
 from cluster.session import Session
 from cluster.store import RunStore
-from models.config import ModelConfig
+from models.config import IMPORT_PATH, ModelConfig
 from pipeline.context import Planned, Run, Sources
 from pipeline.recipe.images import Source
 from pipeline.recipe.sections import Recipe
@@ -76,6 +76,10 @@ def check_networks(recipe: Recipe, planned: Sequence[Planned], sources: Sources)
     teacher = recipe.taught
     if teacher is not None and not isinstance(teacher.model, str) and unmade & {"teacher", "weak-pretrained"}:
         networks["teacher.model"] = teacher.model
+    factories = {} if teacher is None else {"teacher": teacher.ready}
+    for role, said in {**factories, "student": recipe.student.start}.items():
+        if said is not None and IMPORT_PATH.fullmatch(said) and f"{role}-source" in unmade:
+            networks["teacher.model" if role == "teacher" else "student.start"] = ModelConfig(architecture=said)
     if recipe.student.model is not None and unmade & {"pretrained", "student", "supervised"}:
         networks["student.model"] = recipe.student.model
     if not networks:
@@ -94,4 +98,8 @@ def check_networks(recipe: Recipe, planned: Sequence[Planned], sources: Sources)
             else:
                 factory_of(config.architecture)
         except ModelError as error:
-            raise ModelError(f"{field}.{error.field}", error.value, error.rule, error.fix) from None
+            exists = field == "student.start" or (
+                isinstance(getattr(teacher, "model", None), str) and field == "teacher.model"
+            )
+            place = field if exists else f"{field}.{error.field}"
+            raise ModelError(place, error.value, error.rule, error.fix) from None

@@ -17,7 +17,7 @@ from pipeline.context import Run
 from pipeline.data.labeled import REJECTED, Labels, load_labels
 from pipeline.data.sources import ImageSource
 from pipeline.evaluation import BEST, Trained, prediction_table, save_predictions
-from pipeline.recipe.sections import Score, Teacher
+from pipeline.recipe.sections import Recipe, Score, Teacher
 from pipeline.scoring import score as scoring
 from pipeline.stages import REJECTS, TABLE, LabeledData
 
@@ -74,14 +74,29 @@ class Existing:
         return isinstance(self.fingerprint, Outside)
 
 
-def existing(this: Run, role: str, said: str, data: LabeledData, teacher: Teacher | None = None) -> Existing:
+def made_early(this: Run, recipe: Recipe) -> None:
+    """Makes the model directories of libraries' names that need nothing of D: a name that does not exist, or weights that cannot be had, are
+    told before anything is started."""
+    teacher = recipe.taught
+    wanted: list[tuple[str, str | None, Teacher | None]] = [("student", recipe.student.start, None)]
+    if teacher is not None:
+        wanted.insert(0, ("teacher", teacher.ready, teacher))
+    for role, said, section in wanted:
+        library = (said or "").partition(":")[0]
+        if said is not None and is_spec(said) and library in LIBRARIES and library != "open_clip":
+            alone = role == "teacher" and section is not None and section.self_training is not None
+            with this.named("self-training" if alone else ""):
+                existing(this, role, said, None, section)
+
+
+def existing(this: Run, role: str, said: str, data: LabeledData | None, teacher: Teacher | None = None) -> Existing:
     """The model that a recipe names for a role, `teacher` or `student`; what a library has becomes a directory of the run's.
 
     Args:
         this: the run.
         role: whose it is.
         said: the directory's URI, or a name such as `timm:resnet50`.
-        data: has the classes, for a model that is made for them by their names.
+        data: has the classes, for a model that is made for them by their names; None where it needs none.
         teacher: its section, where it is one.
     """
     field = "teacher.model" if role == "teacher" else f"{role}.start"
@@ -94,11 +109,11 @@ def existing(this: Run, role: str, said: str, data: LabeledData, teacher: Teache
     templates = (teacher.templates or TEMPLATES) if teacher is not None and zero_shot else ()
 
     def work(place: str) -> Trained:
-        names = data.class_names if named else ()
+        names = data.class_names if named and data is not None else ()
         card = obtain(SourceSpec(said, class_names=names, templates=templates), place, field)
         return Trained(0, card.model.architecture, card.parameters, dict(card.metrics), [])
 
-    classes = {"labeled.train": data.train.made.fingerprint} if named else {}
+    classes = {"labeled.train": data.train.made.fingerprint} if named and data is not None else {}
     key = Key(f"{role}-source", {"model": said, "templates": templates}, classes)
     made = this.once(key, Trained, work, needs_ray=False)
     return Existing(field, said, made.uri, made.fingerprint)

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from torchvision.transforms import v2
 
 from cluster.errors import RecipeError
+from cluster.section import Plain
 from models.config import Transform
 from models.inputs.boxes import random_box, whole_box
 from models.inputs.image import REASONS, UndecodableImage, decode, evaluation_image, normalize, training_image
@@ -366,7 +367,7 @@ def test_normalize_is_torchvisions() -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"size": 28}, "resize = 256 must be from size"),
+        ({"size": 28, "resize": 256}, "resize = 256 must be from size"),
         ({"size": 32, "resize": 28}, "resize = 28 must be from size"),
         ({"scale": [0.9, 0.1]}, "smallest, largest"),
         ({"size": 8, "resize": 8, "crop": "pad", "padding": 5}, "padding = 5 must be at most 4"),
@@ -385,3 +386,10 @@ def test_corners_are_of_the_crop_alone() -> None:
     for fit, said in (("pad", "transform.fit is pad"), ("squash", "transform.fit is squash")):
         with pytest.raises(RecipeError, match=said):
             check_views(Transform.model_validate({"size": 28, "resize": 32, "fit": fit}), five)
+
+
+def test_the_shorter_side_follows_the_size() -> None:
+    assert Transform(size=112).resize == 128
+    assert Transform.model_validate({"size": Plain("56")}).resize == 64
+    assert Transform(size=112, resize=112).resize == 112
+    assert Transform().resize == 256

@@ -102,7 +102,8 @@ def ingest(
             if written.resized is None
             else {
                 f"  resized to {resize} pixels": written.resized,
-                "  kept as they were": written.images - written.resized,
+                "  kept as they were": written.images - written.resized - written.broken,
+                **({"  kept, and cannot be decoded": written.broken} if written.broken else {}),
             }
         )
         counts: dict[str, Any] = {

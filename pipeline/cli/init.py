@@ -1,5 +1,6 @@
 """The command `init`: a recipe for images of one's own."""
 
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,13 +46,13 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Write over FILE.")] = False,
 ) -> None:
     """Look at images, and write a recipe that fits them."""
-    from pipeline.guide import budget, decide, timing, writing
-    from pipeline.guide.findings import Findings, repeats
-    from pipeline.guide.look import inside, look, machine
-    from pipeline.recipe.reading import load_text
+    from pipeline.recipe.sections import NAME
 
     uris = {"--labeled": labeled, "--unlabeled": unlabeled, **({} if test is None else {"--test": test})}
-    name = name or _name_of(labeled)
+    name = _name_of(labeled) if name is None else name
+    if not re.fullmatch(NAME, name):
+        rule = "is none that a run can have"
+        raise RunError("--name", name, rule, "use up to 100 letters, digits, dots and dashes, a letter or digit first")
     file = Path(to or f"{name}.yaml")
     _check_free(file, force)
     sources = {
@@ -62,11 +63,17 @@ def init(
         )
         for option, uri in uris.items()
     }
+    # Only now what takes seconds to load: a mistyped path is told at once.
+    from pipeline.guide import budget, decide, timing, writing
+    from pipeline.guide.findings import Findings, repeats
+    from pipeline.guide.look import inside, look, machine
+    from pipeline.recipe.reading import load_text
+
     looks: dict[str, Look] = {}
     for option, source in sources.items():
         with in_options(option), out.status(f"looking at {option}"):
             looks[option] = look(option, source, labeled=option != "--unlabeled")
-    _check_classes(sources["--labeled"], looks["--labeled"], looks.get("--test"))
+    _check_classes(sources["--labeled"], looks["--labeled"], looks.get("--test"), test)
     with out.status("measuring this machine"), _given(teacher, looks["--labeled"]) as (ready, directory):
         found = Findings(
             labeled=looks["--labeled"],
@@ -81,6 +88,9 @@ def init(
                 if option != "--unlabeled" and inside(sources["--unlabeled"], source)
             ),
         )
+        if len(found.copies.pool) >= found.unlabeled.images:
+            rule = f"holds {found.unlabeled.images:,} images, and all of them are copies of labeled or test images"
+            raise SourceError("--unlabeled", unlabeled, rule, "name images that have no labels")
         plan = decide.decide(found)
         with _by_option(teacher):
             costs = timing.measure(plan, found, directory)
@@ -108,8 +118,6 @@ def init(
 
 def _name_of(uri: str) -> str:
     """A run's name, after D's folder, or after what that is in where its own name says nothing."""
-    import re
-
     from cluster.storage import absolute
 
     parts = [part for part in absolute(uri).split("/") if part]
@@ -127,7 +135,7 @@ def _check_free(file: Path, force: bool) -> None:
         raise RunError("--out", str(file), "is in no folder that exists", "make the folder")
 
 
-def _check_classes(source: "ImageSource", labeled: "Look", test: "Look | None") -> None:
+def _check_classes(source: "ImageSource", labeled: "Look", test: "Look | None", test_uri: str | None) -> None:
     """Refuses what no run could begin with."""
     root = source.reader.root
     empty = [name for name in source.reader.class_names or () if name not in labeled.per_class]
@@ -149,7 +157,7 @@ def _check_classes(source: "ImageSource", labeled: "Look", test: "Look | None") 
     if strange and labeled.whole:
         few = ", ".join(shown(one, 40) for one in strange[:5])
         rule = f"has {len(strange):,} classes that --labeled does not have ({few})"
-        raise SourceError("--test", root, rule, "name its folders as those of --labeled")
+        raise SourceError("--test", test_uri, rule, "name its folders as those of --labeled")
 
 
 @contextmanager

@@ -36,10 +36,13 @@ def teacher(
     sets: Sets = None,
 ) -> None:
     """Make a model directory of a network that exists elsewhere: its weights, its input, its classes, its license."""
+    from rich.markup import escape
+
     from cluster import storage
     from models.sources import SourceSpec, is_spec, obtain
     from pipeline.cli.tables import table
     from pipeline.recipe.reading import transform_overrides
+    from pipeline.report import text
 
     if not is_spec(spec):
         fix = "write torchvision:NAME, timm:NAME, open_clip:NAME/TAG, hf:NAME or package.module:factory"
@@ -49,13 +52,14 @@ def teacher(
         raise ModelError("--out", to, "is not empty", "name an empty or new folder")
     names = tuple(_lines(classes)) if classes else ()
     texts = tuple(templates or (["a photo of a {}."] if spec.startswith("open_clip:") else []))
-    if wrong := next((text for text in texts if text.count("{}") != 1), None):
+    if wrong := next((one for one in texts if one.count("{}") != 1), None):
         raise ModelError("--template", wrong, "must have {} once, for the class", "write it so: a photo of a {}.")
     wanted = SourceSpec(spec, weights, names, texts, transform_overrides(sets or []))
     try:
         card = obtain(wanted, uri, "SPEC")
     except InputError as error:
-        option = {"weights": "--weights", "classes": "--classes"}.get(error.field)
+        fields = {"weights": "--weights", "classes": "--classes", "architecture": "SPEC"}
+        option = fields.get(error.field)
         if option is None and error.field.startswith("transform."):
             option = f"--set {error.field}"
         if option is None:
@@ -76,7 +80,7 @@ def teacher(
         "classes": f"{len(card.class_names):,}: {', '.join(card.class_names[:3])}, ...",
     }
     for name, value in shown.items():
-        made.add_row(name, value)
+        made.add_row(name, escape(text.plain(value)))
     out.print(made)
 
 

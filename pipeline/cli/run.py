@@ -59,6 +59,7 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
     from pipeline.context import Reached, Run, rounds_of
     from pipeline.duplicates import exclude as deduplication
     from pipeline.plan import check_networks, demands, plan, sources_of, until_stage
+    from pipeline.ready import made_early
     from pipeline.run import run as run_pipeline
 
     store, sources = RunStore(storage.absolute(run_dir)), sources_of(recipe)
@@ -81,6 +82,7 @@ def _run(recipe: "Recipe", run_dir: str, until: str | None, verbose: bool) -> No
             # Hours before it is needed: what is wrong with it can be mended now.
             deduplication.features_model(this, "deduplicate.model", recipe.deduplicate)
         with suppress(Reached):
+            made_early(this, recipe)
             run_pipeline(this, recipe)
         stages, everything = dict(this.made), this.stages()
         write_run_report(this)

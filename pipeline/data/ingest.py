@@ -43,6 +43,7 @@ class Ingested:
         bytes: their size.
         labeled: images with a label.
         resized: images that were made smaller; None where nobody asked for that.
+        broken: images that could not be decoded to make them smaller, and were copied as they are.
         left_out: rows of the source that are no image or could not be read, by reason.
         classes: class names, where the source knows them.
         unreadable: shards of the source that broke off, with the reason; their rows before that were copied.
@@ -55,6 +56,7 @@ class Ingested:
     bytes: int
     labeled: int
     resized: int | None
+    broken: int
     left_out: dict[str, int]
     classes: tuple[str, ...] | None
     unreadable: tuple[tuple[str, str], ...]
@@ -127,7 +129,7 @@ def ingest(
             rule = one_line(f"holds no image that can be copied{told}{first}")
             raise SourceError("SOURCE", source.reader.root, rule, "look at the files, or name another source")
         record |= {"labeled": counter.labeled, "left_out": counter.left_out, "unreadable": broken}
-        record |= {} if resizer is None else {"resized": resizer.resized}
+        record |= {} if resizer is None else {"resized": resizer.resized, "broken": resizer.broken}
         writers.finish(out, identity, record)
     return Ingested(
         out,
@@ -136,6 +138,7 @@ def ingest(
         bytes=record["bytes"],
         labeled=record["labeled"],
         resized=record.get("resized"),
+        broken=record.get("broken", 0),
         left_out=record["left_out"],
         classes=classes,
         unreadable=tuple((shard, reason) for shard, reason in record["unreadable"]),
@@ -193,7 +196,7 @@ class _Resizer:
     """Makes images smaller, for any number of threads at once, and counts those."""
 
     def __init__(self, shorter: int) -> None:
-        self.resized = 0
+        self.resized = self.broken = 0
         self._reduce = partial(_reduced, shorter=shorter)
         self._lock = threading.Lock()
         self._own = threading.local()
@@ -205,8 +208,10 @@ class _Resizer:
             self._own.decoder = Decoder(self._reduce, DECODE_SECONDS)
         try:
             data = self._own.decoder(row.data).tobytes()
-        except UndecodableImage:
-            return row  # as it is, for scoring to tell what is wrong with it
+        except UndecodableImage:  # copied as it is, for scoring to tell what is wrong with it
+            with self._lock:
+                self.broken += 1
+            return row
         with self._lock:
             self.resized += data != row.data
         return replace(row, data=data)

@@ -302,9 +302,10 @@ def decide(found: Findings) -> Plan:
         choice = head_of(found.teacher, found.labeled.per_class)
         teacher, head = Choice(None, choice.why), choice.value
     middle = sorted(found.labeled.per_class.values())[classes // 2]
-    chosen = images_per_class(found.unlabeled.images, classes, middle)
+    pool = max(0, found.unlabeled.images - len(found.copies.pool))
+    chosen = images_per_class(pool, classes, middle)
     long = lengths(trained_on, chosen.value * classes, gpus, small=small)
-    tries = ladder(trained_on, found.unlabeled.images, classes, long.value.pretrain)
+    tries = ladder(trained_on, pool, classes, long.value.pretrain)
     return Plan(
         size=size,
         fit=fit(max(found.labeled.elongation, found.unlabeled.elongation)),

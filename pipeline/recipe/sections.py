@@ -24,6 +24,9 @@ from pipeline.recipe.select import Select
 from pipeline.recipe.uris import RESNET18, SIDECAR, TEACHER, Uri
 from tuning.config import Sweep
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+"""What a run can be called."""
+
 
 class Weak(Section):
     """Weakly labeled images W, which the teacher is pre-trained on before D (section 3.3)."""
@@ -264,7 +267,7 @@ class Report(Section):
 class Recipe(Section):
     """One run of the paper's pipeline (section 3.2)."""
 
-    name: str = Field(default="recipe", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    name: str = Field(default="recipe", pattern=NAME)
     """Of the run: letters, digits, dots, dashes; by default the name of the recipe's file. A run directory belongs to one name."""
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     """What random draws begin with: which images are held out, the initial weights, the order of images, their crops."""
