@@ -53,10 +53,10 @@ def print_accuracies(console: Console, stages: Stages) -> None:
     """Table 2 with the intervals of top-1, for the models that the run has; then the students against the baseline, in words."""
     evaluated: Evaluated = stages["evaluation"].outputs
     models = evaluated.models
-    columns = ("", "Pre-trained", "Fine-tuned", "Fully supervised", "Gain")
+    baseline = models.get(BASELINE)
+    columns = ("", "Pre-trained", "Fine-tuned", "Fully supervised", *(["Gain"] if baseline is not None else []))
     title = f"Top-1 (95% interval) / top-5 on {text.thousands(evaluated.images)} test images"
     accuracy = table(title, *columns)
-    baseline = models.get(BASELINE)
     for prefix in rounds_of(stages):
         student = models.get(f"{prefix}student")
         if student is None:
@@ -64,10 +64,10 @@ def print_accuracies(console: Console, stages: Stages) -> None:
         cells = [_accuracy(one) for one in (models.get(f"{prefix}pretrained"), student, baseline)]
         name = f"student {_network(stages[f'{prefix}student'].outputs)}"
         name += f", {prefix.strip('/').replace('-', ' ')}" if prefix else ""
-        accuracy.add_row(name, *cells, text.points(None if baseline is None else student.top1 - baseline.top1))
+        accuracy.add_row(name, *cells, *([text.points(student.top1 - baseline.top1)] if baseline is not None else []))
     teacher = teacher_of(stages)
     if teacher is not None and "teacher" in models:
-        accuracy.add_row(f"teacher {_network(teacher.outputs)}", "", "", _accuracy(models["teacher"]), "")
+        accuracy.add_row(f"teacher {_network(teacher.outputs)}", "", "", _accuracy(models["teacher"]))
     console.print(accuracy)
     for name, found in evaluated.against.items():
         prefix = name.rpartition("/")[0].replace("-", " ")
