@@ -12,9 +12,10 @@ import tiny
 from cluster import storage
 from cluster.errors import StageError
 from cluster.store import Key, Outside, RunStore
-from pipeline import teaching
+from pipeline import ready, teaching
 from pipeline.data import labeled
 from pipeline.recipe.reading import validate
+from pipeline.selection import pick
 from pipeline.selection import select as selection
 from runs import Finished, execute, fresh
 
@@ -79,7 +80,7 @@ def test_an_exclusion_list_is_swapped_under_a_selection(
     file = tmp_path / "exclude.parquet"
     pq.write_table(best.slice(0, 3), file)
     recipe = validate(tiny.recipe(str(folders), select={"images_per_class": 30, "exclude": [str(file)]}))
-    during(monkeypatch, selection, "select", lambda: pq.write_table(best.slice(0, 9), file))
+    during(monkeypatch, pick, "select", lambda: pq.write_table(best.slice(0, 9), file))
     with pytest.raises(StageError, match=rf"^select\.exclude = '{file}': has changed since selection began with it"):
         execute(recipe, run_dir, until="selection")
     again = execute(recipe, run_dir, until="selection")
@@ -110,7 +111,7 @@ def test_a_ready_teacher_is_swapped_while_it_is_copied(
     model, other = tiny.save_teacher(str(tmp_path / "model")), tmp_path / "other"
     shutil.copytree(run_dir + "/teacher", other)
     recipe = validate(tiny.recipe(str(folders), teacher={"model": model}))
-    during(monkeypatch, teaching, "copy_model", lambda: shutil.copytree(other, model, dirs_exist_ok=True))
+    during(monkeypatch, ready, "copy_model", lambda: shutil.copytree(other, model, dirs_exist_ok=True))
     with pytest.raises(StageError, match=rf"^teacher\.model = '{model}': has changed since teacher began with it"):
         execute(recipe, run_dir, until="teacher")
     assert execute(recipe, run_dir, until="teacher")["teacher"].fresh
