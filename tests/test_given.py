@@ -63,7 +63,6 @@ def selected(finished: Finished, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
-        ({"teacher": None}, "teacher must be given, or score.table, or select.selection"),
         (
             {"score": {"table": "t"}, "select": {"selection": "s"}},
             "score.table and select.selection exclude each other: a selection needs no scores",
@@ -285,7 +284,7 @@ def test_what_exists_is_watched(
     run = str(tmp_path / "run")
     recipe = recipe_of(folders, "score", table=str(scores))
     execute(recipe, run, "scores")
-    from pipeline.selection import dhat, select
+    from pipeline.selection import dhat, pick, select
 
     def touched(function: Callable[..., Any], folder: Path) -> Callable[..., Any]:
         def call(*given: Any, **named: Any) -> Any:
@@ -296,7 +295,7 @@ def test_what_exists_is_watched(
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(select, "select", touched(select.select, scores / "table"))
+        patch.setattr(pick, "select", touched(select.select, scores / "table"))
         with pytest.raises(StageError, match=r"score.table = .*has changed since selection began with it"):
             execute(recipe, run, "selection")
     (scores / "table" / "more.parquet").unlink()

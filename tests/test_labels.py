@@ -203,10 +203,10 @@ def test_ingest_and_evaluate(
         labels = [row.label for shard in source.shards() for row in source.read(shard.name)]
         assert sorted(map(str, labels)) == sorted(12 * tiny.CLASSES)
     model = tiny.save_teacher(f"{tmp_path}/model")
-    code, printed, errors = tophat("evaluate", "--model", model, "--source", root, "--labels", file)
+    code, printed, errors = tophat("evaluate", model, "--source", root, "--labels", file)
     assert (code, errors) == (0, "")
-    same = tophat("evaluate", "--model", model, "--source", str(folders / "train"))[1]
+    same = tophat("evaluate", model, "--source", str(folders / "train"))[1]
     assert printed.splitlines()[-3:] == same.splitlines()[-3:]
-    code, _, errors = tophat("evaluate", "--model", model, "--source", str(folders), "--labels", file)
+    code, _, errors = tophat("evaluate", model, "--source", str(folders), "--labels", file)
     assert code == 2
     assert errors.startswith(f"error: --labels = '{file}': names 36 images, of 36, that are not in the source")
