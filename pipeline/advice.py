@@ -6,6 +6,7 @@ from math import sqrt
 
 from cluster import storage
 from cluster.store import Made
+from pipeline.choosing import ChosenK
 from pipeline.context import Stages, rounds_of
 from pipeline.evaluation import Trained, right
 from pipeline.measuring import BASELINE, Evaluated, held_out_predictions
@@ -53,7 +54,10 @@ def advise(stages: Stages) -> list[Advice]:
     if evaluation is not None:
         found += of_gain(evaluation.outputs) + of_teacher(evaluation.outputs) + of_classes(evaluation.outputs, names)
     if evaluation is not None and selection is not None and "teacher" in evaluation.outputs.held_out:
-        found += of_purity(purity(held_out_predictions(evaluation, "teacher"), selection.outputs), names)
+        told = purity(held_out_predictions(evaluation, "teacher"), selection.outputs)
+        found += of_purity(told, names, tried=f"{last}chosen-k" in stages)
+    if f"{last}chosen-k" in stages:
+        found += of_choice(stages[f"{last}chosen-k"].outputs)
     if student is not None:
         found += of_sweep(student.outputs.trials, student.outputs.learning_rate, held_out_images(stages))
     if selection is not None:
@@ -168,8 +172,8 @@ def purity(predictions: pa.Table, selection: Selected) -> list[Purity]:
     return found
 
 
-def of_purity(found: Sequence[Purity], names: Sequence[str]) -> list[Advice]:
-    """Whether much of D-hat is wrong."""
+def of_purity(found: Sequence[Purity], names: Sequence[str], *, tried: bool = False) -> list[Advice]:
+    """Whether much of D-hat is wrong; `tried` tells that K was found by trying."""
     told = [one for one in found if one.images and one.selected]
     images, selected = sum(one.images for one in told), sum(one.selected for one in told)
     if images < LEAST_HELD_OUT or not selected:
@@ -183,7 +187,21 @@ def of_purity(found: Sequence[Purity], names: Sequence[str]) -> list[Advice]:
         Advice(
             f"at most {text.percent(share)} of D-hat is right, by {images:,} held-out images at the same scores"
             + (f" (lowest: {low})" if low else ""),
-            "try a smaller K (select.images_per_class: auto), select.min_score, or a better teacher",
+            f"try a smaller K (select.images_per_class{'' if tried else ': auto'}), select.min_score, or a better teacher",
+        )
+    ]
+
+
+def of_choice(chosen: ChosenK) -> list[Advice]:
+    """Whether the short trainings could tell the values of K apart."""
+    if len(chosen.close) < 2:
+        return []
+    values = ", ".join(f"{value:,}" for value in chosen.close)
+    return [
+        Advice(
+            f"K = {chosen.images_per_class:,} was taken among {values}, which are within a standard error of each other on "
+            f"{chosen.judged:,} images of D",
+            "try the others in full (--set select.images_per_class=...): the teacher and the scores are kept",
         )
     ]
 

@@ -15,6 +15,7 @@ from models.judging import Comparison
 from pipeline.advice import (
     Purity,
     advise,
+    of_choice,
     of_classes,
     of_copies,
     of_cut,
@@ -26,6 +27,7 @@ from pipeline.advice import (
     purity,
     ties,
 )
+from pipeline.choosing import ChosenK, Tried
 from pipeline.evaluation import Measured
 from pipeline.measuring import Evaluated
 from pipeline.recipe.reading import validate
@@ -136,6 +138,15 @@ def test_how_pure_d_hat_is_at_most(tmp_path: Path) -> None:
     (told,) = of_purity([Purity(3, 10, 4), Purity(9, 10, 4), Purity(0, 0, 3)], NAMES)
     assert told.fact == "at most 60.0% of D-hat is right, by 20 held-out images at the same scores (lowest: cat 30.0%)"
     assert of_purity([Purity(9, 10, 4), Purity(9, 10, 4), Purity(9, 10, 3)], NAMES) == []
+
+
+def test_values_of_k_that_cannot_be_told_apart() -> None:
+    def rung(*tops: float) -> tuple[Tried, ...]:
+        return tuple(Tried(k, 10 * k, 1000, top1, 1.0, 400) for k, top1 in zip((10, 20, 40), tops, strict=True))
+
+    assert of_choice(ChosenK(40, 3000, (rung(0.3, 0.4, 0.6),))) == []
+    (told,) = of_choice(ChosenK(40, 3000, (rung(0.3, 0.59, 0.6),)))
+    assert told.fact.startswith("K = 40 was taken among 20, 40, which are within a standard error")
 
 
 def test_few_labels_and_imbalance() -> None:
