@@ -496,7 +496,7 @@ def test_what_no_run_could_begin_with_is_refused(tophat: Callable[..., Answer], 
     assert "does not exist or holds no files" in refused("nowhere")
     assert refused("train", "nothing").startswith("error: --unlabeled = ")
     shutil.copytree(images / "train" / "one", images / "single" / "one")
-    assert "error: name = 'a b': " in refused("train", "unlabeled", "--name", "a b")
+    assert "error: --name = 'a b': " in refused("train", "unlabeled", "--name", "a b")
     assert "has one class ('one'), and there is nothing to tell it from" in refused("single")
     for name in ("one", "two"):
         for number in (0, 1):
