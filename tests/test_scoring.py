@@ -415,7 +415,7 @@ def test_kernels_that_cannot_be_made_are_told_in_one_line(source: ImageSource, m
     ), last
     assert last.endswith("; set it to false, or mend what fails on the nodes")
     assert "Traceback" not in ended.stdout + ended.stderr
-    assert [entry.path for entry in storage.list_files(str(tmp_path / "s"))] == ["_scoring.json"]
+    assert [entry.path for entry in storage.list_files(str(tmp_path / "s"))] == ["_scoring.json", "listing.parquet"]
 
 
 @pytest.mark.parametrize(

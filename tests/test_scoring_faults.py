@@ -139,8 +139,9 @@ def test_an_image_file_that_changed_is_a_reject(place: str) -> None:
     storage.publish(storage.join(place, listed[2]), good(5)[4])
     (row,) = read(source)
     assert row["indices"] == [0, 1, 3]
-    said = f"{listed[2]}: the file changed since it was listed"
-    assert [(r["index"], r["error"]) for r in row["rejects"]] == [(2, said)]  # type: ignore[attr-defined]
+    said = "the file changed since it was listed"
+    found = [(r["index"], r["error"], r["file"]) for r in row["rejects"]]  # type: ignore[attr-defined]
+    assert found == [(2, said, listed[2])]
 
 
 DAMAGE: dict[str, tuple[Callable[[], bytes], int, str]] = {
