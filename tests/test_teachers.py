@@ -121,7 +121,7 @@ def test_a_ready_teacher_that_lacks_classes_is_refused(
             execute(other, run_dir, until="teacher")
         assert str(error.value) == (
             f"teacher.model = {str(tmp_path)!r}: has no output for 2 of the 3 classes of D ('one', 'zero'); its own 3 are "
-            "'uno', 'two', 'nil'; rename the classes of D, or train a new last layer with teacher.head: fresh and teacher.training"
+            "'uno', 'two', 'nil'; rename the classes of D, give teacher.class_map, or have a new last layer with teacher.head: linear"
         )
 
 

@@ -118,7 +118,7 @@ def test_a_run_without_a_baseline(run_dir: str, folders: Path) -> None:
     student, teacher = (
         next(line for line in said.splitlines() if line.strip().startswith(n)) for n in ("student", "teacher")
     )
-    assert (student.count("% /"), teacher.count("% /")) == (2, 1)
+    assert (student.count(") / "), teacher.count(") / ")) == (2, 1)
     page = Path(run_dir, "report", "index.html").read_text()
     assert "Student, fine-tuned" in page
     assert "ully supervised" not in page
