@@ -134,6 +134,15 @@ class ModelConfig(Section):
             f"is no known architecture; use one of {', '.join(near)}, or an import path package.module:factory"
         )
 
+    def with_input(self, changed: Mapping[str, Any]) -> Self:
+        """The same network, with some fields of its transform changed.
+
+        Raises:
+            ValueError: they do not fit the others.
+        """
+        transform = Transform.model_validate({**self.transform.model_dump(), **changed})
+        return self.model_copy(update={"transform": transform})
+
 
 class Training(Section):
     """One training by synchronous SGD (section 4.1). With `images_seen` and `epochs`, the longer of both is its length; with neither, it is

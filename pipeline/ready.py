@@ -4,14 +4,17 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 from unicodedata import normalize
+
+from pydantic import ValidationError
 
 from cluster import storage
 from cluster.errors import ModelError, RecipeError, shown
 from cluster.store import Key, Made, Outside
 from cluster.tasks import parallel_map
 from models.card import CARD, WEIGHTS, ModelCard, read_card, read_weights
-from models.config import LIBRARIES, Outputs
+from models.config import LIBRARIES, ModelConfig, Outputs
 from models.sources import SourceSpec, is_spec, obtain
 from pipeline.context import Run
 from pipeline.data.labeled import REJECTED, Labels, load_labels
@@ -64,6 +67,20 @@ class Existing:
         except ModelError as error:
             raise ModelError(self.field, self.said, error.rule, error.fix) from None
 
+    def config(self, changed: Mapping[str, Any] | None = None) -> ModelConfig:
+        """Its network, with some fields of the transform changed.
+
+        Raises:
+            ModelError: it is no model directory, or the fields do not fit the others.
+        """
+        model = self.card().model
+        try:
+            return model.with_input(changed or {})
+        except ValidationError as error:
+            rule = error.errors()[0]["msg"].removeprefix("Value error, ")
+            fix = f"give every field that must fit; {self.said} has the others"
+            raise ModelError("student.transform", changed, rule, fix) from None
+
     def now(self, made: Made[Trained]) -> "Existing":
         """What a stage has made of it."""
         return replace(self, uri=made.uri, fingerprint=made.fingerprint)
@@ -86,7 +103,9 @@ def made_early(this: Run, recipe: Recipe) -> None:
         if said is not None and is_spec(said) and library in LIBRARIES and library != "open_clip":
             alone = role == "teacher" and section is not None and section.self_training is not None
             with this.named("self-training" if alone else ""):
-                existing(this, role, said, None, section)
+                model = existing(this, role, said, None, section)
+            if role == "student":
+                model.config(recipe.student.changed_input)
 
 
 def existing(this: Run, role: str, said: str, data: LabeledData | None, teacher: Teacher | None = None) -> Existing:

@@ -109,7 +109,7 @@ def network_of_student(this: Run, recipe: Recipe, data: LabeledData) -> Network:
     if wanted.start is None:
         return Network(wanted.model, seed)
     model = existing(this, "student", wanted.start, data)
-    return Network.of(model, seed, config=wanted.model, fresh_head=True)
+    return Network.of(model, seed, config=wanted.model, transform=wanted.changed_input, fresh_head=True)
 
 
 def distill(

@@ -36,6 +36,7 @@ class Network:
         seed: of the initial weights, and of the order and the crops of the images.
         start: the model directory whose weights it begins with; random ones when None.
         start_fingerprint: what those weights depend on.
+        transform: what of its input is other than the model directory says.
         fresh_head: whether its last layer begins with random weights all the same.
         afresh: whether all of it does, so that of `start`, nothing but the network is taken.
     """
@@ -44,24 +45,34 @@ class Network:
     seed: int
     start: str | None = None
     start_fingerprint: str | Outside = ""
+    transform: Mapping[str, Any] | None = None
     fresh_head: bool = False
     afresh: bool = False
 
     @classmethod
-    def of(cls, model: Existing, seed: int, *, config: ModelConfig | None = None, fresh_head: bool) -> "Network":
+    def of(
+        cls,
+        model: Existing,
+        seed: int,
+        *,
+        config: ModelConfig | None = None,
+        transform: Mapping[str, Any] | None = None,
+        fresh_head: bool,
+    ) -> "Network":
         """One that begins as a model that exists.
 
         Args:
             model: that model.
             seed: of everything random.
             config: the network and its input, where it is not what the model says.
+            transform: what of its input is other than the model says.
             fresh_head: whether its last layer begins with random weights.
 
         Raises:
             ModelError: it is no model directory.
         """
-        own = model.card().model if model.given else None
-        return cls(config or own, seed, model.uri, model.fingerprint, fresh_head)
+        own = model.config(transform) if model.given else None
+        return cls(config or own, seed, model.uri, model.fingerprint, None if model.given else transform, fresh_head)
 
     @property
     def config(self) -> ModelConfig:
@@ -69,7 +80,7 @@ class Network:
         if self.model is not None:
             return self.model
         assert self.start is not None
-        return read_card(self.start).model
+        return read_card(self.start).model.with_input(self.transform or {})
 
     def starting_from(self, made: Made[Trained]) -> "Network":
         """The same, with the weights of a stage."""
@@ -79,7 +90,8 @@ class Network:
     def sections(self) -> dict[str, Any]:
         """What of a recipe decides it."""
         afresh = {"afresh": True} if self.afresh and self.model is None else {}
-        return {"model": self.model, "seed": self.seed, "fresh_head": self.fresh_head, **afresh}
+        changed = {} if self.transform is None else {"transform": self.transform}
+        return {"model": self.model, "seed": self.seed, "fresh_head": self.fresh_head, **changed, **afresh}
 
 
 class Examples(Protocol):

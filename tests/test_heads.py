@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
@@ -13,7 +14,7 @@ import tiny
 from cluster.errors import ModelError, RecipeError
 from models.architectures import build
 from models.card import read_card
-from models.config import ModelConfig
+from models.config import ModelConfig, Transform
 from models.directory import load, save
 from models.inference import Inference, Predictor
 from models.linear import FOLDS, STRENGTHS, fit_head, with_head
@@ -220,6 +221,31 @@ def test_a_student_that_starts_from_a_model(finished: Finished, tmp_path: Path) 
     assert stages["supervised"].outputs.history[0]["top1"] > plain  # it begins with features
     assert stages["student"].outputs.architecture == "resnet8"
     assert "evaluation" in stages
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_local")
+def test_a_student_that_starts_from_a_model_may_see_another_input(finished: Finished, tmp_path: Path) -> None:
+    teacher = read_card(finished.stages["teacher"].uri).model.transform
+    for start in (finished.stages["teacher"].uri, "test_heads:Pooled"):
+        document = finished_recipe(finished, tiny.recipe("x")["teacher"])
+        document["student"] = {"start": start, "transform": {"size": 40, "crop": "none"}}
+        uri = finished.copy(tmp_path / ("directory" if "/" in start else "factory"))
+        stages = execute(validate(document), uri, until="pretrained")
+        made = read_card(stages["pretrained"].uri).model.transform
+        assert (made.size, made.resize, made.crop) == (40, 46, "none")
+        assert made.mean == (teacher.mean if "/" in start else Transform().mean)  # as it says of itself
+        again = yaml.safe_load((Path(uri) / "recipe.yaml").read_text())
+        assert again["student"]["transform"] == {"size": 40, "resize": 46, "crop": "none"}
+        assert fresh(execute(validate(again), uri, until="pretrained")) == []
+        document["student"]["transform"] = {"resize": 1000, "fit": "crop"}
+        with pytest.raises(
+            ModelError, match=r"^student\.transform = \{'resize': 1000.*: resize = 1000 must be from size"
+        ):
+            execute(validate(document), uri, until="pretrained")
+    for student in ({"transform": {"size": 40}}, {"model": {}, "start": "x", "transform": {"size": 40}}):
+        with pytest.raises(RecipeError, match=r"^student\.transform.*changes the input of student\.start"):
+            validate({**document, "student": student})
 
 
 class Pooled(torch.nn.Module):

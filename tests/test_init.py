@@ -168,6 +168,33 @@ def test_the_head_of_a_teacher_that_exists() -> None:
     assert decide.head_of(Ready("timm:resnet50", library="timm"), names).value == "linear"
 
 
+LITE = Ready("timm:lite", library="timm", model=ModelConfig(architecture="timm:lite"), parameters=4_000_000)
+
+
+def test_what_the_student_begins_with() -> None:
+    plan = decide.decide(findings(teacher=LITE))
+    assert (plan.start, plan.head, plan.size.value) == (LITE, "linear", 64)
+    seen_by = plan.lengths.value
+    assert seen_by.supervised == pytest.approx(seen_by.pretrain + seen_by.fine_tune, rel=0.05)
+    assert decide.trainings_of(plan)["pretrain"]["learning_rate"] == 0.05
+    alone = decide.decide(findings(student=LITE))
+    assert (alone.start, alone.head, alone.teacher.value) == (LITE, "linear", None)
+    for found in (
+        findings(teacher=replace(LITE, parameters=25_000_000)),  # CPUs would take hours
+        findings(teacher=replace(LITE, resizable=False)),
+        findings(teacher=LITE, unlabeled=seen(7_000, shorter=28)),
+        findings({"a": 5_000, "b": 5_000}, 10**6, teacher=LITE),
+        findings(teacher=replace(LITE, library="")),  # one's own model, which a student is smaller than
+    ):
+        assert decide.decide(found).start is None
+    large = replace(LITE, parameters=25_000_000, resizable=False)
+    gpu = decide.decide(findings(teacher=large, machine=GPUS))
+    assert (gpu.start, gpu.size.value) == (large, 224)
+    plan = decide.decide(findings(student=large))
+    assert (plan.start, plan.size.value) == (large, 224)
+    assert budget.in_time(plan, COSTS, findings(student=large), 0.1).size.value == 224
+
+
 def test_p_and_k() -> None:
     assert [decide.selected_classes(classes).value for classes in (2, 20, 100, 1_000, 10_000)] == [1, 1, 2, 10, 10]
     assert decide.images_per_class(7_000, 8, 30).value == 175
@@ -249,7 +276,10 @@ def test_copies_are_found_wherever_they_are() -> None:
 
 
 def test_warnings_are_said_in_plain_words() -> None:
-    assert writing.warnings_of(findings()) == []
+    assert writing.warnings_of(findings({"a": 100, "b": 200})) == []
+    (only,) = writing.warnings_of(findings())
+    assert "--teacher timm:NAME" in only
+    assert writing.warnings_of(findings(student=LITE)) == writing.warnings_of(findings(teacher=LITE)) == []
     labeled = seen(
         105,
         {"few": 5, "many": 100},
@@ -309,7 +339,13 @@ def written(folder: Path, found: Findings, **changes: Any) -> tuple[str, Recipe]
         {"machine": replace(GPUS, gpus=1), "unlabeled": seen(10**7, shorter=40)},
         {"machine": Machine(1, 2.0), "test": None},
         {"machine": Machine(64, 500.0)},
-        {"teacher": Ready("timm:resnet50", library="timm", size=224)},
+        {
+            "teacher": Ready(
+                "timm:resnet50", library="timm", model=ModelConfig(architecture="timm:resnet50"), parameters=25_557_032
+            )
+        },
+        {"teacher": LITE},
+        {"student": replace(LITE, resizable=False), "test": None},
         {"teacher": Ready("open_clip:ViT-B-32/x", library="open_clip"), "per_class": {"a": 3, "b": 3}},
         {"teacher": Ready("models/t", class_names=("a", "b")), "per_class": {"a": 3, "b": 9}},
         {"unlabeled": seen(3, elongation=9.0, shorter=2)},
@@ -330,16 +366,19 @@ def test_what_is_written_is_a_recipe(tmp_path: Path, changes: dict[str, Any]) ->
     assert recipe.labeled.validation_fraction == plan.validation_fraction.value
     assert (recipe.labeled.test is None) == (found.test is None)
     assert recipe.select.exclude == ("d.copies.parquet",)
-    assert recipe.student.model is not None
-    assert recipe.student.model.transform.size == plan.size.value
+    network = recipe.student.model
+    transform = recipe.student.transform if network is None else network.transform
+    assert transform is not None
+    assert transform.size == plan.size.value
+    assert recipe.student.start == (plan.start and plan.start.uri)
     assert recipe.pretrain.global_batch <= 64 * max(1, found.machine.gpus)
-    if found.teacher is None:
+    if found.given_teacher is None:
         assert isinstance(recipe.teacher.model, ModelConfig)
-        assert recipe.teacher.model.transform == recipe.student.model.transform
+        assert recipe.teacher.model.transform == transform
         assert recipe.teacher.training is not None
         assert recipe.teacher.training.images_seen == plan.lengths.value.teacher
     else:
-        assert (recipe.teacher.model, recipe.teacher.head) == (found.teacher.uri, plan.head)
+        assert (recipe.teacher.model, recipe.teacher.head) == (found.given_teacher.uri, plan.head)
 
 
 HOSTILE = "x: {y} # 'z' \"q\" \u2028- [1] &a *b ${HOME} %d"

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,10 @@ def init(
         typer.Option(
             "--teacher", metavar="SPEC", help="A teacher that exists: a model directory, or e.g. timm:resnet50."
         ),
+    ] = None,
+    student: Annotated[
+        str | None,
+        typer.Option("--student", metavar="SPEC", help="A model whose weights the student begins with."),
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Of the run; by default that of D's folder.")] = None,
     to: Annotated[str | None, typer.Option("--out", metavar="FILE", help="By default NAME.yaml.")] = None,
@@ -74,14 +79,20 @@ def init(
         with in_options(option), out.status(f"looking at {option}"):
             looks[option] = look(option, source, labeled=option != "--unlabeled")
     _check_classes(sources["--labeled"], looks["--labeled"], looks.get("--test"), test)
-    with out.status("measuring this machine"), _given(teacher, looks["--labeled"]) as (ready, directory):
+    given = {"--teacher": teacher, "--student": student}
+    with out.status("measuring this machine"), tempfile.TemporaryDirectory(prefix="tophat-") as folder:
+        ready, directories = {}, {}
+        for option, spec in given.items():
+            if spec is not None:
+                ready[option], directories[option] = _ready(option, spec, looks["--labeled"], f"{folder}/{option[2:]}")
         found = Findings(
             labeled=looks["--labeled"],
             unlabeled=looks["--unlabeled"],
             test=looks.get("--test"),
             machine=machine(),
             copies=repeats(looks["--labeled"], looks.get("--test"), looks["--unlabeled"]),
-            teacher=ready,
+            teacher=ready.get("--teacher"),
+            student=ready.get("--student"),
             inside=tuple(
                 option
                 for option, source in sources.items()
@@ -92,21 +103,22 @@ def init(
             rule = f"holds {found.unlabeled.images:,} images, and all of them are copies of labeled or test images"
             raise SourceError("--unlabeled", unlabeled, rule, "name images that have no labels")
         plan = decide.decide(found)
-        with _by_option(teacher):
-            costs = timing.measure(plan, found, directory)
+        option = next(iter(directories), "--teacher")  # of the teacher's model, where one is given
+        with _by_option(option, given[option]):
+            costs = timing.measure(plan, found, directories.get(option))
     if minutes is not None:
         plan = budget.in_time(plan, costs, found, minutes)
     seconds = budget.estimate(plan, costs, found)
     copies = file.with_suffix(".copies.parquet")
     excluded = [one for one, _ in found.copies.pool]
-    given = writing.Sources(
+    places = writing.Sources(
         name=name,
         labeled={"uri": labeled} | ({} if labels is None else {"labels": labels}),
         unlabeled={"uri": unlabeled},
         test=None if test is None else {"uri": test},
         excluded=str(copies) if excluded else None,
     )
-    text = writing.recipe_text(plan, found, given, sum(seconds.values()) / 60)
+    text = writing.recipe_text(plan, found, places, sum(seconds.values()) / 60)
     load_text("--out", str(file), text.encode())  # before it is written: a --name may be none
     _write(file, text, copies, excluded)
     notes = [*writing.warnings_of(found), *plan.notes, *filter(None, [budget.slow_images(plan, costs)])]
@@ -161,43 +173,37 @@ def _check_classes(source: "ImageSource", labeled: "Look", test: "Look | None", 
 
 
 @contextmanager
-def _by_option(teacher: str | None) -> Iterator[None]:
+def _by_option(option: str, spec: str | None) -> Iterator[None]:
     """Has mistakes about a model told by the option that names it."""
     try:
         yield
     except ModelError as error:
-        raise ModelError("--teacher", teacher, error.rule, error.fix) from None
+        raise ModelError(option, spec, error.rule, error.fix) from None
 
 
-@contextmanager
-def _given(teacher: str | None, labeled: "Look") -> "Iterator[tuple[Ready | None, str | None]]":
-    """The teacher that is given, and its model directory while the block lasts; nothing where none is.
+def _ready(option: str, spec: str, labeled: "Look", folder: str) -> "tuple[Ready, str]":
+    """A model that is given, and its model directory, which is made in `folder` where a library has it.
 
     Raises:
         ModelError: it cannot be used.
     """
-    import tempfile
-
     from cluster.storage import absolute
     from models.card import read_card
     from models.config import LIBRARIES
     from models.sources import SourceSpec, is_spec, obtain
+    from pipeline.guide.decide import CPU_SIZE
     from pipeline.guide.findings import Ready
+    from pipeline.guide.timing import takes
 
-    if teacher is None:
-        yield None, None
-        return
-    library = teacher.partition(":")[0] if is_spec(teacher) else ""
-    with tempfile.TemporaryDirectory(prefix="tophat-") as folder:
-        place = folder if library else absolute(teacher)
-        with _by_option(teacher):
-            named = bool(library) and (
-                library == "open_clip" or library not in LIBRARIES
-            )  # it has no classes of its own
-            names = tuple(labeled.per_class) if named else ()
-            card = obtain(SourceSpec(teacher, class_names=names), place, "--teacher") if library else read_card(place)
-        known = () if named else tuple(card.class_names)
-        yield Ready(teacher, library, known, card.model.transform.size), place
+    library = spec.partition(":")[0] if is_spec(spec) else ""
+    place = folder if library else absolute(spec)
+    with _by_option(option, spec):
+        named = bool(library) and (library == "open_clip" or library not in LIBRARIES)  # it has no classes of its own
+        names = tuple(labeled.per_class) if named else ()
+        card = obtain(SourceSpec(spec, class_names=names), place, option) if library else read_card(place)
+        resizable = card.model.transform.size <= CPU_SIZE or takes(place, CPU_SIZE)
+    known = () if named else tuple(card.class_names)
+    return Ready(spec, library, known, card.model, card.parameters, resizable), place
 
 
 def _write(file: Path, text: str, copies: Path, excluded: "Sequence[Place]") -> None:

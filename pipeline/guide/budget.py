@@ -71,7 +71,9 @@ def in_time(plan: Plan, costs: Costs, found: Findings, minutes: float) -> Plan:
     whole = sum(estimate(plan, costs, found).values())
     if whole <= 60 * minutes:
         return plan
-    for size in [plan.size.value, *(size for size in reversed(SIZES) if size < plan.size.value)]:
+    fixed_size = plan.start is not None and not plan.start.resizable
+    others = () if fixed_size else tuple(size for size in reversed(SIZES) if size < plan.size.value)
+    for size in (plan.size.value, *others):
         smaller = replace(plan, size=Choice(size, plan.size.why))
         fixed = sum(estimate(replace(smaller, lengths=Choice(Lengths(0, 0, 0, 0), "")), costs, found).values())
         moving = sum(estimate(smaller, costs, found).values()) - fixed

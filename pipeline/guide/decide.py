@@ -28,6 +28,8 @@ TESTED, TEST_SHARE = 400, 0.25
 """Images that a test set wants: the standard error of an accuracy is then at most 2.5 points."""
 FEW_LABELS = 10
 """Labels of a class that are few."""
+FEW_FOR_A_TEACHER = 100
+"""Labels of a class from which a network that begins with random weights learns little."""
 UNEQUAL = 3
 """The largest class over the smallest, that is much."""
 POOL_SHARE = 0.2
@@ -37,6 +39,10 @@ PAPER_K = 16_000
 CPU_WORKERS, CPU_THREADS = 2, 4
 """Of a training on CPUs, at most: the batches that more workers leave each are too small for its statistics."""
 DIGITS = frozenset(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])
+STARTED_PARAMETERS = 10_000_000
+"""Of a network that CPUs can train in minutes at 64 pixels."""
+STARTED_LABELS = 5_000
+"""Of which a network learns more when it begins with weights from other images, than it can from random ones."""
 MINIBATCH = 24
 """Images of a step on CPUs, over all workers, near that of the shipped recipes: small, because small sets have few steps."""
 GPU_BATCH = 64
@@ -55,7 +61,7 @@ class Network:
     """An architecture that has a name, and its options."""
 
     architecture: str
-    options: Mapping[str, int]
+    options: Mapping[str, bool | int | float | str]
 
     @property
     def shown(self) -> str:
@@ -89,6 +95,7 @@ class Plan:
         flip: whether training mirrors images.
         teacher: a network to train, or None where one is given.
         student: the network.
+        start: the model whose weights the student and the baseline begin with; None for random ones.
         head: of a teacher that is given; empty where there is none.
         lengths: of the trainings.
         rates: of the sweep.
@@ -108,6 +115,7 @@ class Plan:
     flip: Choice[bool]
     teacher: Choice[Network | None]
     student: Choice[Network]
+    start: Ready | None
     head: str
     lengths: Choice[Lengths]
     rates: Choice[tuple[float, ...]]
@@ -124,7 +132,7 @@ class Plan:
     @property
     def small(self) -> bool:
         """Whether the networks are the small ResNets, which train at small minibatches and high rates."""
-        return self.size.value <= CPU_SIZE
+        return self.size.value <= CPU_SIZE and self.start is None
 
     @property
     def workers(self) -> int:
@@ -147,9 +155,16 @@ def standard_error(images: int, accuracy: float = 0.5) -> float:
     return 100 * math.sqrt(accuracy * (1 - accuracy) / max(1, images))
 
 
-def input_size(shorter: int, gpus: int) -> Choice[int]:
-    """The side of the input, from the median of the images' shorter sides."""
+def input_size(shorter: int, gpus: int, start: Ready | None = None) -> Choice[int]:
+    """The side of the input, from the median of the images' shorter sides, or from the network that the student begins as."""
     most = SIZES[-1] if gpus else CPU_SIZE
+    if start is not None and start.model is not None:
+        own = start.model.transform.size
+        if not start.resizable:
+            return Choice(own, "the student's network takes no other")
+        if gpus or own <= most:
+            return Choice(own, "that of the model that the student begins as")
+        return Choice(most, f"smaller than the {own} pixels that the student's weights were made for, as CPUs are slow")
     fitting = [size for size in SIZES if size <= min(shorter, most)]
     if not fitting:
         return Choice(max(8, shorter), f"half of the images have a side below {SIZES[0]} pixels")
@@ -202,9 +217,9 @@ def held_out(per_class: Sequence[int], share: float) -> list[int]:
     return [min(max(1, round(share * count)), count - 1) for count in per_class]
 
 
-def rates(images: int, *, small: bool) -> Choice[tuple[float, ...]]:
+def rates(images: int, *, small: bool, started: bool = False) -> Choice[tuple[float, ...]]:
     """The learning rates that fine-tuning tries, per 256 images: as many as the validation set can tell apart."""
-    every = (0.02, 0.1, 0.5) if small else (0.001, 0.004, 0.016)
+    every = (0.02, 0.1, 0.5) if small else (0.005, 0.02, 0.08) if started else (0.001, 0.004, 0.016)
     error = f"the standard error on {images:,} validation images is {standard_error(images):.0f} points"
     if images < 25:
         return Choice(every[1:2], f"{error}: too much to choose on")
@@ -247,6 +262,20 @@ def head_of(teacher: Ready, names: Mapping[str, int]) -> Choice[str]:
     return Choice("linear", "a new last layer for the classes of D is fitted on its features")
 
 
+def starting(found: Findings, trained_on: int, head: str) -> Ready | None:
+    """The model whose weights the student begins with: the one that is given for it, or the network that is the teacher, at a smaller input,
+    where labels are few and it is small enough."""
+    if found.student is not None:
+        return found.student
+    teacher = found.teacher
+    if teacher is None or teacher.model is None or not teacher.library or head != "linear":
+        return None
+    if min(found.labeled.shorter, found.unlabeled.shorter) < CPU_SIZE:
+        return None  # weights that were made for larger images say little about such small ones
+    slow = not found.machine.gpus and (teacher.parameters > STARTED_PARAMETERS or not teacher.resizable)
+    return None if slow or trained_on > STARTED_LABELS else teacher
+
+
 def selected_classes(classes: int) -> Choice[int]:
     """P of the selection: as a share of the classes, about the paper's 10 of 1000."""
     if classes <= 20:
@@ -263,13 +292,22 @@ def images_per_class(pool: int, classes: int, labels: int) -> Choice[int]:
     return Choice(value, f"a fifth of U, over {classes:,} classes; with more, images that show none of them come in")
 
 
+def few_labels(per_class: Mapping[str, int]) -> bool:
+    """Whether a usual class of D has so few labels that a network learns little from them alone."""
+    return sorted(per_class.values())[len(per_class) // 2] < FEW_FOR_A_TEACHER
+
+
 def unequal(per_class: Mapping[str, int]) -> bool:
     """Whether the classes of D differ so much that the small ones would be learned less."""
     return max(per_class.values()) > UNEQUAL * min(per_class.values())
 
 
-def lengths(labeled: int, dhat: int, gpus: int, *, small: bool) -> Choice[Lengths]:
+def lengths(labeled: int, dhat: int, gpus: int, *, small: bool, started: bool = False) -> Choice[Lengths]:
     """Images seen by each training, from those that D trains on and those of D-hat."""
+    why = "the baseline sees as many images as the student does in both of its trainings"
+    if started:
+        pretrain, fine_tune = max(16_000, (10 if gpus else 2) * dhat), max(2_400, 15 * labeled)
+        return Choice(Lengths(0, _round(pretrain), _round(fine_tune), _round(pretrain + fine_tune)), why)
     teacher = max(15_000, min(150 * labeled, 60_000), 30 * labeled)
     pretrain = max(60_000, (20 if gpus else 5) * dhat)
     epochs = 40 if small and labeled <= 1_000 else 30
@@ -278,14 +316,12 @@ def lengths(labeled: int, dhat: int, gpus: int, *, small: bool) -> Choice[Length
         teacher, fine_tune = max(teacher, 90 * labeled), max(8_000, fine_tune)
     # The baseline sees as many images as the student does, so that what is compared is what they are.
     made = Lengths(_round(teacher), _round(pretrain), _round(fine_tune), _round(pretrain + fine_tune))
-    return Choice(made, "the baseline sees as many images as the student does in both of its trainings")
+    return Choice(made, why)
 
 
 def decide(found: Findings) -> Plan:
     """A plan for what was found, as long as it takes."""
     labeled, classes, gpus = found.labeled.labeled, found.classes, found.machine.gpus
-    size = input_size(min(found.labeled.shorter, found.unlabeled.shorter), gpus)
-    small = size.value <= CPU_SIZE
     of_each = [
         max(1, round(count * labeled / sum(found.labeled.per_class.values())))
         for count in found.labeled.per_class.values()
@@ -296,15 +332,22 @@ def decide(found: Findings) -> Plan:
     validation = share_for_validation(of_each)
     chosen_on = sum(held_out(of_each, validation.value))
     trained_on = sum(of_each) - chosen_on
+    given = found.given_teacher
+    head = None if given is None else head_of(given, found.labeled.per_class)
+    start = starting(found, trained_on, "" if head is None else head.value)
+    size = input_size(min(found.labeled.shorter, found.unlabeled.shorter), gpus, start)
+    small, started = size.value <= CPU_SIZE and start is None, start is not None
     network, student = networks(size.value, classes, trained_on, gpus)
-    teacher, head = Choice[Network | None](network.value, network.why), ""
-    if found.teacher is not None:
-        choice = head_of(found.teacher, found.labeled.per_class)
-        teacher, head = Choice(None, choice.why), choice.value
+    teacher = Choice[Network | None](network.value, network.why)
+    if head is not None:
+        teacher = Choice(None, head.why)
+    if start is not None and start.model is not None:
+        why = f"begins with trained weights: from random ones, {trained_on:,} labels teach little"
+        student = Choice(Network(start.model.architecture, start.model.options), why)
     middle = sorted(found.labeled.per_class.values())[classes // 2]
     pool = max(0, found.unlabeled.images - len(found.copies.pool))
     chosen = images_per_class(pool, classes, middle)
-    long = lengths(trained_on, chosen.value * classes, gpus, small=small)
+    long = lengths(trained_on, chosen.value * classes, gpus, small=small, started=started)
     tries = ladder(trained_on, pool, classes, long.value.pretrain)
     return Plan(
         size=size,
@@ -312,9 +355,10 @@ def decide(found: Findings) -> Plan:
         flip=flip(found.labeled.per_class),
         teacher=teacher,
         student=student,
-        head=head,
+        start=start,
+        head="" if head is None else head.value,
         lengths=long,
-        rates=rates(chosen_on, small=small),
+        rates=rates(chosen_on, small=small, started=started),
         selected_classes=selected_classes(classes),
         images_per_class=chosen,
         tries=tries if len(tries) > 1 else (),
@@ -328,8 +372,9 @@ def decide(found: Findings) -> Plan:
 
 def trainings_of(plan: Plan) -> dict[str, dict[str, Any]]:
     """The sections of the trainings, as plain data."""
-    usual: dict[str, Any] = {"batch_size": plan.batch, "workers": plan.workers, "drops": 2 if plan.small else 3}
-    rate = {"learning_rate": 2.0} if plan.small else {}
+    few = plan.small or plan.start is not None
+    usual: dict[str, Any] = {"batch_size": plan.batch, "workers": plan.workers, "drops": 2 if few else 3}
+    rate = {"learning_rate": 2.0} if plan.small else {"learning_rate": 0.05} if plan.start is not None else {}
     if plan.threads > 1:
         usual |= {"cpus_per_worker": plan.threads}
     if plan.machine.gpus:
@@ -346,12 +391,17 @@ def trainings_of(plan: Plan) -> dict[str, dict[str, Any]]:
 def transform_of(plan: Plan) -> dict[str, Any]:
     """`transform`, of a network that is trained."""
     size = plan.size.value
-    made: dict[str, Any] = {"size": size, "resize": size if plan.small else round(size * 8 / 7)}
+    own = size <= CPU_SIZE
+    made: dict[str, Any] = {"size": size, "resize": size if own else round(size * 8 / 7)}
     if plan.fit.value != "crop":
         made["fit"] = plan.fit.value
     if size <= 32:
         return made | {"crop": "pad", "padding": max(1, size // 14), "flip": plan.flip.value}
-    return made | {"crop": "random_resized", "scale": [0.35 if plan.small else 0.08, 1.0], "flip": plan.flip.value}
+    return made | {
+        "crop": "random_resized",
+        "scale": [0.35 if own or plan.start is not None else 0.08, 1.0],
+        "flip": plan.flip.value,
+    }
 
 
 def _round(images: float) -> int:

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from models.config import ModelConfig
+
 
 @dataclass(frozen=True)
 class Place:
@@ -118,19 +120,23 @@ def _copies(groups: Iterable[Sequence[Place]]) -> int:
 
 @dataclass(frozen=True)
 class Ready:
-    """A teacher that exists.
+    """A model that exists.
 
     Attributes:
         uri: what names it: a model directory, or a SPEC.
         library: of a SPEC, what stands before its colon; empty for a model directory.
-        class_names: of a model directory.
-        size: of its input, in pixels; 0 where that is not known.
+        class_names: of its outputs; empty where it has none of its own.
+        model: its network and input.
+        parameters: how many numbers it has.
+        resizable: whether it takes inputs of other sizes, too.
     """
 
     uri: str
     library: str = ""
     class_names: tuple[str, ...] = ()
-    size: int = 0
+    model: ModelConfig | None = None
+    parameters: int = 0
+    resizable: bool = True
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,7 @@ class Findings:
         machine: this one.
         copies: between and in them.
         teacher: the one that is given.
+        student: the model that is given for its weights.
         inside: sets that lie inside U's folder, by option.
     """
 
@@ -153,7 +160,13 @@ class Findings:
     machine: Machine
     copies: Repeats
     teacher: Ready | None = None
+    student: Ready | None = None
     inside: tuple[str, ...] = ()
+
+    @property
+    def given_teacher(self) -> Ready | None:
+        """The model that the teacher is made of, where one is given: that of the student where it is the only one."""
+        return self.teacher or self.student
 
     @property
     def classes(self) -> int:

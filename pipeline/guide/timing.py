@@ -58,6 +58,17 @@ def measure(plan: Plan, found: Findings, teacher: str | None) -> Costs:
         )
 
 
+def takes(model: str, size: int) -> bool:
+    """Whether the network of a model directory takes images of that side, too."""
+    network = load(model).model.eval()
+    try:
+        with torch.inference_mode():
+            network(torch.zeros(1, 3, size, size))
+    except (RuntimeError, ValueError, AssertionError):  # each network says it in its own way
+        return False
+    return True
+
+
 def _built(network: Network, transform: Transform, classes: int) -> nn.Module:
     config = ModelConfig(architecture=network.architecture, options=dict(network.options), transform=transform)
     return build(config, classes)

@@ -5,7 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import one_line
-from pipeline.guide.decide import FEW_LABELS, Plan, described, standard_error, trainings_of, transform_of, unequal
+from pipeline.guide.decide import (
+    FEW_LABELS,
+    Plan,
+    described,
+    few_labels,
+    standard_error,
+    trainings_of,
+    transform_of,
+    unequal,
+)
 from pipeline.guide.findings import Findings, Look, fewest
 from pipeline.recipe.document import dump
 
@@ -61,8 +70,9 @@ def recipe_text(plan: Plan, found: Findings, sources: Sources, minutes: float) -
     ]
     shared = transform_of(plan)
     about_input = f"{plan.size.why}; flip: {plan.flip.why}"
-    if found.teacher is not None:
-        lines += [_line(1, "model", found.teacher.uri), _line(1, "head", plan.head, plan.teacher.why)]
+    teacher = found.given_teacher
+    if teacher is not None:
+        lines += [_line(1, "model", teacher.uri), _line(1, "head", plan.head, plan.teacher.why)]
     else:
         assert plan.teacher.value is not None
         network = plan.teacher.value
@@ -83,13 +93,18 @@ def recipe_text(plan: Plan, found: Findings, sources: Sources, minutes: float) -
     ]
     if sources.excluded is not None:
         lines.append(_line(1, "exclude", [sources.excluded], "images of U that are copies of labeled or test images"))
-    student = plan.student.value
-    lines += ["student:", "  model:", _line(2, "architecture", student.architecture, plan.student.why)]
-    lines += [_line(2, "options", dict(student.options))] if student.options else []
-    if found.teacher is not None:
-        lines += [_comment(2, about_input), _line(2, "transform", shared)]
+    lines.append("student:")
+    if plan.start is not None:
+        lines += [_line(1, "start", plan.start.uri, plan.student.why), _comment(1, about_input)]
+        lines.append(_line(1, "transform", shared))
     else:
-        lines.append("    transform: *input")
+        student = plan.student.value
+        lines += ["  model:", _line(2, "architecture", student.architecture, plan.student.why)]
+        lines += [_line(2, "options", dict(student.options))] if student.options else []
+        if plan.teacher.value is None:
+            lines += [_comment(2, about_input), _line(2, "transform", shared)]
+        else:
+            lines.append("    transform: *input")
     lines += [
         _line(0, "pretrain", trainings["pretrain"]),
         "fine_tune:",
@@ -141,8 +156,8 @@ def decided_lines(plan: Plan, found: Findings) -> list[tuple[str, str, str]]:
         ("input", f"{plan.size.value} pixels, {plan.fit.value}", f"{plan.size.why}; {plan.fit.why}"),
     ]
     if plan.teacher.value is None:
-        assert found.teacher is not None
-        said.append(("teacher", f"{found.teacher.uri}, {plan.head}", plan.teacher.why))
+        assert found.given_teacher is not None
+        said.append(("teacher", f"{found.given_teacher.uri}, {plan.head}", plan.teacher.why))
     else:
         said.append(("teacher", plan.teacher.value.shown, plan.teacher.why))
     said.append(("student", plan.student.value.shown, plan.student.why))
@@ -208,6 +223,11 @@ def warnings_of(found: Findings) -> list[str]:
             said.append(
                 f"{option}: {sum(seen.unusable.values()):,} images{of} cannot be used ({reasons}), such as {seen.examples[0].shown}"
             )
+    if found.given_teacher is None and few_labels(labeled.per_class):
+        said.append(
+            "no network learns much from so few labels alone: give one that has learned from other images as the teacher "
+            "(--teacher timm:NAME or torchvision:NAME; docs/models.md)"
+        )
     if found.unlabeled.images < 5 * labeled.labeled:
         said.append(f"U is small beside D ({found.unlabeled.images:,} and {labeled.labeled:,} images): expect little")
     if found.test is not None and found.test.labeled < 100:

@@ -8,6 +8,7 @@ from pydantic import (
     Field,
     Tag,
     ValidationInfo,
+    field_serializer,
     field_validator,
     model_validator,
 )
@@ -15,7 +16,7 @@ from pydantic import (
 from cluster.config import Cluster
 from cluster.errors import RecipeError
 from cluster.section import FREE, USUAL, Section, Unit
-from models.config import CPU_BATCH, GPU_BATCH, ModelConfig, Training, Views
+from models.config import CPU_BATCH, GPU_BATCH, ModelConfig, Training, Transform, Views
 from models.usual import usual_fine_tuning, usual_training
 from pipeline.recipe.deduplicate import Deduplicate
 from pipeline.recipe.document import dump
@@ -152,6 +153,24 @@ class Student(Section):
     """The network; by default that of `start`, or else as by default everywhere."""
     start: Uri | None = None
     """A model that exists, as of `teacher.model`: the student and the baseline both begin with its weights, and a new last layer; by default with random weights."""
+    transform: Transform | None = None
+    """What of the input is other than in `start`, such as a smaller `size`: the fields that are not given are as there."""
+
+    @field_validator("transform")
+    @classmethod
+    def _of_start(cls, given: Transform | None, info: ValidationInfo) -> Transform | None:
+        if given is not None and (info.data.get("model") is not None or info.data.get("start") is None):
+            raise ValueError("changes the input of student.start alone; a student.model has a transform of its own")
+        return given
+
+    @field_serializer("transform")
+    def _as_given(self, transform: Transform | None) -> dict[str, Any] | None:
+        return None if transform is None else transform.model_dump(mode="json", exclude_unset=True)
+
+    @property
+    def changed_input(self) -> dict[str, Any] | None:
+        """The fields of `transform` that are given."""
+        return None if self.transform is None else self.transform.model_dump(exclude_unset=True)
 
     @model_validator(mode="before")
     @classmethod
