@@ -1,9 +1,10 @@
 """Whether the method works: fine-tuned students against supervised ones, over several seeds.
 
     python benchmarks/method.py demo --seeds 5 --data runs/method
+    python benchmarks/method.py drawings --from DIR --init --teacher models.sources.efficientnet:lite0
 
 Every seed draws D, the validation set, U, the initial weights and the order of the images anew (the test set stays), and runs the whole recipe with
-`tophat run` in a process of its own. The two students of a seed share all but the method, so that their difference is a paired one.
+`tophat run` in a process of its own: the shipped one, or with --init what `tophat init` writes for the images of that seed. The two students of a seed share all but the method, so that their difference is a paired one.
 """
 
 import argparse
@@ -49,24 +50,53 @@ class Measured:
         return self.student - self.supervised
 
 
-def run_seed(recipe: str, seed: int, folder: Path, origin: str | None = None) -> Measured:
-    """Makes the data of a seed out of the files in `origin`, and runs the recipe on it, in `folder`."""
+def run_seed(
+    recipe: str,
+    seed: int,
+    folder: Path,
+    *,
+    origin: str | None = None,
+    labels: int | None = None,
+    init: Sequence[str] | None = None,
+) -> Measured:
+    """Makes the data of a seed, and runs the recipe on it, in `folder`.
+
+    Args:
+        recipe: the shipped one.
+        seed: of everything random.
+        folder: where data and runs are kept.
+        origin: where the data set's files are.
+        labels: images of each class in D; None for the data set's own number.
+        init: options of `tophat init`, which then writes the recipe, and knows nothing of the shipped one.
+    """
     data, run = folder / f"data-{seed}", folder / f"run-{seed}"
-    datasets.make(DATA[recipe], str(data), origin=origin, seed=seed)
-    sets = [f"seed={seed}", f"unlabeled.uri={data / 'unlabeled'}"]
-    sets += [f"labeled.{part}.uri={data / part}" for part in ("train", "validation", "test")]
+    datasets.make(DATA[recipe], str(data), origin=origin, train_per_class=labels, seed=seed)
+    sets = [f"seed={seed}"]
     start = time.monotonic()
-    subprocess.run(
-        [sys.executable, "-m", "pipeline", "run", recipe, "--run-dir", str(run)]
-        + [argument for field in sets for argument in ("--set", field)],
-        cwd=ROOT,
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    if init is None:
+        sets += [f"unlabeled.uri={data / 'unlabeled'}"]
+        sets += [f"labeled.{part}.uri={data / part}" for part in ("train", "validation", "test")]
+    else:
+        written = str(folder / f"init-{seed}.yaml")
+        places = [
+            "--labeled",
+            str(data / "train"),
+            "--unlabeled",
+            str(data / "unlabeled"),
+            "--test",
+            str(data / "test"),
+        ]
+        _tophat("init", *places, *init, "--out", written, "--force")
+        recipe = written
+    _tophat("run", recipe, "--run-dir", str(run), *(argument for field in sets for argument in ("--set", field)))
     seconds = time.monotonic() - start
     models = json.loads((run / "evaluation" / "_record.json").read_text())["outputs"]["models"]
     top1 = {name: 100 * found["top1"] for name, found in models.items()}
     return Measured(**top1, purity=100 * purity(run / "dhat", data / datasets.TRUTH_FILE), seconds=seconds)
+
+
+def _tophat(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "pipeline", *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def purity(dhat: Path, truth_file: Path) -> float:
@@ -113,7 +143,13 @@ def main() -> None:
     parser.add_argument(
         "--from", dest="origin", metavar="DIR", help="as of `tophat ingest`: where the data set's files are"
     )
+    parser.add_argument("--labels", type=int, metavar="N", help="of each class in D; by default the data set's own")
+    parser.add_argument("--init", action="store_true", help="with the recipe that `tophat init` writes")
+    parser.add_argument("--teacher", metavar="SPEC", help="of --init")
     arguments = parser.parse_args()
+    if arguments.teacher and not arguments.init:
+        parser.error("--teacher: an option of --init")
+    init = (["--teacher", arguments.teacher] if arguments.teacher else []) if arguments.init else None
     if arguments.seeds < 2:
         parser.error("--seeds: a standard error needs at least 2")
 
@@ -122,7 +158,8 @@ def main() -> None:
         print(f"| seed       | {' | '.join(HEADS)} |\n|---|{'---:|' * len(HEADS)}", flush=True)
         found = []
         for seed in range(arguments.seeds):
-            found.append(run_seed(arguments.recipe, seed, Path(folder), arguments.origin))
+            settings = {"origin": arguments.origin, "labels": arguments.labels, "init": init}
+            found.append(run_seed(arguments.recipe, seed, Path(folder), **settings))
             print(row(str(seed), [getattr(found[-1], name) for name in COLUMNS]), flush=True)
         print(summary(found))
 
