@@ -3,8 +3,9 @@
     python benchmarks/method.py demo --seeds 5 --data runs/method
     python benchmarks/method.py drawings --from DIR --init --teacher models.sources.efficientnet:lite0
 
-Every seed draws D, the validation set, U, the initial weights and the order of the images anew (the test set stays), and runs the whole recipe with
-`tophat run` in a process of its own: the shipped one, or with --init what `tophat init` writes for the images of that seed. The two students of a seed share all but the method, so that their difference is a paired one.
+Every seed draws D, the validation set, U, the initial weights and the order of the images anew (the test set stays), and runs the whole recipe
+with `tophat run` in a process of its own: the shipped one, or with --init what `tophat init` writes for the images of that seed. The two
+students of a seed share all but the method, so that their difference is a paired one.
 """
 
 import argparse

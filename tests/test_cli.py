@@ -67,6 +67,22 @@ def test_a_missing_recipe(tophat: Callable[..., Answer]) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("runn", "demo"), "No such command 'runn'"),
+        (("run",), "Missing argument 'RECIPE'; see"),
+        (("run", "demo", "--sett"), "No such option: --sett"),
+        (
+            ("init", "--labeled", "x", "--unlabeled", "y", "--minutes", "0"),
+            "'--minutes': must be greater than or equal to 1",
+        ),
+    ],
+)
+def test_a_command_that_is_called_wrongly(tophat: Callable[..., Answer], arguments: tuple[str, ...], said: str) -> None:
+    refused(tophat(*arguments), said, "--help")
+
+
 def test_unknown_and_wrong_fields(tophat: Callable[..., Answer], recipe: Callable[..., str], tmp_path: Path) -> None:
     path, run = recipe(), str(tmp_path / "run")
     refused(
@@ -90,9 +106,8 @@ def test_all_mistakes_of_a_recipe_are_told_at_once(
     assert errors.splitlines()[-4:] == [
         "error: 3 mistakes:",
         "  select.image_per_class = 3: is not a field of a recipe; did you mean images_per_class?",
-        "  seed = 'x': Input should be a valid integer, unable to parse string as an integer; "
-        "correct it in the recipe, or --set seed=...",
-        "  labeled.classes.1 = '': String should have at least 1 character; "
+        "  seed = 'x': must be a whole number; correct it in the recipe, or --set seed=...",
+        "  labeled.classes.1 = '': must have a length of 1 or more; "
         "correct it in the recipe, or --set labeled.classes.1=...",
     ]
     options = ("--image-column", "", "--label-column", "")
@@ -101,8 +116,8 @@ def test_all_mistakes_of_a_recipe_are_told_at_once(
         2,
         [
             "error: 2 mistakes:",
-            "  --image-column = '': String should have at least 1 character; correct it",
-            "  --label-column = '': String should have at least 1 character; correct it",
+            "  --image-column = '': must have a length of 1 or more; correct it",
+            "  --label-column = '': must have a length of 1 or more; correct it",
         ],
     )
 
@@ -274,7 +289,7 @@ def test_sources_of_other_columns(tophat: Callable[..., Answer], columns: str, t
     for command in (ingest, score, evaluate):
         refused(tophat(*command, "--image-column", "picture"), "--image-column = 'picture': ", "img, thumb")
         refused(tophat(*command, "--image-column", ""), "--image-column = '': ")
-        refused(tophat(*command, "--layout", "zip"), "--layout = 'zip': Input should be 'auto', 'webdataset', ")
+        refused(tophat(*command, "--layout", "zip"), "--layout = 'zip': must be 'auto', 'webdataset', ")
         option = command[1] if command is ingest else columns
         refused(
             tophat(*command, "--layout", "folder"), f"{'SOURCE' if command is ingest else '--source'} = {option!r}: "
@@ -304,14 +319,14 @@ def test_values_of_options_that_are_none(tophat: Callable[..., Answer], folders:
         ("--memory-mib", "9999999999"),
         ("--classes-per-image", "99999999999999999999"),
     ):
-        refused(tophat(*select, option, value), f"{option} = {value}: Input should be ")
+        refused(tophat(*select, option, value), f"{option} = {value}: must be ")
     refused(tophat(*select, "--images-per-class", "9" * 20), f"--images-per-class = {'9' * 20}: must be a whole number")
     refused(tophat(*select, "--exclude", ""), "--exclude.0 = ''")
     refused(tophat(*select, "--tags", "--min-score", "0.5"), "the options = ", "tags have no scores")
     duplicates = ("duplicates", "--source", str(folders / "unlabeled"), "--out", str(tmp_path / "out"))
     for option, value in (("--within", "nan"), ("--within", "3.0"), ("--nearest", "0")):
-        refused(tophat(*duplicates, option, value), f"{option} = {value}: Input should be ")
-    refused(tophat(*duplicates, "--copies", "--set", "probes=0"), "--set probes = 0: Input should be ")
+        refused(tophat(*duplicates, option, value), f"{option} = {value}: must be ")
+    refused(tophat(*duplicates, "--copies", "--set", "probes=0"), "--set probes = 0: must be ")
     refused(tophat(*duplicates, "--copies", "--set", "score.batch_size=0"), "--set batch_size = 0: ")
     refused(
         tophat(*duplicates, "--copies", "--set", "prob=1"), "--set prob = 1: is not a field", "did you mean probes?"

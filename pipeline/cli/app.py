@@ -4,9 +4,10 @@ option answer at once."""
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+import typer.exceptions
 from rich.console import Console
 
 from cluster.environment import prepare_command
@@ -146,7 +147,7 @@ def main() -> None:
     try:
         prepare_command()
         interruption = Interruption()
-        app(standalone_mode=True)
+        sys.exit(_run())
     except BaseException as error:
         if interruption is not None and interruption.signal is not None:  # whatever the signal has made of the work
             interruption.end(str(error) if isinstance(error, Interrupted) else INTERRUPTED)
@@ -159,7 +160,19 @@ def main() -> None:
             interruption.over = True
 
 
-def _fail(message: str, code: int) -> None:
+def _run() -> int:
+    """The command, and its exit code; what is wrong with how it was called is one line."""
+    try:
+        return app(standalone_mode=False) or 0
+    except typer.exceptions.TyperException as error:
+        message = one_line(error.format_message()).replace("Input should", "must")
+        if not message:  # no arguments: the help was shown
+            return 2
+        place = getattr(getattr(error, "ctx", None), "command_path", "tophat")
+        _fail(f"{message.rstrip('.')}; see {place} --help", 2)
+
+
+def _fail(message: str, code: int) -> NoReturn:
     with suppress(OSError):  # whoever would read it is gone
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)

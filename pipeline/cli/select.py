@@ -29,7 +29,7 @@ def select(
     to: Annotated[
         str, typer.Option("--out", metavar="URI", help="Folder of the selection (of several, their folders).")
     ],
-    images_per_class: Annotated[list[int], typer.Option("--images-per-class", metavar="K", min=1, help="Repeatable.")],
+    images_per_class: Annotated[list[int], typer.Option("--images-per-class", metavar="K", help="Repeatable.")],
     classes_per_image: Annotated[
         list[int] | None, typer.Option("--classes-per-image", metavar="P", min=1, help="Repeatable; by default all.")
     ] = None,

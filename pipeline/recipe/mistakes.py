@@ -18,8 +18,26 @@ OFFERED = 3
 
 Declared = Mapping[tuple[str, ...], FieldInfo]
 """Fields, by where they are."""
-RULES = {"tuple_type": "must be a list, as [a, b]", "model_type": "must be a section", "dict_type": "must be a mapping"}
-"""For what pydantic says of Python's types."""
+WHOLE, NUMBER, SWITCH, LIST = (
+    "must be a whole number",
+    "must be a number",
+    "must be true or false",
+    "must be a list, as [a, b]",
+)
+RULES = {
+    **dict.fromkeys(("int_parsing", "int_from_float", "int_type"), WHOLE),
+    **dict.fromkeys(("float_parsing", "float_type"), NUMBER),
+    **dict.fromkeys(("bool_parsing", "bool_type"), SWITCH),
+    **dict.fromkeys(("tuple_type", "list_type"), LIST),
+    "string_type": "must be a text",
+    "string_too_short": "must have a length of {min_length} or more",
+    "string_too_long": "must have a length of {max_length} or less",
+    "too_short": "must have {min_length} or more entries",
+    "too_long": "must have {max_length} or fewer entries",
+    "model_type": "must be a section",
+    "dict_type": "must be a mapping",
+}
+"""Of pydantic's kinds of errors, those that it tells in words of Python's."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +114,20 @@ def _found(location: Sequence[str | int], document: Any, *, whole: bool) -> tupl
 
 def _wrong(place: tuple[str, ...], errors: Sequence[Any], unit: str) -> Mistake:
     """What is wrong with a value, which may be one for each kind of value that the field takes."""
-    rules = list(dict.fromkeys(RULES.get(e["type"]) or e["msg"].removeprefix("Value error, ") for e in errors))
+    rules = list(dict.fromkeys(map(_rule, errors)))
     if {e["loc"][-1] for e in errors if e["loc"]} == PLAIN:
         rules = ["must be true, false, a finite number or a text"]
-    rule = ", or ".join([rules[0], *(rule.removeprefix("Input should be ") for rule in rules[1:])])
+    rule = ", or ".join([rules[0], *(rule.removeprefix("must be ") for rule in rules[1:])])
     if not isinstance(errors[0]["input"], list | tuple | Mapping):
         rule += unit
     return Mistake(named(place), errors[0]["input"] if place else "(several fields)", rule)
+
+
+def _rule(error: Any) -> str:
+    """What one error says, in our words."""
+    if (known := RULES.get(error["type"])) is not None:
+        return known.format(**error.get("ctx", {}))
+    return error["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)  # type: ignore[no-any-return]
 
 
 def _unit(declared: Declared, place: tuple[str, ...]) -> str:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ from pipeline.recipe.document import MOST_BYTES, Unreadable, parse
 from pipeline.recipe.images import Source
 from pipeline.recipe.mistakes import LONGEST_NAME, mistakes_of, named
 from pipeline.recipe.sections import USUAL_P, Recipe, Score
-from pipeline.recipe.select import Select
+from pipeline.recipe.select import MOST_K, Select
 
 SHIPPED = Path(__file__).parent / "shipped"
 CORRECT = "correct it, or quote a text as YAML does, too: --set 'FIELD=\"TEXT\"'"
@@ -122,6 +123,8 @@ def select_settings(**options: Any) -> Select:
         RecipeError: a field is wrong.
     """
     given = {name: value for name, value in options.items() if value is not None}
+    if not 1 <= (k := given.get("images_per_class", 1)) <= MOST_K:  # the section would offer `auto`, which is for a run
+        raise RecipeError("--images-per-class", k, f"must be a whole number from 1 to {MOST_K:,}", "correct it")
     return _of_options(Select, given, *given)
 
 
@@ -175,9 +178,9 @@ def _read(path: str) -> dict[str, Any]:
         with file.open("rb") as opened:
             content = opened.read(MOST_BYTES + 1)
     except FileNotFoundError:
-        raise RecipeError(
-            "RECIPE", path, "is not a file", f"give a YAML file, or one of {', '.join(shipped())}"
-        ) from None
+        near = get_close_matches(path, shipped(), n=1)
+        fix = f"did you mean {near[0]}?" if near else f"give a YAML file, or one of {', '.join(shipped())}"
+        raise RecipeError("RECIPE", path, "is not a file", fix) from None
     except OSError as error:
         raise RecipeError("RECIPE", path, f"cannot be read ({error.strerror})", "give a YAML file") from None
     return _mapping("RECIPE", path, content)
