@@ -48,6 +48,7 @@ def test_a_ladder_ends_where_images_run_out_or_pre_training_does(
 def test_ladders_of_the_demo_of_small_data_and_of_the_paper() -> None:
     assert ladder(100, 5200, 10, 60_000) == (10, 22, 49, 110, 240, 520)
     assert ladder(36, 150, 3, 360) == (12, 19, 30)
+    assert ladder(160, 5_822, 8, 16_000) == (20, 100, 500)  # trials of six would see 2,000 images each
     assert ladder(36, 6, 3, 360) == (1, 2)
     assert ladder(36, 3, 3, 360) == (1,)
     assert ladder(1_281_167, BILLION, 1000, BILLION)[-1] == 50_000
