@@ -238,11 +238,9 @@ def test_a_student_that_starts_from_a_model_may_see_another_input(finished: Fini
         again = yaml.safe_load((Path(uri) / "recipe.yaml").read_text())
         assert again["student"]["transform"] == {"size": 40, "resize": 46, "crop": "none"}
         assert fresh(execute(validate(again), uri, until="pretrained")) == []
-        document["student"]["transform"] = {"resize": 1000, "fit": "crop"}
-        with pytest.raises(
-            ModelError, match=r"^student\.transform = \{'resize': 1000.*: resize = 1000 must be from size"
-        ):
-            execute(validate(document), uri, until="pretrained")
+    document["student"] = {"start": finished.stages["teacher"].uri, "transform": {"crop": "pad", "padding": 100}}
+    with pytest.raises(ModelError, match=r"^student\.transform = .*padding = 100 must be at most 14, half of size"):
+        execute(validate(document), uri, until="pretrained")
     for student in ({"transform": {"size": 40}}, {"model": {}, "start": "x", "transform": {"size": 40}}):
         with pytest.raises(RecipeError, match=r"^student\.transform.*changes the input of student\.start"):
             validate({**document, "student": student})
