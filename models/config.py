@@ -69,7 +69,7 @@ class Transform(Section):
         if not isinstance(given, Mapping) or "resize" in given:
             return given
         size = getattr(given.get("size"), "said", given.get("size"))
-        return {**given, "resize": round(size * 8 / 7)} if isinstance(size, int) and size > 0 else given
+        return {**given, "resize": round(size * 8 / 7)} if isinstance(size, int) and size >= 8 else given
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -154,6 +154,21 @@ def test_without_a_runtime_it_is_not_compared(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "a.onnx").exists()
 
 
+def test_nothing_is_written_over(tmp_path: Path, tophat: Callable[..., tuple[int, str, str]]) -> None:
+    model, to = saved(f"{tmp_path}/model", "test_export:Owned"), tmp_path / "a.onnx"
+    to.write_text("mine")
+    code, _, errors = tophat("export", model, "--onnx", str(to))
+    assert (code, errors) == (
+        2, f"error: --onnx = '{to}': exists already; give another one, or --force to write over it\n"
+    )  # fmt: skip
+    assert to.read_text() == "mine"
+    assert tophat("export", model, "--onnx", str(to), "--force")[0] == 0
+    onnx.checker.check_model(onnx.load_from_string(to.read_bytes()))
+    (tmp_path / "b.onnx").mkdir()
+    code, _, errors = tophat("export", model, "--onnx", f"{tmp_path}/b.onnx")
+    assert (code, errors) == (2, f"error: --onnx = '{tmp_path}/b.onnx': is a folder; give a file\n")
+
+
 def test_the_command(place: str, tophat: Callable[..., tuple[int, str, str]]) -> None:
     model = saved(storage.join(place, "model"), "test_export:Owned")
     to = storage.join(place, "out", "owned.onnx")

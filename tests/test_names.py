@@ -258,6 +258,9 @@ def test_a_gallery_overwrites_nothing(tophat: Callable[..., Answer], finished: F
     words = ("select", "--scores", scores, "--out", str(tmp_path / "out"), "--images-per-class", "4")
     code, _, errors = tophat(*words, "--gallery", str(tmp_path / "mine"))
     assert (code, "holds files that are no gallery" in errors) == (2, True)
+    code, _, errors = tophat(*words, "--out", str(tmp_path / "mine"))
+    assert (code, "holds files that are no selection" in errors) == (2, True)
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["index.html"]
     for _ in range(2):
         code, _, errors = tophat(*words, "--gallery", str(tmp_path / "own"))
         assert code == 0, errors

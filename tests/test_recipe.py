@@ -653,6 +653,12 @@ def test_weights_are_held_against_the_classes_of_d() -> None:
     )
 
 
+def test_what_follows_from_a_mistake_is_none() -> None:
+    text = message("demo", "student.model=null", "student.start=x", "student.transform={size: 4}")
+    assert text.count("must be") == 1
+    assert text.startswith("student.transform.size = 4: must be greater than or equal to 8, in pixels")
+
+
 def test_no_file() -> None:
     assert message("dmeo") == "RECIPE = 'dmeo': is not a file; did you mean demo?"
     text = message("birds.yaml")

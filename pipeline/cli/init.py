@@ -1,5 +1,6 @@
 """The command `init`: a recipe for images of one's own."""
 
+import os
 import re
 import shlex
 import tempfile
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.errors import ModelError, RunError, SourceError, one_line, shown
+from cluster.errors import ModelError, RunError, SourceError, StorageError, one_line, shown
 from pipeline.cli.app import Labels, app, in_options, listed, out, source_of
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ def init(
     if not re.fullmatch(NAME, name):
         rule = "is none that a run can have"
         raise RunError("--name", name, rule, "use up to 100 letters, digits, dots and dashes, a letter or digit first")
-    file = Path(to or f"{name}.yaml")
-    _check_free(file, force)
+    file = Path(f"{name}.yaml" if to is None else to)
+    _check_free(file, "" if to is None else to, force)
     sources = {
         option: listed(
             option,
@@ -120,7 +121,10 @@ def init(
     )
     text = writing.recipe_text(plan, found, places, sum(seconds.values()) / 60)
     load_text("--out", str(file), text.encode())  # before it is written: a --name may be none
-    _write(file, text, copies, excluded)
+    try:
+        _write(file, text, copies, excluded)
+    except StorageError as error:
+        raise StorageError("--out", str(file), error.rule, error.fix) from None
     notes = [*writing.warnings_of(found), *plan.notes, *filter(None, [budget.slow_images(plan, costs)])]
     _print(found, plan, seconds, notes)
     if excluded:
@@ -138,13 +142,20 @@ def _name_of(uri: str) -> str:
     return plain or "images"
 
 
-def _check_free(file: Path, force: bool) -> None:
+def _check_free(file: Path, said: str, force: bool) -> None:
+    from cluster.storage import is_remote
+
+    if is_remote(said) or not file.name:
+        rule = "is in an object store" if file.name else "names no file"
+        raise RunError("--out", said, rule, "give a local file, such as birds.yaml")
     if file.is_dir():
         raise RunError("--out", str(file), "is a folder", "give a file")
     if file.exists() and not force:
         raise RunError("--out", str(file), "exists already", "give another --out, or --force to write over it")
     if not file.absolute().parent.is_dir():
         raise RunError("--out", str(file), "is in no folder that exists", "make the folder")
+    if not os.access(file.absolute().parent, os.W_OK):
+        raise RunError("--out", str(file), "is in a folder that cannot be written", "give another one")
 
 
 def _check_classes(source: "ImageSource", labeled: "Look", test: "Look | None", test_uri: str | None) -> None:
@@ -177,7 +188,7 @@ def _by_option(option: str, spec: str | None) -> Iterator[None]:
     """Has mistakes about a model told by the option that names it."""
     try:
         yield
-    except ModelError as error:
+    except (ModelError, StorageError) as error:
         raise ModelError(option, spec, error.rule, error.fix) from None
 
 

@@ -89,6 +89,7 @@ def select(
     with in_options("--scores"):
         found = beside.find(scores)
         record, source = found.record(), found.listing()
+    selection_record.check_folder("--out", storage.absolute(to))
     if gallery is not None:
         if source is None:
             rule = "cannot be made: no listing of the images lies beside these scores"

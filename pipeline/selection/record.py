@@ -102,6 +102,17 @@ def files_table(selection: pa.Table, shards: Sequence[Shard], classes: Sequence[
     return pa.table(columns, ["class", "rank", "score", "file"])
 
 
+def check_folder(field: str, uri: str) -> None:
+    """Makes sure that a selection can be put into a folder.
+
+    Raises:
+        RunError: it holds something else; names `field`.
+    """
+    names = [file.path.rpartition("/")[2] for file in storage.list_files(uri)]
+    if RECORD not in names and not all(name.startswith(("part-", "_")) for name in names):
+        raise RunError(field, uri, "holds files that are no selection", "give an empty or new folder")
+
+
 def read_record(field: str, uri: str) -> Record:
     """The record of a finished selection; `field` names its folder in messages.
 
