@@ -489,6 +489,13 @@ def test_a_recipe_for_real_images(tophat: Callable[..., Answer], images: Path, t
     source = open_source("unlabeled", recipe.unlabeled, labeled=False)
     shard = next(one for one in source.shards() if one.name == listed["shard"][0].as_py())
     assert shard.files[listed["index"][0].as_py()] == "seen.png"
+    for wrong, rule in (
+        ("", "names no file"),
+        ("s3://bucket/x.yaml", "is in an object store"),
+        (str(tmp_path), "is a folder"),
+    ):
+        code, _, errors = tophat(*words, "--out", wrong)
+        assert (code, errors.startswith(f"error: --out = {wrong!r}: {rule}")) == (2, True)
     before = out.read_bytes()
     code, _, errors = tophat(*words)
     assert code == 2

@@ -27,5 +27,5 @@ class SourceSpec:
 
 def is_spec(text: str) -> bool:
     """Whether that is a SPEC, and not the URI of a model directory."""
-    library, _, name = text.partition(":")
-    return (library in LIBRARIES and bool(name)) or IMPORT_PATH.fullmatch(text) is not None
+    library, colon, _ = text.partition(":")
+    return (library in LIBRARIES and bool(colon)) or IMPORT_PATH.fullmatch(text) is not None
