@@ -79,15 +79,9 @@ def run_seed(
         sets += [f"labeled.{part}.uri={data / part}" for part in ("train", "validation", "test")]
     else:
         written = str(folder / f"init-{seed}.yaml")
-        places = [
-            "--labeled",
-            str(data / "train"),
-            "--unlabeled",
-            str(data / "unlabeled"),
-            "--test",
-            str(data / "test"),
-        ]
-        _tophat("init", *places, *init, "--out", written, "--force")
+        places = {"--labeled": "train", "--unlabeled": "unlabeled", "--test": "test"}
+        given = [word for option, part in places.items() for word in (option, str(data / part))]
+        _tophat("init", *given, *init, "--out", written, "--force")
         recipe = written
     _tophat("run", recipe, "--run-dir", str(run), *(argument for field in sets for argument in ("--set", field)))
     seconds = time.monotonic() - start

@@ -36,7 +36,7 @@ class Network:
         seed: of the initial weights, and of the order and the crops of the images.
         start: the model directory whose weights it begins with; random ones when None.
         start_fingerprint: what those weights depend on.
-        transform: what of its input is other than the model directory says.
+        transform: what of its input is other than the directory `start` says; None where `model` says all of it.
         fresh_head: whether its last layer begins with random weights all the same.
         afresh: whether all of it does, so that of `start`, nothing but the network is taken.
     """
