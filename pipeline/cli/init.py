@@ -71,9 +71,7 @@ def init(
     }
     # Only now what takes seconds to load: a mistyped path is told at once.
     from pipeline.guide import budget, decide, timing, writing
-    from pipeline.guide.findings import Findings, repeats
-    from pipeline.guide.look import inside, look, machine
-    from pipeline.recipe.reading import load_text
+    from pipeline.guide.look import look
 
     looks: dict[str, Look] = {}
     for option, source in sources.items():
@@ -86,23 +84,7 @@ def init(
         for option, spec in given.items():
             if spec is not None:
                 ready[option], directories[option] = _ready(option, spec, looks["--labeled"], f"{folder}/{option[2:]}")
-        found = Findings(
-            labeled=looks["--labeled"],
-            unlabeled=looks["--unlabeled"],
-            test=looks.get("--test"),
-            machine=machine(),
-            copies=repeats(looks["--labeled"], looks.get("--test"), looks["--unlabeled"]),
-            teacher=ready.get("--teacher"),
-            student=ready.get("--student"),
-            inside=tuple(
-                option
-                for option, source in sources.items()
-                if option != "--unlabeled" and inside(sources["--unlabeled"], source)
-            ),
-        )
-        if len(found.copies.pool) >= found.unlabeled.images:
-            rule = f"holds {found.unlabeled.images:,} images, and all of them are copies of labeled or test images"
-            raise SourceError("--unlabeled", unlabeled, rule, "name images that have no labels")
+        found = _findings(sources, looks, ready)
         plan = decide.decide(found)
         option = next(iter(directories), "--teacher")  # of the teacher's model, where one is given
         with _by_option(option, given[option]):
@@ -119,12 +101,7 @@ def init(
         test=None if test is None else {"uri": test},
         excluded=str(copies) if excluded else None,
     )
-    text = writing.recipe_text(plan, found, places, sum(seconds.values()) / 60)
-    load_text("--out", str(file), text.encode())  # before it is written: a --name may be none
-    try:
-        _write(file, text, copies, excluded)
-    except StorageError as error:
-        raise StorageError("--out", str(file), error.rule, error.fix) from None
+    _write(file, writing.recipe_text(plan, found, places, sum(seconds.values()) / 60), copies, excluded)
     notes = [*writing.warnings_of(found), *plan.notes, *filter(None, [budget.slow_images(plan, costs)])]
     _print(found, plan, seconds, notes)
     if excluded:
@@ -183,6 +160,30 @@ def _check_classes(source: "ImageSource", labeled: "Look", test: "Look | None", 
         raise SourceError("--test", test_uri, rule, "name its folders as those of --labeled")
 
 
+def _findings(
+    sources: "Mapping[str, ImageSource]", looks: "Mapping[str, Look]", ready: "Mapping[str, Ready]"
+) -> "Findings":
+    """All that was found, by option; refuses a pool that holds nothing new."""
+    from pipeline.guide.findings import Findings, repeats
+    from pipeline.guide.look import inside, machine
+
+    labeled, pool, test = looks["--labeled"], looks["--unlabeled"], looks.get("--test")
+    copies, root = repeats(labeled, test, pool), sources["--unlabeled"]
+    if len(copies.pool) >= pool.images:
+        rule = f"holds {pool.images:,} images, and all of them are copies of labeled or test images"
+        raise SourceError("--unlabeled", root.reader.root, rule, "name images that have no labels")
+    return Findings(
+        labeled=labeled,
+        unlabeled=pool,
+        test=test,
+        machine=machine(),
+        copies=copies,
+        teacher=ready.get("--teacher"),
+        student=ready.get("--student"),
+        inside=tuple(option for option, one in sources.items() if option != "--unlabeled" and inside(root, one)),
+    )
+
+
 @contextmanager
 def _by_option(option: str, spec: str | None) -> Iterator[None]:
     """Has mistakes about a model told by the option that names it."""
@@ -218,21 +219,32 @@ def _ready(option: str, spec: str, labeled: "Look", folder: str) -> "tuple[Ready
 
 
 def _write(file: Path, text: str, copies: Path, excluded: "Sequence[Place]") -> None:
-    """The recipe, and beside it the images that are never selected, where there are some."""
+    """The recipe, and beside it the images that are never selected, where there are some; nothing where no run could read it."""
     from cluster import storage
+    from pipeline.recipe.reading import load_text
 
-    if excluded:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    load_text("--out", str(file), text.encode())
+    try:
+        if excluded:
+            storage.publish(str(copies.absolute()), _table_of(excluded))
+        storage.publish(str(file.absolute()), text.encode())
+    except StorageError as error:
+        raise StorageError("--out", str(file), error.rule, error.fix) from None
 
-        columns = {
-            "shard": [one.shard for one in excluded],
-            "index": pa.array([one.index for one in excluded], pa.uint32()),
-        }
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.table({**columns, "file": [one.shown for one in excluded]}), sink)
-        storage.publish(str(copies.absolute()), sink.getvalue().to_pybytes())
-    storage.publish(str(file.absolute()), text.encode())
+
+def _table_of(excluded: "Sequence[Place]") -> bytes:
+    """A list to leave out, as `select.exclude` reads it: a Parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {
+        "shard": [one.shard for one in excluded],
+        "index": pa.array([one.index for one in excluded], pa.uint32()),
+        "file": [one.shown for one in excluded],
+    }
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
 
 
 def _print(found: "Findings", plan: "Plan", seconds: "Mapping[str, float]", notes: "Sequence[str]") -> None:
