@@ -82,6 +82,11 @@ def seen(images: int = 1_000, per_class: Mapping[str, int] | None = None, **chan
     return Look(**usual | changes)
 
 
+def ready(uri: str, parameters: int = 4_000_000, **changes: Any) -> Ready:
+    """A model that exists, for 224 pixels."""
+    return Ready(uri, ModelConfig(), parameters, **changes)
+
+
 def findings(per_class: Mapping[str, int] | None = None, pool: int = 7_000, **changes: Any) -> Findings:
     """Eight classes of 30 labels, on CPUs, if nothing else is said."""
     per_class = per_class or {f"class {number}": 30 for number in range(8)}
@@ -139,9 +144,9 @@ def test_shares_are_as_large_as_errors_ask_and_no_larger_than_d_bears() -> None:
 
 
 def test_fewer_rates_where_fewer_images_judge() -> None:
-    assert [len(decide.rates(images, small=True).value) for images in (10, 50, 80, 5_000)] == [1, 2, 3, 3]
-    assert set(decide.rates(50, small=True).value) < set(decide.rates(80, small=True).value)
-    assert max(decide.rates(80, small=False).value) < min(decide.rates(10, small=True).value)
+    assert [len(decide.rates(images, decide.SMALL).value) for images in (10, 50, 80, 5_000)] == [1, 2, 3, 3]
+    assert set(decide.rates(50, decide.SMALL).value) < set(decide.rates(80, decide.SMALL).value)
+    assert max(decide.rates(80, decide.LARGE).value) < min(decide.rates(10, decide.SMALL).value)
 
 
 def test_networks_fit_the_machine() -> None:
@@ -158,17 +163,17 @@ def test_networks_fit_the_machine() -> None:
 
 def test_the_head_of_a_teacher_that_exists() -> None:
     names = {"cat": 5, "caf\u00e9": 5}
-    other = Ready("models/t", class_names=("dog", "cafe\u0301", "cat"))
+    other = ready("models/t", class_names=("dog", "cafe\u0301", "cat"))
     assert decide.head_of(other, names).value == "native"
     assert decide.head_of(replace(other, class_names=("cat", "cat", "caf\u00e9")), names).value == "linear"
     assert decide.head_of(replace(other, class_names=("cat",)), names).value == "linear"
-    clip = Ready("open_clip:ViT-B-32/openai", library="open_clip")
+    clip = ready("open_clip:ViT-B-32/openai", library="open_clip")
     assert decide.head_of(clip, names).value == "zero-shot"
     assert decide.head_of(clip, {"cat": 50, "dog": 60}).value == "linear"
-    assert decide.head_of(Ready("timm:resnet50", library="timm"), names).value == "linear"
+    assert decide.head_of(ready("timm:resnet50", library="timm"), names).value == "linear"
 
 
-LITE = Ready("timm:lite", library="timm", model=ModelConfig(architecture="timm:lite"), parameters=4_000_000)
+LITE = ready("timm:lite", library="timm")
 
 
 def test_what_the_student_begins_with() -> None:
@@ -193,6 +198,8 @@ def test_what_the_student_begins_with() -> None:
     plan = decide.decide(findings(student=large))
     assert (plan.start, plan.size.value) == (large, 224)
     assert budget.in_time(plan, COSTS, findings(student=large), 0.1).size.value == 224
+    plan = decide.decide(findings(student=LITE))
+    assert budget.in_time(plan, COSTS, findings(student=LITE), 0.1).size.value == 64
 
 
 def test_p_and_k() -> None:
@@ -205,7 +212,7 @@ def test_p_and_k() -> None:
 
 def test_the_baseline_sees_what_the_student_sees() -> None:
     for labeled in (50, 200, 5_000):
-        seen_by = decide.lengths(labeled, 1_000, 0, small=True).value
+        seen_by = decide.lengths(labeled, 1_000, 0, decide.SMALL).value
         assert seen_by.supervised == pytest.approx(seen_by.pretrain + seen_by.fine_tune, rel=0.05)
         assert seen_by.teacher >= 15_000
 
@@ -242,8 +249,8 @@ def test_time_follows_the_machine_and_the_pool() -> None:
     few = findings(pool=8)
     assert "choice of K" in took
     assert "choice of K" not in budget.estimate(decide.decide(few), COSTS, few)  # there is nothing to choose from
-    ready = findings(teacher=Ready("models/t"))
-    assert budget.estimate(decide.decide(ready), COSTS, ready)["teacher"] < took["teacher"]
+    given = findings(teacher=ready("models/t"))
+    assert budget.estimate(decide.decide(given), COSTS, given)["teacher"] < took["teacher"]
 
 
 def test_slow_decoding_is_said() -> None:
@@ -339,15 +346,11 @@ def written(folder: Path, found: Findings, **changes: Any) -> tuple[str, Recipe]
         {"machine": replace(GPUS, gpus=1), "unlabeled": seen(10**7, shorter=40)},
         {"machine": Machine(1, 2.0), "test": None},
         {"machine": Machine(64, 500.0)},
-        {
-            "teacher": Ready(
-                "timm:resnet50", library="timm", model=ModelConfig(architecture="timm:resnet50"), parameters=25_557_032
-            )
-        },
+        {"teacher": ready("timm:resnet50", 25_557_032, library="timm")},
         {"teacher": LITE},
         {"student": replace(LITE, resizable=False), "test": None},
-        {"teacher": Ready("open_clip:ViT-B-32/x", library="open_clip"), "per_class": {"a": 3, "b": 3}},
-        {"teacher": Ready("models/t", class_names=("a", "b")), "per_class": {"a": 3, "b": 9}},
+        {"teacher": ready("open_clip:ViT-B-32/x", library="open_clip"), "per_class": {"a": 3, "b": 3}},
+        {"teacher": ready("models/t", class_names=("a", "b")), "per_class": {"a": 3, "b": 9}},
         {"unlabeled": seen(3, elongation=9.0, shorter=2)},
         {"per_class": {"a": 5, "b": 50}},
         {"per_class": {f"class {number}": 3 for number in range(2_000)}},
@@ -386,7 +389,7 @@ HOSTILE = "x: {y} # 'z' \"q\" \u2028- [1] &a *b ${HOME} %d"
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     names = {f"{HOSTILE}\nselect: {number}": 3 + number for number in range(3)}
-    teacher, machine = Ready(HOSTILE, class_names=tuple(names)), replace(GPUS, gpu=f"{HOSTILE}\nx: 1")
+    teacher, machine = ready(HOSTILE, class_names=tuple(names)), replace(GPUS, gpu=f"{HOSTILE}\nx: 1")
     text, recipe = written(
         tmp_path, findings(names, teacher=teacher, machine=machine), labeled={"uri": HOSTILE}, excluded=HOSTILE
     )

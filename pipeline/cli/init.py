@@ -215,7 +215,7 @@ def _ready(option: str, spec: str, labeled: "Look", folder: str) -> "tuple[Ready
         card = obtain(SourceSpec(spec, class_names=names), place, option) if library else read_card(place)
         resizable = card.model.transform.size <= CPU_SIZE or takes(place, CPU_SIZE)
     known = () if named else tuple(card.class_names)
-    return Ready(spec, library, known, card.model, card.parameters, resizable), place
+    return Ready(spec, card.model, card.parameters, library, known, resizable), place
 
 
 def _write(file: Path, text: str, copies: Path, excluded: "Sequence[Place]") -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from pipeline.guide.decide import SIZES, Choice, Lengths, Plan
+from pipeline.guide.decide import CPU_SIZE, SIZES, Choice, Lengths, Plan
 from pipeline.guide.findings import Findings
 from tuning.halving import rungs
 
@@ -71,19 +71,20 @@ def in_time(plan: Plan, costs: Costs, found: Findings, minutes: float) -> Plan:
     whole = sum(estimate(plan, costs, found).values())
     if whole <= 60 * minutes:
         return plan
-    fixed_size = plan.start is not None and not plan.start.resizable
-    others = () if fixed_size else tuple(size for size in reversed(SIZES) if size < plan.size.value)
-    for size in (plan.size.value, *others):
+    # Weights that were made for larger images say little about small ones.
+    least = min(SIZES) if plan.start is None else CPU_SIZE if plan.start.resizable else plan.size.value
+    for size in [plan.size.value, *(size for size in reversed(SIZES) if least <= size < plan.size.value)]:
         smaller = replace(plan, size=Choice(size, plan.size.why))
         fixed = sum(estimate(replace(smaller, lengths=Choice(Lengths(0, 0, 0, 0), "")), costs, found).values())
         moving = sum(estimate(smaller, costs, found).values()) - fixed
         factor = min(1.0, (60 * minutes - fixed) / max(moving, 1e-9))
         if factor >= FLOOR:
             return _shortened(smaller, plan, factor, minutes)
-    least = _shortened(smaller, plan, FLOOR, minutes)
-    takes = sum(estimate(least, costs, found).values()) / 60
+    shortest = _shortened(smaller, plan, FLOOR, minutes)
+    takes = sum(estimate(shortest, costs, found).values()) / 60
     return replace(
-        least, notes=(*least.notes, f"that is still {takes:.0f} minutes: take a smaller part of U, or a faster machine")
+        shortest,
+        notes=(*shortest.notes, f"that is still {takes:.0f} minutes: take a smaller part of U, or a faster machine"),
     )
 
 

@@ -70,6 +70,31 @@ class Network:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """How networks of a kind are trained.
+
+    Attributes:
+        rate: learning rate of pre-training and of the baseline, per 256 images; None for the usual one.
+        swept: those that fine-tuning tries.
+        drops: of the rate.
+        scale: the smallest share of an image that a random crop keeps.
+    """
+
+    rate: float | None
+    swept: tuple[float, float, float]
+    drops: int
+    scale: float
+
+
+SMALL = Kind(2.0, (0.02, 0.1, 0.5), 2, 0.35)
+"""The small ResNets from random weights, which learn at small minibatches and high rates."""
+STARTED = Kind(0.05, (0.005, 0.02, 0.08), 2, 0.35)
+"""Networks that begin with trained weights."""
+LARGE = Kind(None, (0.001, 0.004, 0.016), 3, 0.08)
+"""Others, as on ImageNet."""
+
+
+@dataclass(frozen=True)
 class Lengths:
     """Images seen by each training."""
 
@@ -130,9 +155,9 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     @property
-    def small(self) -> bool:
-        """Whether the networks are the small ResNets, which train at small minibatches and high rates."""
-        return self.size.value <= CPU_SIZE and self.start is None
+    def kind(self) -> Kind:
+        """Of the student's network, and of the teacher's where one is trained."""
+        return kind_of(self.size.value, self.start)
 
     @property
     def workers(self) -> int:
@@ -155,10 +180,17 @@ def standard_error(images: int, accuracy: float = 0.5) -> float:
     return 100 * math.sqrt(accuracy * (1 - accuracy) / max(1, images))
 
 
+def kind_of(size: int, start: Ready | None) -> Kind:
+    """The kind of network that learns at an input of so many pixels, from the weights of a model or from random ones."""
+    if start is not None:
+        return STARTED
+    return SMALL if size <= CPU_SIZE else LARGE
+
+
 def input_size(shorter: int, gpus: int, start: Ready | None = None) -> Choice[int]:
     """The side of the input, from the median of the images' shorter sides, or from the network that the student begins as."""
     most = SIZES[-1] if gpus else CPU_SIZE
-    if start is not None and start.model is not None:
+    if start is not None:
         own = start.model.transform.size
         if not start.resizable:
             return Choice(own, "the student's network takes no other")
@@ -217,9 +249,9 @@ def held_out(per_class: Sequence[int], share: float) -> list[int]:
     return [min(max(1, round(share * count)), count - 1) for count in per_class]
 
 
-def rates(images: int, *, small: bool, started: bool = False) -> Choice[tuple[float, ...]]:
+def rates(images: int, kind: Kind) -> Choice[tuple[float, ...]]:
     """The learning rates that fine-tuning tries, per 256 images: as many as the validation set can tell apart."""
-    every = (0.02, 0.1, 0.5) if small else (0.005, 0.02, 0.08) if started else (0.001, 0.004, 0.016)
+    every = kind.swept
     error = f"the standard error on {images:,} validation images is {standard_error(images):.0f} points"
     if images < 25:
         return Choice(every[1:2], f"{error}: too much to choose on")
@@ -268,7 +300,7 @@ def starting(found: Findings, trained_on: int, head: str) -> Ready | None:
     if found.student is not None:
         return found.student
     teacher = found.teacher
-    if teacher is None or teacher.model is None or not teacher.library or head != "linear":
+    if teacher is None or not teacher.library or head != "linear":
         return None
     if min(found.labeled.shorter, found.unlabeled.shorter) < CPU_SIZE:
         return None  # weights that were made for larger images say little about such small ones
@@ -302,17 +334,17 @@ def unequal(per_class: Mapping[str, int]) -> bool:
     return max(per_class.values()) > UNEQUAL * min(per_class.values())
 
 
-def lengths(labeled: int, dhat: int, gpus: int, *, small: bool, started: bool = False) -> Choice[Lengths]:
+def lengths(labeled: int, dhat: int, gpus: int, kind: Kind) -> Choice[Lengths]:
     """Images seen by each training, from those that D trains on and those of D-hat."""
     why = "the baseline sees as many images as the student does in both of its trainings"
-    if started:
+    if kind is STARTED:
         pretrain, fine_tune = max(16_000, (10 if gpus else 2) * dhat), max(2_400, 15 * labeled)
         return Choice(Lengths(0, _round(pretrain), _round(fine_tune), _round(pretrain + fine_tune)), why)
     teacher = max(15_000, min(150 * labeled, 60_000), 30 * labeled)
     pretrain = max(60_000, (20 if gpus else 5) * dhat)
-    epochs = 40 if small and labeled <= 1_000 else 30
+    epochs = 40 if kind is SMALL and labeled <= 1_000 else 30
     fine_tune = epochs * labeled
-    if not small:
+    if kind is LARGE:
         teacher, fine_tune = max(teacher, 90 * labeled), max(8_000, fine_tune)
     # The baseline sees as many images as the student does, so that what is compared is what they are.
     made = Lengths(_round(teacher), _round(pretrain), _round(fine_tune), _round(pretrain + fine_tune))
@@ -336,18 +368,18 @@ def decide(found: Findings) -> Plan:
     head = None if given is None else head_of(given, found.labeled.per_class)
     start = starting(found, trained_on, "" if head is None else head.value)
     size = input_size(min(found.labeled.shorter, found.unlabeled.shorter), gpus, start)
-    small, started = size.value <= CPU_SIZE and start is None, start is not None
+    kind = kind_of(size.value, start)
     network, student = networks(size.value, classes, trained_on, gpus)
     teacher = Choice[Network | None](network.value, network.why)
     if head is not None:
         teacher = Choice(None, head.why)
-    if start is not None and start.model is not None:
+    if start is not None:
         why = f"begins with trained weights: from random ones, {trained_on:,} labels teach little"
         student = Choice(Network(start.model.architecture, start.model.options), why)
     middle = sorted(found.labeled.per_class.values())[classes // 2]
     pool = max(0, found.unlabeled.images - len(found.copies.pool))
     chosen = images_per_class(pool, classes, middle)
-    long = lengths(trained_on, chosen.value * classes, gpus, small=small, started=started)
+    long = lengths(trained_on, chosen.value * classes, gpus, kind)
     tries = ladder(trained_on, pool, classes, long.value.pretrain)
     return Plan(
         size=size,
@@ -358,7 +390,7 @@ def decide(found: Findings) -> Plan:
         start=start,
         head="" if head is None else head.value,
         lengths=long,
-        rates=rates(chosen_on, small=small, started=started),
+        rates=rates(chosen_on, kind),
         selected_classes=selected_classes(classes),
         images_per_class=chosen,
         tries=tries if len(tries) > 1 else (),
@@ -372,16 +404,16 @@ def decide(found: Findings) -> Plan:
 
 def trainings_of(plan: Plan) -> dict[str, dict[str, Any]]:
     """The sections of the trainings, as plain data."""
-    few = plan.small or plan.start is not None
-    usual: dict[str, Any] = {"batch_size": plan.batch, "workers": plan.workers, "drops": 2 if few else 3}
-    rate = {"learning_rate": 2.0} if plan.small else {"learning_rate": 0.05} if plan.start is not None else {}
+    kind = plan.kind
+    usual: dict[str, Any] = {"batch_size": plan.batch, "workers": plan.workers, "drops": kind.drops}
+    rate = {} if kind.rate is None else {"learning_rate": kind.rate}
     if plan.threads > 1:
         usual |= {"cpus_per_worker": plan.threads}
     if plan.machine.gpus:
         usual |= {"gpus_per_worker": 1, "precision": "bfloat16"}
     seen = plan.lengths.value
     return {
-        "teacher": {"images_seen": seen.teacher, **rate, **usual, **({"weight_decay": 0.002} if plan.small else {})},
+        "teacher": {"images_seen": seen.teacher, **rate, **usual, **({"weight_decay": 0.002} if kind is SMALL else {})},
         "pretrain": {"images_seen": seen.pretrain, **rate, **usual},
         "fine_tune": {"images_seen": seen.fine_tune, **usual},
         "supervised": {"images_seen": seen.supervised, **rate, **usual},
@@ -391,17 +423,12 @@ def trainings_of(plan: Plan) -> dict[str, dict[str, Any]]:
 def transform_of(plan: Plan) -> dict[str, Any]:
     """`transform`, of a network that is trained."""
     size = plan.size.value
-    own = size <= CPU_SIZE
-    made: dict[str, Any] = {"size": size, "resize": size if own else round(size * 8 / 7)}
+    made: dict[str, Any] = {"size": size, "resize": size if size <= CPU_SIZE else round(size * 8 / 7)}
     if plan.fit.value != "crop":
         made["fit"] = plan.fit.value
     if size <= 32:
         return made | {"crop": "pad", "padding": max(1, size // 14), "flip": plan.flip.value}
-    return made | {
-        "crop": "random_resized",
-        "scale": [0.35 if own or plan.start is not None else 0.08, 1.0],
-        "flip": plan.flip.value,
-    }
+    return made | {"crop": "random_resized", "scale": [plan.kind.scale, 1.0], "flip": plan.flip.value}
 
 
 def _round(images: float) -> int:

@@ -124,18 +124,18 @@ class Ready:
 
     Attributes:
         uri: what names it: a model directory, or a SPEC.
-        library: of a SPEC, what stands before its colon; empty for a model directory.
-        class_names: of its outputs; empty where it has none of its own.
         model: its network and input.
         parameters: how many numbers it has.
+        library: of a SPEC, what stands before its colon; empty for a model directory.
+        class_names: of its outputs; empty where it has none of its own.
         resizable: whether it takes inputs of other sizes, too.
     """
 
     uri: str
+    model: ModelConfig
+    parameters: int
     library: str = ""
     class_names: tuple[str, ...] = ()
-    model: ModelConfig | None = None
-    parameters: int = 0
     resizable: bool = True
 
 
