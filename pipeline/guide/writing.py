@@ -7,6 +7,7 @@ from typing import Any
 from cluster.errors import one_line
 from pipeline.guide.decide import (
     FEW_LABELS,
+    Network,
     Plan,
     described,
     few_labels,
@@ -15,7 +16,7 @@ from pipeline.guide.decide import (
     transform_of,
     unequal,
 )
-from pipeline.guide.findings import Findings, Look, fewest
+from pipeline.guide.findings import Findings, Look, Ready, fewest
 from pipeline.recipe.document import dump
 
 LONGEST = 110
@@ -45,7 +46,6 @@ def recipe_text(plan: Plan, found: Findings, sources: Sources, minutes: float) -
         minutes: that a run takes, about.
     """
     trainings = trainings_of(plan)
-    classes = min(10, found.classes)
     lines = [
         _comment(
             0,
@@ -55,57 +55,10 @@ def recipe_text(plan: Plan, found: Findings, sources: Sources, minutes: float) -
         _comment(0, f"ones, on {described(found.machine)}: about {minutes:.0f} minutes."),
         _comment(0, "Learning rates are per 256 images. `tophat recipe --explain FIELD` tells of a field."),
         _line(0, "name", sources.name),
-        "labeled:",
-        _line(1, "train", sources.labeled),
-    ]
-    if sources.test is not None:
-        lines.append(_line(1, "test", sources.test))
-    if plan.test_fraction is not None:
-        lines.append(_line(1, "test_fraction", plan.test_fraction.value, plan.test_fraction.why))
-    lines += [
-        _line(1, "validation_fraction", plan.validation_fraction.value, plan.validation_fraction.why),
-        *([_line(1, "balance", True, "the classes are unequal")] if plan.balance else []),
-        _line(0, "unlabeled", sources.unlabeled),
-        "teacher:",
-    ]
-    shared = transform_of(plan)
-    about_input = f"{plan.size.why}; flip: {plan.flip.why}"
-    teacher = found.given_teacher
-    if teacher is not None:
-        lines += [_line(1, "model", teacher.uri), _line(1, "head", plan.head, plan.teacher.why)]
-    else:
-        assert plan.teacher.value is not None
-        network = plan.teacher.value
-        lines += ["  model:", _line(2, "architecture", network.architecture, plan.teacher.why)]
-        lines += [_line(2, "options", dict(network.options))] if network.options else []
-        lines += [_comment(2, about_input), _line(2, "transform", shared, anchor="&input ")]
-        lines.append(_line(1, "training", trainings["teacher"]))
-    score: dict[str, Any] = {"classes_per_image": classes}
-    if plan.machine.gpus:
-        score |= {"gpus_per_actor": 1, "precision": "bfloat16"}
-    lines += [_line(0, "score", score)]
-    if plan.drop_copies:
-        lines.append(_line(0, "deduplicate", {"copies": True}, "U has images that are copies of others"))
-    lines += [
-        "select:",
-        _line(1, "classes_per_image", min(plan.selected_classes.value, classes), plan.selected_classes.why),
-        _line(1, "images_per_class", "auto" if plan.tries else plan.images_per_class.value, _why_k(plan)),
-    ]
-    if sources.excluded is not None:
-        lines.append(_line(1, "exclude", [sources.excluded], "images of U that are copies of labeled or test images"))
-    lines.append("student:")
-    if plan.start is not None:
-        lines += [_line(1, "start", plan.start.uri, plan.student.why), _comment(1, about_input)]
-        lines.append(_line(1, "transform", shared))
-    else:
-        student = plan.student.value
-        lines += ["  model:", _line(2, "architecture", student.architecture, plan.student.why)]
-        lines += [_line(2, "options", dict(student.options))] if student.options else []
-        if plan.teacher.value is None:
-            lines += [_comment(2, about_input), _line(2, "transform", shared)]
-        else:
-            lines.append("    transform: *input")
-    lines += [
+        *_sources(plan, sources),
+        *_teacher(plan, found.given_teacher, trainings["teacher"]),
+        *_selection(plan, min(10, found.classes), sources.excluded),
+        *_student(plan),
         _line(0, "pretrain", trainings["pretrain"]),
         "fine_tune:",
         _line(1, "training", trainings["fine_tune"]),
@@ -115,6 +68,62 @@ def recipe_text(plan: Plan, found: Findings, sources: Sources, minutes: float) -
         _line(0, "supervised", trainings["supervised"]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _sources(plan: Plan, sources: Sources) -> list[str]:
+    """D with what is held out of it, and U."""
+    lines = ["labeled:", _line(1, "train", sources.labeled)]
+    if sources.test is not None:
+        lines.append(_line(1, "test", sources.test))
+    if plan.test_fraction is not None:
+        lines.append(_line(1, "test_fraction", plan.test_fraction.value, plan.test_fraction.why))
+    lines.append(_line(1, "validation_fraction", plan.validation_fraction.value, plan.validation_fraction.why))
+    if plan.balance:
+        lines.append(_line(1, "balance", True, "the classes are unequal"))
+    return [*lines, _line(0, "unlabeled", sources.unlabeled)]
+
+
+def _teacher(plan: Plan, given: Ready | None, training: Mapping[str, Any]) -> list[str]:
+    if given is not None:
+        return ["teacher:", _line(1, "model", given.uri), _line(1, "head", plan.head, plan.teacher.why)]
+    assert plan.teacher.value is not None
+    network = _network(plan.teacher.value, plan.teacher.why)
+    return ["teacher:", *network, *_input(plan, 2, anchor="&input "), _line(1, "training", training)]
+
+
+def _selection(plan: Plan, classes: int, excluded: str | None) -> list[str]:
+    """How U is scored, and what of it is selected."""
+    score: dict[str, Any] = {"classes_per_image": classes}
+    if plan.machine.gpus:
+        score |= {"gpus_per_actor": 1, "precision": "bfloat16"}
+    lines = [_line(0, "score", score)]
+    if plan.drop_copies:
+        lines.append(_line(0, "deduplicate", {"copies": True}, "U has images that are copies of others"))
+    lines += [
+        "select:",
+        _line(1, "classes_per_image", min(plan.selected_classes.value, classes), plan.selected_classes.why),
+        _line(1, "images_per_class", "auto" if plan.tries else plan.images_per_class.value, _why_k(plan)),
+    ]
+    if excluded is not None:
+        lines.append(_line(1, "exclude", [excluded], "images of U that are copies of labeled or test images"))
+    return lines
+
+
+def _student(plan: Plan) -> list[str]:
+    if plan.start is not None:
+        return ["student:", _line(1, "start", plan.start.uri, plan.student.why), *_input(plan, 1)]
+    network = _network(plan.student.value, plan.student.why)
+    return ["student:", *network, *(_input(plan, 2) if plan.teacher.value is None else ["    transform: *input"])]
+
+
+def _network(network: Network, why: str) -> list[str]:
+    options = [_line(2, "options", dict(network.options))] if network.options else []
+    return ["  model:", _line(2, "architecture", network.architecture, why), *options]
+
+
+def _input(plan: Plan, level: int, anchor: str = "") -> list[str]:
+    why = f"{plan.size.why}; flip: {plan.flip.why}"
+    return [_comment(level, why), _line(level, "transform", transform_of(plan), anchor=anchor)]
 
 
 def _line(level: int, key: str, value: Any, why: str = "", anchor: str = "") -> str:
