@@ -32,10 +32,10 @@ for _name in [n for n in os.environ if n.startswith(("AWS_", "RAY_"))]:
     del os.environ[_name]
 os.environ |= {"HOME": str(HOME), **cluster.ENVIRONMENT}
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"  # how soon Ray Train sees that a training has ended
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # in the background of a shell; commands that we start would ignore it
+# In the background of a shell, and under nohup, commands that we start would ignore these.
+for _signal, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_signal) is signal.SIG_IGN:
+        signal.signal(_signal, _usual)
 # Ray's workers find the networks of the tests there.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
